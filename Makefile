@@ -1,0 +1,51 @@
+# `make demo` and `make test` do everything from a fresh clone; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The suites that need only Python, git and make.
+SUITES := tests/unit tests/equivalence tests/contract tests/service tests/e2e
+
+.PHONY: help install demo test test-system lint format protos clean
+
+help:
+	@echo "make demo         bundled tiny model, both tiers on this machine"
+	@echo "make test         lint, then every suite that needs only Python, git and make"
+	@echo "make test-system  the suites that need root and system packages, and the full equality product"
+	@echo "make lint         ruff, mypy, import-linter, freshness of the generated code"
+	@echo "make format       ruff format and its safe fixes"
+	@echo "make protos       regenerate moe_core/pb from proto/"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"epserve needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=python3.11, say")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/epserve demo
+
+test: lint
+	$(BIN)/python -m pytest $(SUITES)
+
+test-system: $(INSTALLED)
+	$(BIN)/python -m pytest tests/system
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/regenerate_protos.py --check
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(INSTALLED)
+	$(BIN)/python tools/regenerate_protos.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

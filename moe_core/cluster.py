@@ -1,0 +1,85 @@
+"""What a process knows of the cluster it is in: members, roles, states and load.
+
+Plain values that the ClusterService's two ends exchange; knows neither gRPC nor how anything
+is served.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moe_core.config.parallel import ParallelConfig
+from moe_core.placement import ExpertPlacement
+
+
+class Role(StrEnum):
+    GATEWAY = "gateway"
+    ATTN = "attn"
+    EXPERT = "expert"
+
+
+class MemberState(StrEnum):
+    LOADING = "loading"
+    CONNECTING = "connecting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLoad:
+    num_running: int
+    num_waiting: int
+    free_kv_blocks: int
+    total_kv_blocks: int
+    kv_block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """One attention process's totals towards one expert process, in bytes and counts."""
+
+    source: str
+    target: str
+    transport: str
+    dispatches: int
+    dispatch_bytes: int
+    combine_bytes: int
+    routing_bytes: int
+    stream_tensor_bytes: int
+    doorbells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process. The ranks that its role does not have are None."""
+
+    role: Role
+    rank: int
+    pid: int
+    address: str
+    device: str
+    state: MemberState
+    instance_epoch: int
+    host_id: str
+    dp_rank: int | None = None
+    tp_rank: int | None = None
+    ep_rank: int | None = None
+    etp_rank: int | None = None
+    detail: str = ""
+    store_address: str = ""
+    experts: int = 0
+    attention_load: AttentionLoad | None = None
+    links: tuple[LinkStats, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    version: int
+    parallel: ParallelConfig
+    members: tuple[Member, ...]
+    placement: ExpertPlacement
+
+    def tier(self, role: Role) -> tuple[Member, ...]:
+        """The members of one role in rank order."""
+        found = (member for member in self.members if member.role is role)
+        return tuple(sorted(found, key=lambda member: member.rank))

@@ -1,0 +1,78 @@
+"""The errors that cross module borders.
+
+Every message says what went wrong, where, with which value, which rule it broke and what
+would do. Knows nothing of gRPC: `code` holds the name of the status that a servicer answers
+with, and the servicer translates it.
+"""
+
+from collections.abc import Sequence
+
+
+class EpserveError(Exception):
+    """Base of all errors that a user may see as one line without a traceback."""
+
+    code = "INTERNAL"
+
+
+class ConfigError(EpserveError):
+    """A setting that cannot be used: names setting, value, rule and the nearest valid values."""
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(
+        self, setting: str, value: object, rule: str, nearest: Sequence[object] = ()
+    ) -> None:
+        self.setting = setting
+        self.value = value
+        self.rule = rule
+        self.nearest = tuple(nearest)
+        message = f"{setting}={value!r}: {rule}"
+        if self.nearest:
+            message += f"; nearest valid: {', '.join(map(str, self.nearest))}"
+        super().__init__(message)
+
+
+class CheckpointError(EpserveError):
+    """A checkpoint that cannot be served: names the file or tensor and what is wrong with it."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class RequestError(EpserveError):
+    """A request that is refused before it costs anything: names the field, value and rule."""
+
+    code = "INVALID_ARGUMENT"
+
+
+class NotFoundError(EpserveError):
+    """A name that nothing here answers to."""
+
+    code = "NOT_FOUND"
+
+
+class UnavailableError(EpserveError):
+    """Something that is needed is not there now: names who, and for what it was needed."""
+
+    code = "UNAVAILABLE"
+
+
+class TransportError(EpserveError):
+    """An exchange with a peer failed: names peer, layer, bytes and phase."""
+
+    code = "UNAVAILABLE"
+
+
+class PeerLostError(TransportError):
+    """The peer's process or its stream is gone."""
+
+
+class PeerTimeoutError(TransportError):
+    """The peer is there but did not answer within its deadline."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class ProtocolError(TransportError):
+    """The peer sent something that the contract does not allow, or the hellos do not match."""
+
+    code = "FAILED_PRECONDITION"

@@ -1,0 +1,240 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_GATEWAY: _ClassVar[Role]
+    ROLE_ATTN: _ClassVar[Role]
+    ROLE_EXPERT: _ClassVar[Role]
+
+class MemberState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MEMBER_STATE_UNSPECIFIED: _ClassVar[MemberState]
+    MEMBER_STATE_LOADING: _ClassVar[MemberState]
+    MEMBER_STATE_CONNECTING: _ClassVar[MemberState]
+    MEMBER_STATE_READY: _ClassVar[MemberState]
+    MEMBER_STATE_DRAINING: _ClassVar[MemberState]
+    MEMBER_STATE_FAILED: _ClassVar[MemberState]
+ROLE_UNSPECIFIED: Role
+ROLE_GATEWAY: Role
+ROLE_ATTN: Role
+ROLE_EXPERT: Role
+MEMBER_STATE_UNSPECIFIED: MemberState
+MEMBER_STATE_LOADING: MemberState
+MEMBER_STATE_CONNECTING: MemberState
+MEMBER_STATE_READY: MemberState
+MEMBER_STATE_DRAINING: MemberState
+MEMBER_STATE_FAILED: MemberState
+
+class RegisterRequest(_message.Message):
+    __slots__ = ("join", "status")
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    join: Join
+    status: StatusReport
+    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., status: _Optional[_Union[StatusReport, _Mapping]] = ...) -> None: ...
+
+class RegisterResponse(_message.Message):
+    __slots__ = ("assigned", "state")
+    ASSIGNED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    assigned: Assigned
+    state: ClusterState
+    def __init__(self, assigned: _Optional[_Union[Assigned, _Mapping]] = ..., state: _Optional[_Union[ClusterState, _Mapping]] = ...) -> None: ...
+
+class Join(_message.Message):
+    __slots__ = ("role", "rank", "address", "device", "pid", "model_fingerprint", "instance_epoch", "dtype", "host_id")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    rank: int
+    address: str
+    device: str
+    pid: int
+    model_fingerprint: str
+    instance_epoch: int
+    dtype: str
+    host_id: str
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
+
+class StatusReport(_message.Message):
+    __slots__ = ("state", "detail", "store_address", "attention_load", "links")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_LOAD_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    state: MemberState
+    detail: str
+    store_address: str
+    attention_load: AttentionLoad
+    links: _containers.RepeatedCompositeFieldContainer[LinkStats]
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ...) -> None: ...
+
+class AttentionLoad(_message.Message):
+    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size")
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    FREE_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    num_running: int
+    num_waiting: int
+    free_kv_blocks: int
+    total_kv_blocks: int
+    kv_block_size: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ...) -> None: ...
+
+class LinkStats(_message.Message):
+    __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHES_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMBINE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROUTING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STREAM_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DOORBELLS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    target: str
+    transport: str
+    dispatches: int
+    dispatch_bytes: int
+    combine_bytes: int
+    routing_bytes: int
+    stream_tensor_bytes: int
+    doorbells: int
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., transport: _Optional[str] = ..., dispatches: _Optional[int] = ..., dispatch_bytes: _Optional[int] = ..., combine_bytes: _Optional[int] = ..., routing_bytes: _Optional[int] = ..., stream_tensor_bytes: _Optional[int] = ..., doorbells: _Optional[int] = ...) -> None: ...
+
+class Assigned(_message.Message):
+    __slots__ = ("rank", "parallel")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    parallel: ParallelSettings
+    def __init__(self, rank: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ...) -> None: ...
+
+class ParallelSettings(_message.Message):
+    __slots__ = ("attn_devices", "expert_devices", "dp_size", "ep_size", "enable_mla", "expert_parallel_degree", "num_redundant_experts", "shared_experts", "colocated")
+    ATTN_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    DP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ENABLE_MLA_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_PARALLEL_DEGREE_FIELD_NUMBER: _ClassVar[int]
+    NUM_REDUNDANT_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_FIELD_NUMBER: _ClassVar[int]
+    attn_devices: int
+    expert_devices: int
+    dp_size: int
+    ep_size: int
+    enable_mla: bool
+    expert_parallel_degree: int
+    num_redundant_experts: int
+    shared_experts: str
+    colocated: bool
+    def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., enable_mla: _Optional[bool] = ..., expert_parallel_degree: _Optional[int] = ..., num_redundant_experts: _Optional[int] = ..., shared_experts: _Optional[str] = ..., colocated: _Optional[bool] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    DP_RANK_FIELD_NUMBER: _ClassVar[int]
+    TP_RANK_FIELD_NUMBER: _ClassVar[int]
+    EP_RANK_FIELD_NUMBER: _ClassVar[int]
+    ETP_RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_LOAD_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    rank: int
+    dp_rank: int
+    tp_rank: int
+    ep_rank: int
+    etp_rank: int
+    pid: int
+    address: str
+    device: str
+    state: MemberState
+    detail: str
+    instance_epoch: int
+    store_address: str
+    host_id: str
+    attention_load: AttentionLoad
+    links: _containers.RepeatedCompositeFieldContainer[LinkStats]
+    experts: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("epoch", "num_logical_experts", "ep_size", "layers")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGICAL_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    num_logical_experts: int
+    ep_size: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerPlacement]
+    def __init__(self, epoch: _Optional[int] = ..., num_logical_experts: _Optional[int] = ..., ep_size: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerPlacement, _Mapping]]] = ...) -> None: ...
+
+class LayerPlacement(_message.Message):
+    __slots__ = ("layer_id", "physical_to_logical", "physical_to_ep_rank")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    PHYSICAL_TO_LOGICAL_FIELD_NUMBER: _ClassVar[int]
+    PHYSICAL_TO_EP_RANK_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    physical_to_logical: _containers.RepeatedScalarFieldContainer[int]
+    physical_to_ep_rank: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer_id: _Optional[int] = ..., physical_to_logical: _Optional[_Iterable[int]] = ..., physical_to_ep_rank: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ClusterState(_message.Message):
+    __slots__ = ("version", "parallel", "members", "placement")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    parallel: ParallelSettings
+    members: _containers.RepeatedCompositeFieldContainer[Member]
+    placement: Placement
+    def __init__(self, version: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+
+class LeaseRequest(_message.Message):
+    __slots__ = ("role", "rank", "instance_epoch", "loop_idle_ms")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOOP_IDLE_MS_FIELD_NUMBER: _ClassVar[int]
+    role: Role
+    rank: int
+    instance_epoch: int
+    loop_idle_ms: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., loop_idle_ms: _Optional[int] = ...) -> None: ...
+
+class LeaseResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,166 @@
+"""The contract between the attention side and the expert side of an exchange.
+
+Knows what a dispatch and a combine are, who owns which memory when, and what every
+transport must promise. Knows no wire (local.py, grpc_link.py and nixl_link.py do), no model, no
+placement: `physical_ids` are opaque numbers here.
+
+Invariants that hold for all transports, and that tests/contract checks:
+
+* A dispatch owns one slot on each side until its combine has been consumed, so the number of
+  slots is the flow control. A batch larger than a slot travels in chunks; the link splits it
+  and joins the partials again, and its caller sees one dispatch and one combine.
+* `ExpertLink.dispatch` returns only when the bytes have left: after it the caller may reuse
+  its tensors. No combine needs the caller's help to arrive.
+* What the handler is given are views into the slot: valid until `Reply.complete` or
+  `Reply.fail` has been called.
+* Every wait has a deadline, and its error names peer, layer, bytes and phase.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from moe_core.errors import EpserveError
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchKey:
+    """Names one dispatch among all that its attention process has ever sent."""
+
+    placement_epoch: int
+    step: int
+    layer_id: int
+    microbatch: int = 0
+    chunk: int = 0
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Tokens on their way to one expert process.
+
+    hidden_states: [num_tokens, hidden_size], the link's dtype.
+    physical_ids:  [num_tokens, num_columns] int32, -1 where the expert is not this process's.
+    topk_weights:  [num_tokens, num_columns] float32.
+    """
+
+    key: DispatchKey
+    hidden_states: torch.Tensor
+    physical_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_states.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """One process's weighted partial sums for the tokens of one dispatch.
+
+    partial: [num_tokens, hidden_size], the link's dtype. Owned by the receiver.
+    """
+
+    key: DispatchKey
+    partial: torch.Tensor
+    queue_us: int
+    compute_us: int
+
+
+@dataclass(slots=True)
+class LinkCounters:
+    """Running totals of one link. Payload means hidden states and partials only, so that the
+    totals equal the formula `tokens · hidden_size · itemsize`."""
+
+    dispatches: int = 0
+    dispatch_bytes: int = 0
+    combine_bytes: int = 0
+    routing_bytes: int = 0  # physical_ids and topk_weights
+    stream_tensor_bytes: int = 0  # tensor bytes that travelled inside gRPC messages
+    doorbells: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpec:
+    """What both ends of a link must agree on; the Hello carries it.
+
+    hidden_size and num_columns are the widths of the tensors, slot_tokens the most tokens one
+    slot holds, slot_count the dispatches that may be in flight.
+    """
+
+    model_fingerprint: str
+    dtype: torch.dtype
+    hidden_size: int
+    num_columns: int
+    slot_tokens: int
+    slot_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this end is: its rank in its tier of `world` processes, and which start of it."""
+
+    rank: int
+    world: int
+    instance_epoch: int
+
+
+class Reply(Protocol):
+    """How the expert side answers one dispatch; exactly one of the two calls, once."""
+
+    def complete(self, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
+        """`partial` [num_tokens, hidden_size] is copied before this returns."""
+
+    def fail(self, error: EpserveError) -> None: ...
+
+
+DispatchHandler = Callable[[Dispatch, Reply], None]
+"""The expert side's entry: called on the event loop, must not block; it answers later."""
+
+
+class PendingCombine(Protocol):
+    """A dispatch whose bytes have left."""
+
+    async def wait(self, timeout_s: float) -> Combine:
+        """The combine, in memory of its own. Raises PeerTimeoutError, PeerLostError, or the
+        error with which the peer failed the dispatch. A cancelled or timed-out wait leaves the
+        slot owned until the late answer has arrived (and is dropped) or the peer has gone."""
+
+
+class ExpertLink(ABC):
+    """The attention side's end of a link to one expert process."""
+
+    peer: str  # as errors name it, e.g. "expert 3 (127.0.0.1:4711)"
+    transport: str
+    counters: LinkCounters
+
+    @abstractmethod
+    async def dispatch(self, dispatch: Dispatch, timeout_s: float) -> PendingCombine:
+        """Send, waiting for free slots if need be. Zero tokens are allowed.
+
+        Raises PeerTimeoutError when no slot becomes free in time, PeerLostError when the peer
+        is gone, ValueError when the tensors do not fit the LinkSpec.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the exchange; pending combines fail with PeerLostError."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransportOptions:
+    """How a process waits and which wire it asks for.
+
+    transport: "auto", "nixl" or "grpc". spin_us: how long to poll before parking.
+    park_poll_ms: how often to poll while parked, since NIXL makes progress only when called.
+    """
+
+    transport: str = "auto"
+    spin_us: float = 50.0
+    park_poll_ms: float = 4.0
+    connect_timeout_s: float = 10.0
+    spare_slots: int = 2
+    devices: tuple[str, ...] = field(default=("cpu",))
