@@ -1,0 +1,1 @@
+"""The face of epserve: command line, single-machine launcher, client."""

@@ -73,6 +73,32 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Join:
+    """What a worker says of itself when it joins. `rank` None asks for the lowest free one."""
+
+    role: Role
+    address: str  # host:port where peers reach this worker's own server
+    device: str
+    pid: int
+    model_fingerprint: str
+    instance_epoch: int
+    dtype: str
+    host_id: str
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReport:
+    """What a worker says of itself from time to time; each report replaces the one before."""
+
+    state: MemberState
+    detail: str = ""
+    store_address: str = ""
+    attention_load: AttentionLoad | None = None
+    links: tuple[LinkStats, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     version: int
     parallel: ParallelConfig
@@ -83,3 +109,21 @@ class ClusterState:
         """The members of one role in rank order."""
         found = (member for member in self.members if member.role is role)
         return tuple(sorted(found, key=lambda member: member.rank))
+
+    def size(self, role: Role) -> int:
+        """How many members of this role the configuration asks for."""
+        sizes = {Role.ATTN: self.parallel.attn_devices, Role.EXPERT: self.parallel.expert_devices}
+        return sizes.get(role, 1)
+
+    def missing(self, role: Role) -> tuple[str, ...]:
+        """One phrase for every rank of `role` that is not READY, e.g. "expert 2: not joined"."""
+        present = {member.rank: member for member in self.tier(role)}
+        phrases = []
+        for rank in range(self.size(role)):
+            member = present.get(rank)
+            if member is None:
+                phrases.append(f"{role} {rank}: not joined")
+            elif member.state is not MemberState.READY:
+                detail = f" ({member.detail})" if member.detail else ""
+                phrases.append(f"{role} {rank}: {member.state}{detail}")
+        return tuple(phrases)

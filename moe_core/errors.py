@@ -76,3 +76,11 @@ class ProtocolError(TransportError):
     """The peer sent something that the contract does not allow, or the hellos do not match."""
 
     code = "FAILED_PRECONDITION"
+
+
+class PeerFailedError(TransportError):
+    """The peer answered that it could not do it: `code` is the status name that it gave."""
+
+    def __init__(self, message: str, code: str) -> None:
+        self.code = code
+        super().__init__(message)

@@ -1,16 +1,23 @@
 """Which process holds which physical expert.
 
 Knows logical experts, physical slots and EP ranks of every MoE layer, for one epoch. Knows
-nothing of addresses, weights or load; whoever needs another placement builds a new one.
+nothing of addresses, weights or load, and not torch; whoever needs another placement builds a
+new one.
 
 Physical ids of one layer: 0 … num_physical-1 are routed slots; where the expert tier runs the
 shared expert, `num_physical + ep_rank` is that EP group's copy of it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerPlacement:
     """physical_to_logical[p] and physical_to_ep_rank[p] for every routed physical slot p."""
 
@@ -18,10 +25,114 @@ class LayerPlacement:
     physical_to_logical: tuple[int, ...]
     physical_to_ep_rank: tuple[int, ...]
 
+    @property
+    def num_physical(self) -> int:
+        return len(self.physical_to_logical)
 
-@dataclass(frozen=True, slots=True)
+    @cached_property
+    def logical_to_physical(self) -> tuple[tuple[int, ...], ...]:
+        """The physical slots that hold a copy of each logical expert, ascending."""
+        num_logical = max(self.physical_to_logical, default=-1) + 1
+        copies: list[list[int]] = [[] for _ in range(num_logical)]
+        for physical, logical in enumerate(self.physical_to_logical):
+            copies[logical].append(physical)
+        return tuple(map(tuple, copies))
+
+    def replicas(self, logical: int) -> tuple[int, ...]:
+        """The physical slots that hold a copy of one logical expert, ascending."""
+        return self.logical_to_physical[logical]
+
+    def physical_experts(self, ep_rank: int) -> tuple[int, ...]:
+        """The routed physical slots of one EP group, ascending; an expert's place in this
+        tuple is its local index there."""
+        return tuple(p for p, holder in enumerate(self.physical_to_ep_rank) if holder == ep_rank)
+
+    def logical_experts(self, ep_rank: int) -> tuple[int, ...]:
+        """The logical experts of one EP group in slot order, as its weights are stacked."""
+        return tuple(self.physical_to_logical[p] for p in self.physical_experts(ep_rank))
+
+    def shared_physical_id(self, ep_rank: int) -> int:
+        """The physical id of an EP group's copy of the shared expert."""
+        return self.num_physical + ep_rank
+
+
+@dataclass(frozen=True)
 class ExpertPlacement:
     epoch: int
     num_logical_experts: int
     ep_size: int
     layers: tuple[LayerPlacement, ...]
+
+    @classmethod
+    def initial(cls, model: ModelConfig, parallel: ParallelConfig) -> Self:
+        """Epoch 0: contiguous experts per EP group, copies spread, every layer alike."""
+        num_experts, ep_size = model.moe.num_experts, parallel.ep_size
+        held = _spread(num_experts, parallel.num_redundant_experts, ep_size)
+        logical = tuple(expert for group in held for expert in group)
+        ep_rank = tuple(rank for rank, group in enumerate(held) for _ in group)
+        layers = (LayerPlacement(layer_id, logical, ep_rank) for layer_id in model.moe_layer_ids)
+        return cls(0, num_experts, ep_size, tuple(layers))
+
+    @cached_property
+    def _by_layer_id(self) -> dict[int, LayerPlacement]:
+        return {layer.layer_id: layer for layer in self.layers}
+
+    def layer(self, layer_id: int) -> LayerPlacement:
+        """Raises KeyError for a layer without experts."""
+        return self._by_layer_id[layer_id]
+
+    def num_local_experts(self, ep_rank: int) -> int:
+        """The most routed experts that one layer puts on one EP group."""
+        return max((len(layer.physical_experts(ep_rank)) for layer in self.layers), default=0)
+
+
+def _spread(num_experts: int, num_redundant: int, ep_size: int) -> list[list[int]]:
+    """The logical experts that each EP group holds, sorted.
+
+    Invariants: group sizes differ by at most one; no group holds an expert twice; copies per
+    expert differ by at most one. First copies are contiguous, because group-limited routers
+    choose neighbours together and a token then goes to fewer processes.
+    """
+    capacity = _even_parts(num_experts + num_redundant, ep_size)
+    held: list[list[int]] = []
+    for size in _even_parts(num_experts, ep_size):
+        start = sum(map(len, held))
+        held.append(list(range(start, start + size)))
+    homes = {expert: rank for rank, group in enumerate(held) for expert in group}
+    for expert in _experts_to_copy(num_experts, num_redundant):
+        _add_copy(held, capacity, expert, homes[expert])
+    return [sorted(group) for group in held]
+
+
+def _even_parts(total: int, parts: int) -> list[int]:
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _experts_to_copy(num_experts: int, num_redundant: int) -> Iterable[int]:
+    """Whole rounds over all experts, then one round of evenly spaced ones."""
+    rounds, rest = divmod(num_redundant, num_experts)
+    for _ in range(rounds):
+        yield from range(num_experts)
+    yield from (index * num_experts // rest for index in range(rest))
+
+
+def _add_copy(held: list[list[int]], capacity: list[int], expert: int, home: int) -> None:
+    """Put one more copy of `expert` on a group without it, best on the far side of its home.
+
+    Where every group with room has one already, some full group `full` has none. It is no
+    smaller than the group with room, `spare`, which holds an expert that `full` does not; so
+    `full` holds one that `spare` does not, and giving it away makes room.
+    """
+    num_groups = len(held)
+    spare = [rank for rank in range(num_groups) if len(held[rank]) < capacity[rank]]
+    lacking = [rank for rank in spare if expert not in held[rank]]
+    if lacking:
+        far = home + num_groups // 2
+        target = min(lacking, key=lambda r: (len(held[r]) - capacity[r], (r - far) % num_groups))
+        held[target].append(expert)
+        return
+    full = next(rank for rank in range(num_groups) if expert not in held[rank])
+    moved = next(e for e in reversed(held[full]) if e not in held[spare[0]])
+    held[full].remove(moved)
+    held[full].append(expert)
+    held[spare[0]].append(moved)

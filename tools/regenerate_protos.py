@@ -43,6 +43,7 @@ def stale_files(fresh: Path) -> list[str]:
         for path in base.rglob("*.py*")
         if "__pycache__" not in path.parts
     }
+
     def same(name: str) -> bool:
         left, right = fresh / name, TARGET / name
         return left.exists() and right.exists() and filecmp.cmp(left, right, shallow=False)

@@ -89,12 +89,20 @@ def _topics(library: Path) -> Iterator[Document]:
 
 def _docstrings(library: Path) -> Iterator[Document]:
     """One document for each module that has docstrings."""
-    for path in sorted(library.rglob("*.py")):
+    for path in sorted(_sources(library)):
         relative = path.relative_to(library)
-        if EXCLUDED_FOLDERS.isdisjoint(relative.parts) and relative != TOPICS:
-            texts = tuple(_docstrings_of(path))
-            if texts:
-                yield Document(f"module {relative.as_posix()}", texts)
+        texts = () if relative == TOPICS else tuple(_docstrings_of(path))
+        if texts:
+            yield Document(f"module {relative.as_posix()}", texts)
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The .py files below `folder`; excluded folders, which can be vast, are not entered."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in EXCLUDED_FOLDERS:
+            yield from _sources(path)
+        elif path.suffix == ".py":
+            yield path
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:

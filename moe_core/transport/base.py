@@ -18,12 +18,14 @@ Invariants that hold for all transports, and that tests/contract checks:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from moe_core.errors import EpserveError
+from moe_core.errors import ConfigError, EpserveError
+
+TRANSPORTS = ("auto", "nixl", "grpc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,8 @@ class LinkCounters:
     combine_bytes: int = 0
     routing_bytes: int = 0  # physical_ids and topk_weights
     stream_tensor_bytes: int = 0  # tensor bytes that travelled inside gRPC messages
-    doorbells: int = 0
+    doorbells: int = 0  # rung by this end
+    dropped: int = 0  # answers that came after their waiter had gone, and tags that match nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,11 @@ class ExpertLink(ABC):
     transport: str
     counters: LinkCounters
 
+    @property
+    @abstractmethod
+    def lost_because(self) -> str | None:
+        """Why the peer is gone for good, or None while it is there. Such a link never recovers."""
+
     @abstractmethod
     async def dispatch(self, dispatch: Dispatch, timeout_s: float) -> PendingCombine:
         """Send, waiting for free slots if need be. Zero tokens are allowed.
@@ -156,6 +164,8 @@ class TransportOptions:
 
     transport: "auto", "nixl" or "grpc". spin_us: how long to poll before parking.
     park_poll_ms: how often to poll while parked, since NIXL makes progress only when called.
+    devices: where the slots lie (the first). retired_bytes: the most memory that may be held
+    back because a peer that cannot be reached any more might still write it (see retired.py).
     """
 
     transport: str = "auto"
@@ -163,4 +173,12 @@ class TransportOptions:
     park_poll_ms: float = 4.0
     connect_timeout_s: float = 10.0
     spare_slots: int = 2
-    devices: tuple[str, ...] = field(default=("cpu",))
+    devices: tuple[str, ...] = ("cpu",)
+    retired_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise ConfigError("transport", self.transport, "not a transport", TRANSPORTS)
+        for name in ("spin_us", "park_poll_ms", "connect_timeout_s", "retired_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, getattr(self, name), "must not be negative", (0,))

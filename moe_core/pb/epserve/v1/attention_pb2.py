@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65pserve/v1/attention.proto\x12\nepserve.v1\"k\n\rEngineRequest\x12&\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x17.epserve.v1.AddSequenceH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.epserve.v1.AbortSequenceH\x00\x42\x06\n\x04kind\"v\n\x0b\x41\x64\x64Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.epserve.v1.EngineSampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\"\xaf\x01\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nmin_tokens\x18\t \x01(\r\"$\n\rAbortSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"G\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x07outputs\x18\x02 \x03(\x0b\x32\x1a.epserve.v1.SequenceOutput\"r\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x12\n\nerror_code\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"8\n\rFollowRequest\x12\x0f\n\x07tp_rank\x18\x01 \x01(\r\x12\x16\n\x0einstance_epoch\x18\x02 \x01(\x04\"_\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0fplacement_epoch\x18\x02 \x01(\x04\x12,\n\tsequences\x18\x03 \x03(\x0b\x32\x19.epserve.v1.SequenceSlice\"j\n\rSequenceSlice\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13num_computed_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\x14\n\x0cneeds_logits\x18\x04 \x01(\x08\x32\x91\x01\n\x10\x41ttentionService\x12>\n\x05Serve\x12\x19.epserve.v1.EngineRequest\x1a\x16.epserve.v1.StepOutput(\x01\x30\x01\x12=\n\x06\x46ollow\x12\x19.epserve.v1.FollowRequest\x1a\x14.epserve.v1.StepPlan(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65pserve/v1/attention.proto\x12\nepserve.v1\"k\n\rEngineRequest\x12&\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x17.epserve.v1.AddSequenceH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.epserve.v1.AbortSequenceH\x00\x42\x06\n\x04kind\"v\n\x0b\x41\x64\x64Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.epserve.v1.EngineSampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\"\xaf\x01\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nmin_tokens\x18\t \x01(\r\"$\n\rAbortSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"G\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x07outputs\x18\x02 \x03(\x0b\x32\x1a.epserve.v1.SequenceOutput\"r\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x12\n\nerror_code\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"g\n\rFollowRequest\x12\x0f\n\x07tp_rank\x18\x01 \x01(\r\x12\x1d\n\x15leader_instance_epoch\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\"_\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0fplacement_epoch\x18\x02 \x01(\x04\x12,\n\tsequences\x18\x03 \x03(\x0b\x32\x19.epserve.v1.SequenceSlice\"j\n\rSequenceSlice\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13num_computed_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\x14\n\x0cneeds_logits\x18\x04 \x01(\x08\x32\x91\x01\n\x10\x41ttentionService\x12>\n\x05Serve\x12\x19.epserve.v1.EngineRequest\x1a\x16.epserve.v1.StepOutput(\x01\x30\x01\x12=\n\x06\x46ollow\x12\x19.epserve.v1.FollowRequest\x1a\x14.epserve.v1.StepPlan(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,11 +44,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEOUTPUT']._serialized_start=560
   _globals['_SEQUENCEOUTPUT']._serialized_end=674
   _globals['_FOLLOWREQUEST']._serialized_start=676
-  _globals['_FOLLOWREQUEST']._serialized_end=732
-  _globals['_STEPPLAN']._serialized_start=734
-  _globals['_STEPPLAN']._serialized_end=829
-  _globals['_SEQUENCESLICE']._serialized_start=831
-  _globals['_SEQUENCESLICE']._serialized_end=937
-  _globals['_ATTENTIONSERVICE']._serialized_start=940
-  _globals['_ATTENTIONSERVICE']._serialized_end=1085
+  _globals['_FOLLOWREQUEST']._serialized_end=779
+  _globals['_STEPPLAN']._serialized_start=781
+  _globals['_STEPPLAN']._serialized_end=876
+  _globals['_SEQUENCESLICE']._serialized_start=878
+  _globals['_SEQUENCESLICE']._serialized_end=984
+  _globals['_ATTENTIONSERVICE']._serialized_start=987
+  _globals['_ATTENTIONSERVICE']._serialized_end=1132
 # @@protoc_insertion_point(module_scope)

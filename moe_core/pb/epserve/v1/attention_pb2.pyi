@@ -77,12 +77,16 @@ class SequenceOutput(_message.Message):
     def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
-    __slots__ = ("tp_rank", "instance_epoch")
+    __slots__ = ("tp_rank", "leader_instance_epoch", "num_blocks", "block_size")
     TP_RANK_FIELD_NUMBER: _ClassVar[int]
-    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LEADER_INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     tp_rank: int
-    instance_epoch: int
-    def __init__(self, tp_rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ...) -> None: ...
+    leader_instance_epoch: int
+    num_blocks: int
+    block_size: int
+    def __init__(self, tp_rank: _Optional[int] = ..., leader_instance_epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step", "placement_epoch", "sequences")

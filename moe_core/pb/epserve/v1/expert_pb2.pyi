@@ -17,21 +17,19 @@ class ExchangeRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., dispatch: _Optional[_Union[DispatchMessage, _Mapping]] = ..., doorbell: _Optional[_Union[Doorbell, _Mapping]] = ...) -> None: ...
 
 class ExchangeResponse(_message.Message):
-    __slots__ = ("welcome", "refusal", "combine", "doorbell", "failure")
+    __slots__ = ("welcome", "combine", "doorbell", "failure")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
-    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     COMBINE_FIELD_NUMBER: _ClassVar[int]
     DOORBELL_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
-    refusal: Refusal
     combine: CombineMessage
     doorbell: Doorbell
     failure: DispatchFailure
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., combine: _Optional[_Union[CombineMessage, _Mapping]] = ..., doorbell: _Optional[_Union[Doorbell, _Mapping]] = ..., failure: _Optional[_Union[DispatchFailure, _Mapping]] = ...) -> None: ...
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., combine: _Optional[_Union[CombineMessage, _Mapping]] = ..., doorbell: _Optional[_Union[Doorbell, _Mapping]] = ..., failure: _Optional[_Union[DispatchFailure, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_versions", "model_fingerprint", "attn_rank", "attn_world", "dtype", "hidden_size", "num_columns", "slot_count", "slot_tokens", "instance_epoch", "transports", "host_id", "nixl", "expert_rank", "expert_world")
+    __slots__ = ("protocol_versions", "model_fingerprint", "attn_rank", "attn_world", "dtype", "hidden_size", "num_columns", "slot_count", "slot_tokens", "instance_epoch", "transports", "nixl", "expert_rank", "expert_world")
     PROTOCOL_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ATTN_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -43,7 +41,6 @@ class Hello(_message.Message):
     SLOT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
-    HOST_ID_FIELD_NUMBER: _ClassVar[int]
     NIXL_FIELD_NUMBER: _ClassVar[int]
     EXPERT_RANK_FIELD_NUMBER: _ClassVar[int]
     EXPERT_WORLD_FIELD_NUMBER: _ClassVar[int]
@@ -58,11 +55,10 @@ class Hello(_message.Message):
     slot_tokens: int
     instance_epoch: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    host_id: str
     nixl: NixlGrant
     expert_rank: int
     expert_world: int
-    def __init__(self, protocol_versions: _Optional[_Iterable[int]] = ..., model_fingerprint: _Optional[str] = ..., attn_rank: _Optional[int] = ..., attn_world: _Optional[int] = ..., dtype: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_columns: _Optional[int] = ..., slot_count: _Optional[int] = ..., slot_tokens: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., host_id: _Optional[str] = ..., nixl: _Optional[_Union[NixlGrant, _Mapping]] = ..., expert_rank: _Optional[int] = ..., expert_world: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_versions: _Optional[_Iterable[int]] = ..., model_fingerprint: _Optional[str] = ..., attn_rank: _Optional[int] = ..., attn_world: _Optional[int] = ..., dtype: _Optional[str] = ..., hidden_size: _Optional[int] = ..., num_columns: _Optional[int] = ..., slot_count: _Optional[int] = ..., slot_tokens: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., nixl: _Optional[_Union[NixlGrant, _Mapping]] = ..., expert_rank: _Optional[int] = ..., expert_world: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "transport", "transport_reason", "instance_epoch", "nixl")
@@ -79,7 +75,7 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., transport: _Optional[str] = ..., transport_reason: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., nixl: _Optional[_Union[NixlGrant, _Mapping]] = ...) -> None: ...
 
 class NixlGrant(_message.Message):
-    __slots__ = ("agent_name", "agent_metadata", "base_address", "slot_bytes", "slot_count", "device_id", "memory_type", "doorbell_path")
+    __slots__ = ("agent_name", "agent_metadata", "base_address", "slot_bytes", "slot_count", "device_id", "memory_type", "link_id", "process")
     AGENT_NAME_FIELD_NUMBER: _ClassVar[int]
     AGENT_METADATA_FIELD_NUMBER: _ClassVar[int]
     BASE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -87,7 +83,8 @@ class NixlGrant(_message.Message):
     SLOT_COUNT_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     MEMORY_TYPE_FIELD_NUMBER: _ClassVar[int]
-    DOORBELL_PATH_FIELD_NUMBER: _ClassVar[int]
+    LINK_ID_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     agent_name: str
     agent_metadata: bytes
     base_address: int
@@ -95,16 +92,23 @@ class NixlGrant(_message.Message):
     slot_count: int
     device_id: int
     memory_type: str
-    doorbell_path: str
-    def __init__(self, agent_name: _Optional[str] = ..., agent_metadata: _Optional[bytes] = ..., base_address: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., device_id: _Optional[int] = ..., memory_type: _Optional[str] = ..., doorbell_path: _Optional[str] = ...) -> None: ...
+    link_id: int
+    process: HostProcess
+    def __init__(self, agent_name: _Optional[str] = ..., agent_metadata: _Optional[bytes] = ..., base_address: _Optional[int] = ..., slot_bytes: _Optional[int] = ..., slot_count: _Optional[int] = ..., device_id: _Optional[int] = ..., memory_type: _Optional[str] = ..., link_id: _Optional[int] = ..., process: _Optional[_Union[HostProcess, _Mapping]] = ...) -> None: ...
 
-class Refusal(_message.Message):
-    __slots__ = ("code", "message")
-    CODE_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    code: str
-    message: str
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+class HostProcess(_message.Message):
+    __slots__ = ("host_id", "pid", "start_ticks", "doorbell", "parked_fd")
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    START_TICKS_FIELD_NUMBER: _ClassVar[int]
+    DOORBELL_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FD_FIELD_NUMBER: _ClassVar[int]
+    host_id: str
+    pid: int
+    start_ticks: int
+    doorbell: str
+    parked_fd: int
+    def __init__(self, host_id: _Optional[str] = ..., pid: _Optional[int] = ..., start_ticks: _Optional[int] = ..., doorbell: _Optional[str] = ..., parked_fd: _Optional[int] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("placement_epoch", "step", "layer_id", "microbatch", "chunk", "attempt")
@@ -122,43 +126,53 @@ class Key(_message.Message):
     attempt: int
     def __init__(self, placement_epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer_id: _Optional[int] = ..., microbatch: _Optional[int] = ..., chunk: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
+class Tag(_message.Message):
+    __slots__ = ("slot", "sequence")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    sequence: int
+    def __init__(self, slot: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
 class DispatchMessage(_message.Message):
-    __slots__ = ("key", "num_tokens", "hidden_states", "physical_ids", "topk_weights")
+    __slots__ = ("tag", "key", "num_tokens", "hidden_states", "physical_ids", "topk_weights")
+    TAG_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     PHYSICAL_IDS_FIELD_NUMBER: _ClassVar[int]
     TOPK_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    tag: Tag
     key: Key
     num_tokens: int
     hidden_states: bytes
     physical_ids: bytes
     topk_weights: bytes
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., hidden_states: _Optional[bytes] = ..., physical_ids: _Optional[bytes] = ..., topk_weights: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, tag: _Optional[_Union[Tag, _Mapping]] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., hidden_states: _Optional[bytes] = ..., physical_ids: _Optional[bytes] = ..., topk_weights: _Optional[bytes] = ...) -> None: ...
 
 class CombineMessage(_message.Message):
-    __slots__ = ("key", "num_tokens", "partial", "queue_us", "compute_us")
-    KEY_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("tag", "num_tokens", "partial", "queue_us", "compute_us")
+    TAG_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
-    key: Key
+    tag: Tag
     num_tokens: int
     partial: bytes
     queue_us: int
     compute_us: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., partial: _Optional[bytes] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+    def __init__(self, tag: _Optional[_Union[Tag, _Mapping]] = ..., num_tokens: _Optional[int] = ..., partial: _Optional[bytes] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
 
 class DispatchFailure(_message.Message):
-    __slots__ = ("key", "code", "message")
-    KEY_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("tag", "code", "message")
+    TAG_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    key: Key
+    tag: Tag
     code: str
     message: str
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    def __init__(self, tag: _Optional[_Union[Tag, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Doorbell(_message.Message):
     __slots__ = ()

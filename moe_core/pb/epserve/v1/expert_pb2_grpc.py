@@ -46,7 +46,10 @@ class ExpertServiceServicer:
 
     def Exchange(self, request_iterator, context):
         """One long-lived stream per (attention process, expert process). The first message is a
-        Hello, the first answer a Welcome or a Refusal.
+        Hello, the first answer a Welcome; a Hello that does not fit ends the stream with
+        FAILED_PRECONDITION and a message that names both sides' values. The caller ends the
+        stream by closing its half once all of its writes are done; the expert side then ends it
+        with OK once all of its own are. Any other end means that writes may still land.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,282 @@
+"""The loop that turns requests into tokens, one step after the other.
+
+Knows streams of requesters, the scheduler, the sampler, and one `StepRunner` that computes a
+step. Knows no tensors beyond the logits that pass through, no experts and no wire: a step that
+the experts fail ends that step's sequences, and the loop goes on.
+
+Everything happens on one event loop. Between two steps the set of sequences is consistent;
+while a step is under way, a sequence that is no longer wanted is only noted, and leaves
+when the step is over, since the step still writes to its KV blocks.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence as Many
+from typing import Protocol
+
+import structlog
+import torch
+
+from attn_service.kv_blocks import BlockPool
+from attn_service.sampler import NO_TOKEN, SamplingRow, sample
+from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
+from attn_service.sequence import (
+    FinishReason,
+    Sequence,
+    SequenceOutput,
+    SequenceRequest,
+    SequenceSlice,
+    StepOutput,
+    StepPlan,
+)
+from moe_core.cluster import AttentionLoad
+from moe_core.errors import EpserveError, RequestError, TransportError, UnavailableError
+
+log = structlog.get_logger(__name__)
+
+
+class StepRunner(Protocol):
+    async def execute(self, plan: StepPlan) -> torch.Tensor:
+        """Logits [slices that need them, vocab_size] of the last token of each such slice, in
+        the plan's order. Raises TransportError when the experts fail the step."""
+
+
+class EngineStream:
+    """One requester's sequences and their outputs; ids are the requester's own."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._sequences: dict[str, Sequence] = {}
+        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
+        self._wants_more = True
+
+    def add(self, request: SequenceRequest) -> None:
+        """Queue a sequence. Raises RequestError for one that cannot be served, UnavailableError
+        when the engine is stopping."""
+        if request.sequence_id in self._sequences:
+            raise RequestError(
+                f"sequence_id={request.sequence_id!r}: already running on this stream"
+            )
+        self._sequences[request.sequence_id] = self._engine._add(self, request)
+
+    def abort(self, sequence_id: str) -> None:
+        """End a sequence early. One that has ended already is no error: the two may cross."""
+        sequence = self._sequences.pop(sequence_id, None)
+        if sequence is None:
+            return
+        self._engine._discard(sequence)
+        self.refuse(SequenceOutput(sequence_id, finish_reason=FinishReason.ABORT))
+
+    def refuse(self, output: SequenceOutput) -> None:
+        """Put an output that belongs to no step in line."""
+        self._outputs.put_nowait(StepOutput(self._engine.step, (output,)))
+        self._end_if_idle()
+
+    def end_of_requests(self) -> None:
+        """No request will come; `outputs` ends after the last sequence has ended."""
+        self._wants_more = False
+        self._end_if_idle()
+
+    def close(self) -> None:
+        """Abort all that is left; nothing more is put out."""
+        for sequence in self._sequences.values():
+            self._engine._discard(sequence)
+        self._sequences.clear()
+        self._engine._forget(self)
+        self._outputs.put_nowait(None)
+
+    async def outputs(self) -> AsyncIterator[StepOutput]:
+        """One StepOutput per step that has news for this stream. Raises UnavailableError after
+        the last one if the engine has failed."""
+        while (output := await self._outputs.get()) is not None:
+            yield output
+        if self._engine.failure is not None:
+            raise self._engine.failure
+
+    def _deliver(self, step: int, outputs: Many[SequenceOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._sequences[output.sequence_id]
+        self._outputs.put_nowait(StepOutput(step, tuple(outputs)))
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if not self._sequences and not self._wants_more:
+            self._outputs.put_nowait(None)
+
+
+class Engine:
+    """`run` must be running for anything to happen; `open_stream` is how work comes in."""
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        pool: BlockPool,
+        config: SchedulerConfig,
+        *,
+        vocab_size: int,
+        placement_epoch: int,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._scheduler = Scheduler(config, pool)
+        self._vocab_size = vocab_size
+        self._placement_epoch = placement_epoch
+        self._streams: set[EngineStream] = set()
+        self._owner: dict[Sequence, EngineStream] = {}
+        self._discarded: set[Sequence] = set()
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._accepting = True
+        self.failure: UnavailableError | None = None
+        self.step = 0
+
+    @property
+    def load(self) -> AttentionLoad:
+        return AttentionLoad(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            free_kv_blocks=self._pool.num_free,
+            total_kv_blocks=self._pool.num_blocks,
+            kv_block_size=self._pool.block_size,
+        )
+
+    def open_stream(self) -> EngineStream:
+        """Raises UnavailableError when the engine has failed."""
+        if self.failure is not None:
+            raise self.failure
+        stream = EngineStream(self)
+        self._streams.add(stream)
+        return stream
+
+    async def run(self) -> None:
+        """Steps for as long as there is work, and waits for more, until cancelled. A failure
+        that is not the experts' ends every sequence and is raised."""
+        try:
+            while True:
+                self._drop_discarded()
+                if self._scheduler.has_work:
+                    await self._run_step()
+                    await asyncio.sleep(0)  # a step may never have waited: let requests in
+                else:
+                    self._idle.set()
+                    self._changed.clear()
+                    await self._changed.wait()
+        except Exception as error:
+            self._fail_all(error)
+            raise
+
+    async def drain(self) -> None:
+        """Take no more sequences and wait for those under way; the caller sets the deadline."""
+        self._accepting = False
+        if self.failure is None:
+            await self._idle.wait()
+
+    def _add(self, stream: EngineStream, request: SequenceRequest) -> Sequence:
+        if not self._accepting:
+            raise UnavailableError("this attention process is draining and takes no new sequences")
+        wrong = next((t for t in request.prompt_ids if not 0 <= t < self._vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"prompt_ids: token id {wrong} is outside the vocabulary of {self._vocab_size}"
+            )
+        sequence = Sequence(request)
+        self._scheduler.add(sequence)
+        self._owner[sequence] = stream
+        self._idle.clear()
+        self._changed.set()
+        return sequence
+
+    def _discard(self, sequence: Sequence) -> None:
+        self._discarded.add(sequence)
+        self._changed.set()
+
+    def _forget(self, stream: EngineStream) -> None:
+        self._streams.discard(stream)
+
+    def _drop_discarded(self) -> None:
+        for sequence in self._discarded:
+            self._remove(sequence)
+        self._discarded.clear()
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        del self._owner[sequence]
+
+    async def _run_step(self) -> None:
+        scheduled = self._scheduler.schedule()
+        plan = self._plan(scheduled)
+        try:
+            logits = await self._runner.execute(plan)
+        except TransportError as error:
+            log.warning("the experts failed a step", step=self.step, error=str(error))
+            self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
+        else:
+            self._advance(scheduled, logits)
+
+    def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
+        self.step += 1
+        return StepPlan(self.step, self._placement_epoch, tuple(map(_slice, scheduled)))
+
+    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> None:
+        """Count what was computed, sample where a sequence has caught up, and put it out."""
+        ready = [s.sequence for s in scheduled if s.catches_up]
+        for item in scheduled:
+            item.sequence.num_computed_tokens += item.num_new_tokens
+        rows = [SamplingRow(s.request.sampling, s.num_tokens, s.num_output_tokens) for s in ready]
+        tokens = sample(logits, rows) if rows else []
+        wanted = [(s, t) for s, t in zip(ready, tokens, strict=True) if s not in self._discarded]
+        self._put_out([(sequence, _next_output(sequence, token)) for sequence, token in wanted])
+
+    def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:
+        by_stream: defaultdict[EngineStream, list[SequenceOutput]] = defaultdict(list)
+        for sequence, output in results:
+            by_stream[self._owner[sequence]].append(output)
+            if output.finish_reason is not None:
+                self._remove(sequence)
+        for stream, outputs in by_stream.items():
+            stream._deliver(self.step, outputs)
+
+    def _finish_with(self, code: str, message: str, sequences: Many[Sequence]) -> None:
+        """End those of `sequences` that are still wanted with an error."""
+        wanted = [s for s in sequences if s not in self._discarded]
+        self._put_out([(s, _error_output(s, code, message)) for s in wanted])
+
+    def _fail_all(self, error: Exception) -> None:
+        code = error.code if isinstance(error, EpserveError) else "INTERNAL"
+        self._accepting = False
+        self.failure = UnavailableError(f"the engine has stopped: {error}")
+        self._drop_discarded()
+        self._finish_with(code, str(error), self._scheduler.sequences())
+        for stream in tuple(self._streams):
+            stream.close()
+        self._idle.set()
+
+
+def _slice(item: Scheduled) -> SequenceSlice:
+    sequence, start = item.sequence, item.sequence.num_computed_tokens
+    return SequenceSlice(
+        token_ids=tuple(sequence.token_ids[start : start + item.num_new_tokens]),
+        num_computed_tokens=start,
+        block_table=sequence.block_table,
+        needs_logits=item.catches_up,
+    )
+
+
+def _error_output(sequence: Sequence, code: str, message: str) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.request.sequence_id,
+        finish_reason=FinishReason.ERROR,
+        error_code=code,
+        error=message,
+    )
+
+
+def _next_output(sequence: Sequence, token: int) -> SequenceOutput:
+    if token == NO_TOKEN:
+        position = sequence.num_tokens
+        return _error_output(
+            sequence, "INTERNAL", f"the logits for position {position} are not finite"
+        )
+    reason = sequence.append(token)
+    return SequenceOutput(sequence.request.sequence_id, (token,), reason)

@@ -1,0 +1,246 @@
+"""The attention side of the exchange: one layer's tokens out to the expert tier, one sum back.
+
+Implements `Experts` over one `ExpertLink` per expert process. Knows the placement and the
+attention TP group; knows no wire (moe_core/transport does) and no model.
+
+Invariants:
+* A layer's dispatches are all posted, and their bytes gone, before any combine is awaited.
+* Partials are summed in ascending rank order, in fp32 (fp64 for float64), and only when every
+  one is there; a token's sum is complete or the layer raises.
+* Every dispatch that was posted is waited for or given up, so no slot stays taken by a layer
+  that failed.
+
+Weights travel as float32, as every transport carries them, whatever the model's dtype.
+
+With attention TP each rank exchanges only its share of the rows and `combine` all-gathers. A
+rank whose exchange failed raises and leaves that collective out; the others find it missing
+when the collective's own deadline ends.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attn_service.dispatch_plan import (
+    GroupDispatch,
+    LayerTables,
+    plan_dispatch,
+    with_shared_weight,
+)
+from attn_service.experts import StepKey
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import PeerFailedError, TransportError
+from moe_core.model.experts import accumulation_dtype
+from moe_core.model.tensor_parallel import TensorParallel
+from moe_core.placement import ExpertPlacement
+from moe_core.transport.base import Dispatch, DispatchKey, ExpertLink, PendingCombine
+
+_MAX_EXPERTS_IN_ERRORS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """One posted dispatch: to whom, which rows, and the answer to come."""
+
+    link: ExpertLink
+    group: GroupDispatch
+    answer: PendingCombine
+
+
+class ExpertClient:
+    """Computes MoE layers on the expert tier.
+
+    links: one per expert process, in rank order. turn_offset: where this process starts taking
+    turns among copies, so that processes with small batches do not all pick the same; equal on
+    all ranks of a TP group or not, the sums are the same. expert_wait_s: the longest one layer
+    may take from its dispatch to its last combine.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[ExpertLink],
+        parallel: ParallelConfig,
+        placement: ExpertPlacement,
+        tensor_parallel: TensorParallel,
+        *,
+        expert_wait_s: float,
+        device: torch.device,
+        turn_offset: int = 0,
+    ) -> None:
+        if len(links) != parallel.expert_devices:
+            raise ValueError(f"{len(links)} links for {parallel.expert_devices} expert processes")
+        self._links = tuple(links)
+        self._parallel = parallel
+        self._placement = placement
+        self._tensor_parallel = tensor_parallel
+        self._expert_wait_s = expert_wait_s
+        self._turn_offset = turn_offset
+        self._tables = {
+            layer.layer_id: LayerTables.build(layer, placement.ep_size, device)
+            for layer in placement.layers
+        }
+
+    async def dispatch(
+        self,
+        key: StepKey,
+        layer_id: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+    ) -> "PendingLayer":
+        """See `Experts.dispatch`; a TransportError names peer, layer and experts."""
+        tensor_parallel = self._tensor_parallel
+        sizes = even_parts(hidden_states.shape[0], tensor_parallel.size)
+        start = sum(sizes[: tensor_parallel.rank])
+        own = slice(start, start + sizes[tensor_parallel.rank])
+        deadline = asyncio.get_running_loop().time() + self._expert_wait_s
+        groups = plan_dispatch(
+            self._tables[layer_id],
+            topk_ids[own],
+            self._parallel.degree,
+            self._parallel.shared_on_experts,
+            first_token=start + layer_id + self._turn_offset,
+        )
+        wire_key = DispatchKey(key.placement_epoch, key.step, layer_id, key.microbatch)
+        hidden = hidden_states[own]
+        weights = with_shared_weight(topk_weights[own].float(), self._parallel.shared_on_experts)
+        sent = await self._post(wire_key, hidden, weights, groups, deadline)
+        return PendingLayer(self, layer_id, hidden, sizes, sent, deadline)
+
+    async def _post(
+        self,
+        key: DispatchKey,
+        hidden: Tensor,
+        weights: Tensor,
+        groups: Sequence[GroupDispatch],
+        deadline: float,
+    ) -> list[_Sent]:
+        """Post all dispatches of a layer; on failure give up those that went out."""
+        timeout_s = deadline - asyncio.get_running_loop().time()
+        targets: list[tuple[ExpertLink, GroupDispatch]] = []
+        posts: list[asyncio.Task[PendingCombine]] = []
+        for group in groups:
+            dispatch = _dispatch_of(key, hidden, weights, group)
+            for link in self._group_links(group.ep_rank):
+                targets.append((link, group))
+                posts.append(asyncio.create_task(link.dispatch(dispatch, timeout_s)))
+        try:
+            results = await asyncio.gather(*posts, return_exceptions=True)
+        except asyncio.CancelledError:
+            await asyncio.wait(posts)
+            await _give_up([post.result() for post in posts if _succeeded(post)])
+            raise
+        sent = []
+        failed: BaseException | None = None
+        for (link, group), result in zip(targets, results, strict=True):
+            if not isinstance(result, BaseException):
+                sent.append(_Sent(link, group, result))
+            elif failed is None:
+                failed = self.explain(result, key.layer_id, link, group)
+        if failed is not None:
+            await _give_up([each.answer for each in sent])
+            raise failed
+        return sent
+
+    def _group_links(self, ep_rank: int) -> tuple[ExpertLink, ...]:
+        """The links to one EP group's processes; its TP shards all get the same rows."""
+        etp_size = self._parallel.etp_size
+        return self._links[ep_rank * etp_size : (ep_rank + 1) * etp_size]
+
+    def explain(
+        self, error: BaseException, layer_id: int, link: ExpertLink, group: GroupDispatch
+    ) -> BaseException:
+        """The same transport error, saying also which experts were needed from that peer."""
+        if not isinstance(error, TransportError):
+            return error
+        placement = self._placement.layer(layer_id)
+        physical = torch.unique(group.physical_ids[group.physical_ids >= 0]).tolist()
+        logical = placement.physical_to_logical
+        names = [str(logical[p]) if p < placement.num_physical else "shared" for p in physical]
+        shown = ", ".join(dict.fromkeys(names[:_MAX_EXPERTS_IN_ERRORS]))
+        more = ", …" if len(names) > _MAX_EXPERTS_IN_ERRORS else ""
+        text = f"{error} (for layer {layer_id}, experts {shown}{more})"
+        if isinstance(error, PeerFailedError):
+            return PeerFailedError(text, error.code)
+        return type(error)(text)
+
+    def gather_rows(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        return self._tensor_parallel.all_gather(rows, sizes)
+
+
+class PendingLayer:
+    """One layer's dispatches of which the bytes have left."""
+
+    def __init__(
+        self,
+        client: ExpertClient,
+        layer_id: int,
+        hidden: Tensor,
+        sizes: Sequence[int],
+        sent: Sequence[_Sent],
+        deadline: float,
+    ) -> None:
+        self._client = client
+        self._layer_id = layer_id
+        self._like = hidden
+        self._sizes = sizes
+        self._sent = sent
+        self._deadline = deadline
+
+    async def combine(self) -> Tensor:
+        """See `PendingExperts.combine`."""
+        partials = await self._await_all()
+        dtype = self._like.dtype
+        total = self._like.new_zeros(self._like.shape, dtype=accumulation_dtype(dtype))
+        for sent, partial in zip(self._sent, partials, strict=True):
+            rows = sent.group.rows
+            if rows is None:
+                total += partial
+            else:  # a row is there once, so the order of additions inside is no matter
+                total.index_add_(0, rows, partial.to(total.dtype))
+        return self._client.gather_rows(total.to(dtype), self._sizes)
+
+    async def _await_all(self) -> list[Tensor]:
+        """The partials in the order of dispatch, which is ascending rank."""
+        loop = asyncio.get_running_loop()
+        partials: list[Tensor] = []
+        for position, sent in enumerate(self._sent):
+            try:
+                combine = await sent.answer.wait(max(0.0, self._deadline - loop.time()))
+            except TransportError as error:
+                await _give_up([each.answer for each in self._sent[position + 1 :]])
+                raise self._client.explain(error, self._layer_id, sent.link, sent.group) from error
+            except BaseException:
+                await _give_up([each.answer for each in self._sent[position + 1 :]])
+                raise
+            partials.append(combine.partial.to(self._like.device))
+        return partials
+
+
+def even_parts(total: int, parts: int) -> list[int]:
+    """`total` rows over `parts` ranks, the first ones one longer where it does not divide."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _dispatch_of(
+    key: DispatchKey, hidden: Tensor, weights: Tensor, group: GroupDispatch
+) -> Dispatch:
+    if group.rows is None:
+        return Dispatch(key, hidden, group.physical_ids, weights)
+    return Dispatch(key, hidden[group.rows], group.physical_ids, weights[group.rows])
+
+
+def _succeeded(task: asyncio.Task[PendingCombine]) -> bool:
+    return not task.cancelled() and task.exception() is None
+
+
+async def _give_up(answers: Sequence[PendingCombine]) -> None:
+    """A wait that times out hands its slot back to the link when the late answer comes."""
+    for answer in answers:
+        try:
+            await answer.wait(0.0)
+        except TransportError:
+            continue

@@ -1,0 +1,111 @@
+"""The experts as an attention TP group uses them: a step fails on all ranks alike, or on none.
+
+Knows the group's collectives and that each rank exchanges only its share of the rows. Knows no
+links and no layers.
+
+Invariant: from the first to the last layer of a step every rank calls the same collectives,
+even one whose exchange has failed: it puts in zeros for its rows and sends nothing more. What
+such a step has computed is worthless, so `settle`, called by every rank once the step is over,
+raises the first failure (by rank) on all of them before anybody uses the result.
+"""
+
+import json
+
+import torch
+from torch import Tensor
+
+from attn_service.expert_client import even_parts
+from attn_service.experts import Experts, PendingExperts, StepKey
+from moe_core.errors import TransportError
+from moe_core.model.tensor_parallel import TensorParallel
+
+MESSAGE_BYTES = 2048
+
+
+class AgreedTransportError(TransportError):
+    """What one rank of the group met, as all ranks of the group report it."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class GroupExperts:
+    """Wraps this rank's Experts; with a group of one it changes nothing."""
+
+    def __init__(self, experts: Experts, tensor_parallel: TensorParallel) -> None:
+        self._experts = experts
+        self._tensor_parallel = tensor_parallel
+        self._failure: TransportError | None = None
+
+    async def dispatch(
+        self,
+        key: StepKey,
+        layer_id: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+    ) -> PendingExperts:
+        """See `Experts.dispatch`; raises no TransportError, `settle` does."""
+        inner: PendingExperts | None = None
+        if self._failure is None:
+            try:
+                inner = await self._experts.dispatch(
+                    key, layer_id, hidden_states, topk_ids, topk_weights
+                )
+            except TransportError as error:
+                self._failure = error
+        return _PendingGroup(self, inner, hidden_states)
+
+    async def combine(self, inner: PendingExperts | None, hidden_states: Tensor) -> Tensor:
+        if inner is not None:
+            try:
+                return await inner.combine()
+            except TransportError as error:
+                self._failure = self._failure or error
+        sizes = even_parts(hidden_states.shape[0], self._tensor_parallel.size)
+        own = hidden_states.new_zeros(
+            (sizes[self._tensor_parallel.rank], *hidden_states.shape[1:])
+        )
+        return self._tensor_parallel.all_gather(own, sizes)
+
+    def settle(self) -> None:
+        """Once per step, on every rank. Raises AgreedTransportError on all or on none."""
+        failure, self._failure = self._failure, None
+        failed = torch.tensor([0.0 if failure is None else 1.0])  # [1]
+        if self._tensor_parallel.all_reduce(failed).item() == 0:
+            return
+        parts = self._tensor_parallel.all_gather(
+            _encode(failure), [1] * self._tensor_parallel.size
+        )  # [tp_size, MESSAGE_BYTES]
+        raise next(error for error in map(_decode, parts) if error is not None)
+
+
+class _PendingGroup:
+    def __init__(
+        self, group: GroupExperts, inner: PendingExperts | None, hidden_states: Tensor
+    ) -> None:
+        self._group = group
+        self._inner = inner
+        self._hidden_states = hidden_states
+
+    async def combine(self) -> Tensor:
+        return await self._group.combine(self._inner, self._hidden_states)
+
+
+def _encode(failure: TransportError | None) -> Tensor:
+    """[1, MESSAGE_BYTES] uint8, spaces behind the text; all spaces where nothing failed."""
+    text = b""
+    if failure is not None:
+        code, message = failure.code, str(failure)
+        while len(text := json.dumps([code, message]).encode()) > MESSAGE_BYTES:
+            message = message[: len(message) // 2]
+    return torch.tensor([list(text.ljust(MESSAGE_BYTES))], dtype=torch.uint8)
+
+
+def _decode(part: Tensor) -> AgreedTransportError | None:
+    text = bytes(part.tolist()).strip()
+    if not text:
+        return None
+    code, message = json.loads(text)
+    return AgreedTransportError(code, message)

@@ -1,0 +1,129 @@
+"""AttentionService: the gateway's sequences in, one message of new tokens per step out.
+
+Knows the messages of attention.proto and one Engine. Knows no scheduling and no model. The
+Follow half of the service is follow.py's.
+
+A stream that is lost aborts its sequences, so their blocks are free at the next step.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from attn_service.engine import Engine, EngineStream
+from attn_service.follow import Followers
+from attn_service.sequence import (
+    FinishReason,
+    Sampling,
+    SequenceOutput,
+    SequenceRequest,
+    StepOutput,
+)
+from moe_core.errors import EpserveError, RequestError
+from moe_core.pb.epserve.v1 import attention_pb2 as pb
+from moe_core.pb.epserve.v1 import attention_pb2_grpc as pb_grpc
+
+SERVICE_NAME = "epserve.v1.AttentionService"
+
+
+class AttentionServicer(pb_grpc.AttentionServiceServicer):
+    """followers is None where the group has one rank."""
+
+    def __init__(self, engine: Engine, followers: Followers | None) -> None:
+        self._engine = engine
+        self._followers = followers
+
+    async def Serve(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
+        stream = self._engine.open_stream()
+        reading = asyncio.create_task(_read(request_iterator, stream), name="serve-requests")
+        try:
+            async for output in stream.outputs():
+                await context.write(output_to_pb(output))
+        finally:
+            stream.close()
+            reading.cancel()
+            await asyncio.wait({reading})
+        if not reading.cancelled():
+            reading.result()
+
+    async def Follow(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
+        if self._followers is None:
+            raise RequestError("Follow: this attention group has one rank, so nobody can follow")
+        await self._followers.serve(request_iterator, context)
+
+
+class FollowerServicer(pb_grpc.AttentionServiceServicer):
+    """What a rank other than 0 answers."""
+
+    def __init__(self, group: object) -> None:
+        self._group = group
+
+    async def Serve(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
+        raise RequestError(f"Serve: {self._group} follows; send sequences to its tp_rank 0")
+
+    async def Follow(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
+        raise RequestError(f"Follow: {self._group} follows itself; follow its tp_rank 0")
+
+
+async def _read(requests: AsyncIterator[Any], stream: EngineStream) -> None:
+    try:
+        async for request in requests:
+            _take(request, stream)
+    except BaseException:
+        stream.close()  # a malformed or broken stream ends now, not after its sequences
+        raise
+    stream.end_of_requests()
+
+
+def _take(request: Any, stream: EngineStream) -> None:  # noqa: ANN401
+    match request.WhichOneof("kind"):
+        case "add":
+            try:
+                stream.add(request_from_pb(request.add))
+            except EpserveError as error:
+                stream.refuse(_refusal(request.add.sequence_id, error))
+        case "abort":
+            stream.abort(request.abort.sequence_id)
+        case _:
+            raise RequestError("EngineRequest: neither add nor abort is set")
+
+
+def _refusal(sequence_id: str, error: EpserveError) -> SequenceOutput:
+    return SequenceOutput(
+        sequence_id, finish_reason=FinishReason.ERROR, error_code=error.code, error=str(error)
+    )
+
+
+def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
+    sampling = message.sampling
+    return SequenceRequest(
+        sequence_id=message.sequence_id,
+        prompt_ids=tuple(message.prompt_ids),
+        sampling=Sampling(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            index=sampling.index,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            min_tokens=sampling.min_tokens,
+        ),
+    )
+
+
+def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
+    return pb.StepOutput(
+        step=output.step,
+        outputs=[
+            pb.SequenceOutput(
+                sequence_id=each.sequence_id,
+                token_ids=each.token_ids,
+                finish_reason=each.finish_reason or "",
+                error_code=each.error_code,
+                error=each.error,
+            )
+            for each in output.outputs
+        ],
+    )

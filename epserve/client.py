@@ -1,0 +1,172 @@
+"""A small asynchronous client of the Gateway service.
+
+Knows the public gRPC messages and turns them into plain dataclasses; everything else in this
+package sees only those. Knows nothing of how a request is served.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc.aio
+
+from moe_core.cluster import ClusterState
+from moe_core.errors import PeerTimeoutError
+from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc
+from moe_core.service.cluster_codec import cluster_from_pb
+from moe_core.service.grpc_channel import error_from_rpc, open_channel
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. What is None takes the gateway's default."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one choice gained since its last output. `finish_reason` is empty while it runs, and
+    `usage` is there on its last output only."""
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    id: str
+    model_type: str
+    max_model_len: int
+    vocab_size: int
+    has_tokenizer: bool
+
+
+class EpserveClient:
+    """Async context manager. All calls raise EpserveError subclasses, never gRPC's own."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._channel = open_channel(target)
+        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
+
+    async def __aenter__(self) -> "EpserveClient":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        request_id: str = "",
+        idle_timeout_s: float = 120.0,
+    ) -> AsyncIterator[Output]:
+        """The outputs of all choices as they come. Closing the iterator cancels the request.
+
+        Raises PeerTimeoutError when nothing arrives for `idle_timeout_s` seconds.
+        """
+        request = gateway_pb2.GenerateRequest(
+            request_id=request_id, model=model, sampling=_sampling_message(sampling or Sampling())
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        call = self._stub.Generate(request)
+        answers = aiter(call)
+        try:
+            while True:
+                async with asyncio.timeout(idle_timeout_s):
+                    response = await anext(answers, None)
+                if response is None:
+                    return
+                yield _output(response)
+        except TimeoutError:
+            raise PeerTimeoutError(
+                f"gateway {self.target} sent nothing for {idle_timeout_s} s"
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"generate at {self.target}") from error
+        finally:
+            call.cancel()
+
+    async def list_models(self, timeout_s: float = 5.0) -> tuple[Model, ...]:
+        try:
+            answer = await self._stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"list models at {self.target}") from error
+        return tuple(
+            Model(m.id, m.model_type, m.max_model_len, m.vocab_size, m.has_tokenizer)
+            for m in answer.models
+        )
+
+    async def cluster(self, timeout_s: float = 5.0) -> ClusterState:
+        try:
+            answer = await self._stub.GetCluster(gateway_pb2.GetClusterRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"get cluster at {self.target}") from error
+        return cluster_from_pb(answer)
+
+
+def _sampling_message(sampling: Sampling) -> gateway_pb2.SamplingParams:
+    return gateway_pb2.SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop=sampling.stop,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        min_tokens=sampling.min_tokens,
+        n=sampling.n,
+    )
+
+
+def _output(response: gateway_pb2.GenerateResponse) -> Output:
+    usage = None
+    if response.HasField("usage"):
+        usage = Usage(response.usage.prompt_tokens, response.usage.completion_tokens)
+    return Output(
+        response.request_id,
+        response.index,
+        tuple(response.token_ids),
+        response.text,
+        response.finish_reason,
+        usage,
+    )

@@ -1,0 +1,203 @@
+"""What serve starts: one command and environment per process of a cluster on this machine.
+
+Knows the command line of every process command, this machine's cores and its devices. Starts
+no cluster process itself.
+"""
+
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from epserve.layout import Place, derive_layout, spread_devices
+from epserve.supervisor import ChildSpec
+from moe_core.cluster import Role
+from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
+from moe_core.service.addresses import join_address
+
+_DEVICE_QUESTION_TIMEOUT_S = 120.0
+# Workers leave before the gateway, so that none of them sees its cluster vanish.
+_STOP_STAGES = {Role.ATTN: 0, Role.EXPERT: 1, Role.GATEWAY: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """A cluster on this machine. None leaves a value to the process that it is for."""
+
+    model: Path
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    transport: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    host: str = "127.0.0.1"
+    grpc_port: int = 0  # 0: a free one is chosen when the plan is made
+    kv_cache_tokens: int | None = None
+    block_size: int | None = None
+    max_num_seqs: int | None = None
+    debug: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """Checked settings and everything that follows from them."""
+
+    settings: ClusterSettings
+    model: ModelConfig
+    parallel: ParallelConfig
+    places: tuple[Place, ...]
+
+    @property
+    def target(self) -> str:
+        """Where a client on this machine reaches the gateway."""
+        host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "") else self.settings.host
+        host = "::1" if host.strip("[]") == "::" else host
+        return join_address(host, self.settings.grpc_port)
+
+    def children(self) -> tuple[ChildSpec, ...]:
+        return tuple(
+            ChildSpec(
+                place.name,
+                (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
+                _environment(place, self.parallel),
+                _STOP_STAGES[place.role],
+            )
+            for place in self.places
+        )
+
+    def _arguments(self, place: Place) -> list[str]:
+        settings = self.settings
+        arguments = [place.role.value, "--model", str(settings.model)]
+        if settings.debug:
+            arguments.append("--debug")
+        if place.role is Role.GATEWAY:
+            arguments += ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
+            return arguments + parallel_arguments(self.parallel)
+        arguments += ["--gateway", self.target, "--rank", str(place.rank)]
+        arguments += ["--device", place.device, "--dtype", settings.dtype]
+        arguments += ["--transport", settings.transport]
+        if place.role is Role.ATTN:
+            arguments += _given("--kv-cache-tokens", settings.kv_cache_tokens)
+            arguments += _given("--block-size", settings.block_size)
+            arguments += _given("--max-num-seqs", settings.max_num_seqs)
+        return arguments
+
+
+def make_plan(settings: ClusterSettings) -> LaunchPlan:
+    """Check everything that can be known before a process starts. Raises ConfigError."""
+    model = read_model_config(settings.model)
+    parallel = settings.parallel.with_model(model)
+    settings = _with_port(settings)
+    devices = spread_devices(parallel, num_cuda_devices(settings.device))
+    places = derive_layout(parallel, model, *devices, gateway_port=settings.grpc_port)
+    return LaunchPlan(settings, model, parallel, places)
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The config of a checkpoint. Raises ConfigError where there is none to be served."""
+    if not directory.is_dir():
+        raise ConfigError("model", str(directory), "must be an existing directory")
+    if not (directory / "config.json").is_file():
+        raise ConfigError("model", str(directory), "must hold a config.json")
+    if next(directory.glob("*.safetensors"), None) is None:
+        raise ConfigError("model", str(directory), "must hold *.safetensors files")
+    return ModelConfig.from_hf(directory)
+
+
+def num_cuda_devices(device: str) -> int:
+    """How many CUDA devices the processes may use: none for "cpu", and for "auto" where there
+    are none. Raises ConfigError for "cuda" without a device."""
+    if device == "cpu" or (device == "auto" and not _has_cuda_driver()):
+        return 0
+    count = _devices_torch_sees()
+    if device == "cuda" and count == 0:
+        raise ConfigError("device", device, "torch sees no CUDA device on this machine", ["cpu"])
+    return count
+
+
+def parallel_arguments(parallel: ParallelConfig) -> list[str]:
+    """The gateway's flags for a configuration that is settled for its model."""
+    arguments = ["--enable-mla" if parallel.enable_mla else "--no-enable-mla"]
+    if parallel.colocated:
+        arguments.append("--colocated")
+    for flag, value in (
+        ("--attn-devices", parallel.attn_devices),
+        ("--dp-size", parallel.dp_size),
+        ("--expert-devices", parallel.expert_devices),
+        ("--ep-size", parallel.ep_size),
+        ("--expert-parallel-degree", parallel.degree),
+        ("--num-redundant-experts", parallel.num_redundant_experts),
+        ("--shared-experts", parallel.shared_experts),
+    ):
+        arguments += _given(flag, value)
+    return arguments
+
+
+def _given(flag: str, value: object | None) -> Sequence[str]:
+    return () if value is None else (flag, str(value))
+
+
+def _with_port(settings: ClusterSettings) -> ClusterSettings:
+    """The settings with a port that was free a moment ago. Raises ConfigError for a taken one."""
+    try:
+        free = _bindable_port(settings.host, settings.grpc_port)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = join_address(settings.host, settings.grpc_port)
+        rule = f"cannot listen on {where}: {reason}"
+        raise ConfigError("grpc_port", settings.grpc_port, rule, ["0 (any free one)"]) from None
+    return replace(settings, grpc_port=free)
+
+
+def _bindable_port(host: str, port: int) -> int:
+    found = socket.getaddrinfo(
+        host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, where = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(where)
+        return int(probe.getsockname()[1])
+
+
+def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
+    """Thread counts and waits, which libraries read when they load.
+
+    The tiers take turns within a layer, so each tier's processes share out all cores. What the
+    user has set already stays.
+    """
+    wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false"}
+    if place.role is not Role.GATEWAY:
+        tier = parallel.attn_devices if place.role is Role.ATTN else parallel.expert_devices
+        wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // tier))
+        wanted["GOMP_SPINCOUNT"] = "5000"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _devices_torch_sees() -> int:
+    """Asked in a process of its own: importing torch here would cost seconds and memory."""
+    question = "import torch; print(torch.cuda.device_count())"
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-P", "-c", question],
+            capture_output=True,
+            text=True,
+            timeout=_DEVICE_QUESTION_TIMEOUT_S,
+            check=True,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise ConfigError("device", "cuda", f"torch could not be asked: {error}", ["cpu"]) from None
+    return int(answer.stdout)

@@ -1,0 +1,116 @@
+"""The command line's options, each defined once: flag, type and help.
+
+Knows names and help texts; knows nothing of what a value leads to.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moe_core.errors import ConfigError
+
+DEFAULT_GRPC_PORT = 50051
+DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_MAX_NUM_SEQS = 64
+
+
+Transport = Literal["auto", "nixl", "grpc"]
+Dtype = Literal["auto", "float64", "float32", "bfloat16"]
+DeviceKind = Literal["auto", "cpu", "cuda"]
+SharedExpertsOn = Literal["attention", "expert"]
+
+
+@dataclass(slots=True)
+class CliState:
+    """What the options that every command takes have said."""
+
+    debug: bool = False
+
+
+def _note_debug(context: typer.Context, debug: bool) -> bool:
+    if debug:
+        context.ensure_object(CliState).debug = True
+    return debug
+
+
+ModelOption = Annotated[
+    Path, typer.Option(help="Hugging Face directory: config.json, *.safetensors, tokenizer.json.")
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=_note_debug, help="Log more; show tracebacks.")
+]
+TransportOption = Annotated[
+    Transport, typer.Option(help="How tensors travel between the tiers. auto: nixl, else grpc.")
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Type of weights and activations. auto: the checkpoint's.")
+]
+DeviceKindOption = Annotated[
+    DeviceKind, typer.Option(help="auto: CUDA where there is a device, else the CPU.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
+GrpcPortOption = Annotated[int, typer.Option(help="The gateway's gRPC port; 0: any free one.")]
+WorkerPortOption = Annotated[int, typer.Option(help="This process's own port; 0: any free one.")]
+GatewayOption = Annotated[str, typer.Option(help="HOST:PORT of the gateway to register with.")]
+AdvertiseOption = Annotated[
+    str | None,
+    typer.Option(help="HOST or HOST:PORT where peers reach this process, if not where it listens."),
+]
+RankOption = Annotated[
+    int | None, typer.Option(help="Rank in its tier; by default the gateway gives the lowest free.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(help="Threads that one tensor operation may use.")
+]
+AttnDevicesOption = Annotated[int, typer.Option(help="Processes of the attention tier.")]
+DpSizeOption = Annotated[
+    int,
+    typer.Option(help="Data parallelism of attention; tp = attn devices / dp."),
+]
+ExpertDevicesOption = Annotated[int, typer.Option(help="Processes of the expert tier.")]
+EpSizeOption = Annotated[
+    int,
+    typer.Option(help="Expert parallelism; expert tp = expert devices / ep."),
+]
+DegreeOption = Annotated[
+    int | None,
+    typer.Option(
+        help="0: off, 1: broadcast to all, 2: only to who holds a chosen expert. "
+        "Default: 0 if ep size is 1, else 1."
+    ),
+]
+EnableMlaOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-mla/--no-enable-mla",
+        help="Compressed KV cache, or keys and values per head. Default: as the model.",
+    ),
+]
+RedundantOption = Annotated[int, typer.Option(help="Extra copies of experts per layer.")]
+SharedExpertsOption = Annotated[
+    SharedExpertsOn, typer.Option(help="Tier that runs the shared expert.")
+]
+ColocatedOption = Annotated[
+    bool,
+    typer.Option("--colocated", help="Put attention rank i and expert rank i on device i."),
+]
+KvCacheTokensOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens that one attention process's KV cache holds. Default: what fits."),
+]
+BlockSizeOption = Annotated[int, typer.Option(help="Tokens per KV block.")]
+MaxNumSeqsOption = Annotated[int, typer.Option(help="Sequences that one step computes at most.")]
+TargetOption = Annotated[str, typer.Option(help="HOST:PORT of a gateway.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def token_ids(text: str) -> tuple[int, ...]:
+    """Token ids separated by commas. Raises ConfigError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError("prompt_ids", text, "must be token ids separated by commas", ["1,2,3"])
+    return tuple(map(int, parts))

@@ -1,0 +1,189 @@
+"""Starts a set of processes, relays what they print, and stops them all together.
+
+Knows commands, environments, exit statuses and output lines; knows nothing of tiers, ports or
+models. Two invariants: when the context is left no child is alive, and a child's end before
+that is an error that names the child, its exit status and its last lines.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TypeVar
+
+from epserve.parent_death import PARENT_PID_VARIABLE
+from moe_core.errors import EpserveError
+
+_TAIL_LINES = 20
+_QUOTED_LINES = 3
+_MAX_LINE_BYTES = 16_384
+_Result = TypeVar("_Result")
+
+LineSink = Callable[[str, str], None]
+"""Called with a child's name and one line that it printed, without the line end."""
+
+
+class ProcessEndedError(EpserveError):
+    """A process that should be running is not: names it, its exit status and its last lines."""
+
+    code = "UNAVAILABLE"
+
+    def __init__(self, name: str, pid: int, status: int, tail: Sequence[str]) -> None:
+        self.name = name
+        self.status = status
+        if status == 2:  # the child refused an argument that it was given through us
+            self.code = "INVALID_ARGUMENT"
+        message = f"{name} (pid {pid}) {describe_status(status)}"
+        if tail:
+            message += "; it last said: " + " | ".join(tail)
+        super().__init__(message)
+
+
+def describe_status(status: int) -> str:
+    """`status` as subprocess counts it: negative is the signal that ended the process."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by signal {-status} ({signal.Signals(-status).name})"
+    except ValueError:
+        return f"was ended by signal {-status}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """One process to run. `environment` is added to ours; lower stages are stopped first."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    stop_stage: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    status: int
+    at: float
+
+
+@dataclass(slots=True)
+class _Child:
+    spec: ChildSpec
+    process: asyncio.subprocess.Process
+    tail: deque[str]
+    watcher: asyncio.Task["_End"]
+
+
+class Supervisor:
+    """Async context manager: entering starts the children, leaving stops them."""
+
+    def __init__(self, specs: Sequence[ChildSpec], sink: LineSink, grace_s: float = 10.0) -> None:
+        self._specs = tuple(specs)
+        self._sink = sink
+        self._grace_s = grace_s
+        self._children: list[_Child] = []
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {child.spec.name: child.process.pid for child in self._children}
+
+    async def __aenter__(self) -> "Supervisor":
+        try:
+            for spec in self._specs:
+                self._children.append(await self._start(spec))
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def guard(self, work: Coroutine[None, None, _Result]) -> _Result:
+        """The result of `work`. Raises ProcessEndedError when a child ends before it is done."""
+        task = asyncio.create_task(work)
+        watchers = [child.watcher for child in self._children]
+        try:
+            await asyncio.wait([task, *watchers], return_when=asyncio.FIRST_COMPLETED)
+            ended = [child for child in self._children if child.watcher.done()]
+            if ended:  # the first is the cause, others may have followed it
+                raise self._ended(min(ended, key=lambda child: child.watcher.result().at))
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def kill(self) -> None:
+        """End every child now."""
+        self._signal(self._children, signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Stage by stage: ask, wait for `grace_s`, then kill. Safe to call twice."""
+        try:
+            for stage in sorted({child.spec.stop_stage for child in self._children}):
+                members = [child for child in self._children if child.spec.stop_stage == stage]
+                self._signal(members, signal.SIGTERM)
+                await asyncio.wait([c.watcher for c in members], timeout=self._grace_s)
+                self._signal(members, signal.SIGKILL)
+        finally:
+            self.kill()
+            for child in self._children:
+                await child.watcher
+
+    async def _start(self, spec: ChildSpec) -> _Child:
+        # A process group of its own, so that the terminal's Ctrl-C reaches us alone and the
+        # children are stopped once and in order.
+        process = await asyncio.create_subprocess_exec(
+            *spec.command,
+            env={**os.environ, **spec.environment, PARENT_PID_VARIABLE: str(os.getpid())},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            process_group=0,
+        )
+        tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        watcher = asyncio.create_task(self._watch(spec.name, process, tail), name=spec.name)
+        return _Child(spec, process, tail, watcher)
+
+    async def _watch(
+        self, name: str, process: asyncio.subprocess.Process, tail: deque[str]
+    ) -> _End:
+        assert process.stdout is not None
+        pending = b""
+        while chunk := await process.stdout.read(65_536):
+            *lines, pending = (pending + chunk).split(b"\n")
+            if len(pending) > _MAX_LINE_BYTES:
+                lines, pending = [*lines, pending], b""
+            for line in lines:
+                self._relay(name, line, tail)
+        if pending:
+            self._relay(name, pending, tail)
+        return _End(await process.wait(), time.monotonic())
+
+    def _relay(self, name: str, line: bytes, tail: deque[str]) -> None:
+        # A progress bar rewrites its line: only what it last showed counts.
+        text = line.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1].rstrip()
+        if text:
+            tail.append(text)
+            self._sink(name, text)
+
+    def _ended(self, child: _Child) -> ProcessEndedError:
+        last = list(child.tail)[-_QUOTED_LINES:]
+        return ProcessEndedError(
+            child.spec.name, child.process.pid, child.watcher.result().status, last
+        )
+
+    def _signal(self, children: Sequence[_Child], number: signal.Signals) -> None:
+        for child in children:
+            if child.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.send_signal(number)

@@ -1,0 +1,173 @@
+"""Which requests are let in, and what their defaults become.
+
+Knows the model's limits and the largest KV pool. Every refusal is a RequestError that names the
+field, its value and the rule, before the request has cost anything. Knows no engine: what the
+engines cannot do yet is refused here by name, never ignored.
+"""
+
+import math
+import secrets
+import uuid
+from dataclasses import dataclass
+
+from gateway.requests import GenerationRequest, Sampling, Sequence
+from gateway.tokenizer import TextTokenizer
+from moe_core.config.model import ModelConfig
+from moe_core.errors import NotFoundError, RequestError
+
+MAX_SEED = 2**64 - 1
+MAX_STOP_STRINGS = 16
+MAX_REQUEST_ID = 256
+# Fields whose only accepted value leaves the output as it would be without them.
+NEUTRAL_VALUES = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logprobs": None,
+    "n": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model under the name that requests use. Without a tokenizer prompts are token ids."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: TextTokenizer | None
+
+    @property
+    def max_model_len(self) -> int:
+        return self.config.max_position_embeddings
+
+
+def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Sequence:
+    """The sequence that `request` asks for, where the largest KV pool holds `kv_tokens`.
+
+    Raises RequestError, or NotFoundError for another model's name.
+    """
+    if request.model and request.model != model.name:
+        raise NotFoundError(f"model={request.model!r}: this cluster serves {model.name!r}")
+    if len(request.request_id) > MAX_REQUEST_ID:
+        raise RequestError(f"request_id: must have at most {MAX_REQUEST_ID} characters")
+    sampling = request.sampling
+    _refuse_unsupported(request)
+    _check_ranges(sampling, model)
+    prompt_ids = _prompt_ids(request.prompt, model)
+    room = _room(len(prompt_ids), model, kv_tokens)
+    max_tokens = _max_tokens(sampling.max_tokens, len(prompt_ids), room)
+    return Sequence(
+        request_id=request.request_id or uuid.uuid4().hex,
+        prompt_ids=prompt_ids,
+        max_tokens=max_tokens,
+        temperature=_or(sampling.temperature, 1.0),
+        top_p=_or(sampling.top_p, 1.0),
+        top_k=sampling.top_k or 0,
+        min_p=_or(sampling.min_p, 0.0),
+        seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+        stop_token_ids=_stop_token_ids(sampling, model),
+        min_tokens=_min_tokens(sampling.min_tokens, max_tokens),
+        stop=sampling.stop,
+        priority=request.priority,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
+    for field, neutral in NEUTRAL_VALUES.items():
+        value = getattr(request.sampling, field)
+        if value is not None and value != neutral:
+            rule = "leave it out" if neutral is None else f"leave it out or set it to {neutral}"
+            raise RequestError(f"{field}={value}: not supported yet; {rule}")
+    if request.sampling.logit_bias:
+        raise RequestError("logit_bias: not supported yet; leave it out")
+    if request.priority:
+        raise RequestError(f"priority={request.priority}: not supported yet; leave it out")
+
+
+def _check_ranges(sampling: Sampling, model: ServedModel) -> None:
+    _require_number("temperature", sampling.temperature, 0.0, math.inf)
+    _require_number("min_p", sampling.min_p, 0.0, 1.0)
+    _require_number("top_p", sampling.top_p, 0.0, 1.0)
+    if sampling.top_p == 0.0:
+        raise RequestError("top_p=0: must be above 0 and at most 1; for greedy set temperature=0")
+    if sampling.top_k is not None and sampling.top_k < 0:
+        raise RequestError(f"top_k={sampling.top_k}: must be at least 0, which switches it off")
+    if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
+        raise RequestError(f"seed={sampling.seed}: must be from 0 to {MAX_SEED}")
+    for token_id in sampling.stop_token_ids:
+        _require_token("stop_token_ids", token_id, model)
+    if sampling.stop and model.tokenizer is None:
+        raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
+    if len(sampling.stop) > MAX_STOP_STRINGS:
+        raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings, not {len(sampling.stop)}")
+    if "" in sampling.stop:
+        raise RequestError("stop: an empty string would stop everything")
+
+
+def _require_number(field: str, value: float | None, least: float, most: float) -> None:
+    if value is None:
+        return
+    if not least <= value <= most or math.isinf(value):
+        limit = "" if math.isinf(most) else f" and at most {most:g}"
+        raise RequestError(f"{field}={value:g}: must be a number of at least {least:g}{limit}")
+
+
+def _require_token(field: str, token_id: int, model: ServedModel) -> None:
+    if not 0 <= token_id < model.config.vocab_size:
+        most = model.config.vocab_size - 1
+        raise RequestError(f"{field}: token id {token_id} must be from 0 to {most}")
+
+
+def _prompt_ids(prompt: str | tuple[int, ...] | None, model: ServedModel) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise RequestError("text: this model has no tokenizer.json; send token_ids")
+        prompt = model.tokenizer.encode(prompt)
+    if not prompt:
+        raise RequestError("prompt: must have at least one token; send text or token_ids")
+    for token_id in prompt:
+        _require_token("token_ids", token_id, model)
+    return prompt
+
+
+def _room(prompt_tokens: int, model: ServedModel, kv_tokens: int) -> tuple[int, str]:
+    """How many tokens may follow the prompt, and the limit that says so."""
+    limits = (
+        (model.max_model_len, "max_position_embeddings"),
+        (kv_tokens, "tokens in the largest KV pool"),
+    )
+    most, limit = min(limits)
+    if prompt_tokens >= most:
+        raise RequestError(
+            f"prompt: {prompt_tokens} tokens leave no room for output within {most} ({limit})"
+        )
+    return most - prompt_tokens, f"{most} ({limit})"
+
+
+def _max_tokens(asked: int | None, prompt_tokens: int, room: tuple[int, str]) -> int:
+    left, limit = room
+    if asked is None:
+        return left
+    if asked == 0:
+        raise RequestError("max_tokens=0: must be at least 1")
+    if asked > left:
+        raise RequestError(
+            f"max_tokens={asked}: with {prompt_tokens} prompt tokens it exceeds {limit}; "
+            f"at most {left}"
+        )
+    return asked
+
+
+def _min_tokens(asked: int | None, max_tokens: int) -> int:
+    if asked is not None and asked > max_tokens:
+        raise RequestError(f"min_tokens={asked}: must be at most max_tokens={max_tokens}")
+    return asked or 0
+
+
+def _stop_token_ids(sampling: Sampling, model: ServedModel) -> tuple[int, ...]:
+    eos = () if sampling.ignore_eos else model.config.eos_token_ids
+    return tuple(sorted({*sampling.stop_token_ids, *eos}))

@@ -1,0 +1,114 @@
+"""ClusterService as workers meet it: one registration stream each, and their leases.
+
+Knows the streams and the messages; who gets which rank, and what the cluster is, is the
+registry's business (cluster.py). A member is in the registry exactly as long as its stream lives.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc.aio
+import structlog
+
+from gateway.cluster import MemberKey, Registry
+from moe_core.cluster import ClusterState, Join
+from moe_core.errors import RequestError
+from moe_core.pb.epserve.v1 import cluster_pb2 as pb
+from moe_core.pb.epserve.v1 import cluster_pb2_grpc
+from moe_core.service.cluster_codec import (
+    cluster_to_pb,
+    join_from_pb,
+    parallel_to_pb,
+    report_from_pb,
+    role_from_pb,
+)
+from moe_core.service.grpc_host import GrpcHost
+
+log = structlog.get_logger(__name__)
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+JOIN_TIMEOUT_S = 10.0
+
+
+class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
+    """Serves until `close`, which ends all registrations."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._closing = asyncio.Event()
+        self._encoded = pb.ClusterState()
+
+    def add_to(self, host: GrpcHost) -> None:
+        add = cluster_pb2_grpc.add_ClusterServiceServicer_to_server
+        host.add(add, self, "epserve.v1.ClusterService")
+
+    async def Register(
+        self, requests: AsyncIterator[pb.RegisterRequest], context: Context
+    ) -> AsyncIterator[pb.RegisterResponse]:
+        key = self._registry.join(await _first_join(requests))
+        log.info("joined", role=str(key.role), rank=key.rank, peer=context.peer())
+        reports = asyncio.create_task(self._take_reports(requests, key), name="reports")
+        closing = asyncio.create_task(self._closing.wait(), name="closing")
+        try:
+            parallel = parallel_to_pb(self._registry.parallel)
+            yield pb.RegisterResponse(assigned=pb.Assigned(rank=key.rank, parallel=parallel))
+            version = 0
+            while (state := await self._next_state(version, reports, closing)) is not None:
+                version = state.version
+                yield pb.RegisterResponse(state=self._encode(state))
+        finally:
+            reports.cancel()
+            closing.cancel()
+            self._registry.leave(key)
+            log.info("left", role=str(key.role), rank=key.rank, peer=context.peer())
+
+    async def Lease(self, request: pb.LeaseRequest, context: Context) -> pb.LeaseResponse:
+        key = MemberKey(role_from_pb(request.role), request.rank, request.instance_epoch)
+        self._registry.lease(key, request.loop_idle_ms)
+        return pb.LeaseResponse()
+
+    def close(self) -> None:
+        """End every registration; the workers learn that this gateway has left."""
+        self._closing.set()
+
+    async def _next_state(
+        self, version: int, reports: asyncio.Task[None], closing: asyncio.Task[bool]
+    ) -> ClusterState | None:
+        """None when the worker has ended its side or the gateway closes; raises what the worker
+        has sent wrongly."""
+        newer = asyncio.create_task(self._registry.newer_than(version), name="newer state")
+        try:
+            await asyncio.wait({newer, reports, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if reports.done():
+                reports.result()
+                return None
+            return newer.result() if newer.done() else None
+        finally:
+            newer.cancel()
+
+    async def _take_reports(
+        self, requests: AsyncIterator[pb.RegisterRequest], key: MemberKey
+    ) -> None:
+        async for request in requests:
+            if request.WhichOneof("kind") != "status":
+                raise RequestError("kind: after its Join a worker sends only StatusReports")
+            self._registry.report(key, report_from_pb(request.status))
+
+    def _encode(self, state: ClusterState) -> pb.ClusterState:
+        """One encoding per version, since every member is sent the same."""
+        if self._encoded.version != state.version:
+            self._encoded = cluster_to_pb(state)
+        return self._encoded
+
+
+async def _first_join(requests: AsyncIterator[pb.RegisterRequest]) -> Join:
+    try:
+        async with asyncio.timeout(JOIN_TIMEOUT_S):
+            first = await anext(requests, None)
+    except TimeoutError:
+        raise RequestError(f"join: nothing was sent within {JOIN_TIMEOUT_S:g} s") from None
+    if first is None or first.WhichOneof("kind") != "join":
+        raise RequestError("join: the first message of a registration must be a Join")
+    return join_from_pb(first.join)

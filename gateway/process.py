@@ -1,0 +1,130 @@
+"""The gateway process: what it is made of, and the order in which it starts and ends.
+
+Knows the parts and how they are wired. Ready means: every process of both tiers has been READY
+once, all expert processes are READY now, and at least one DP group can take requests.
+"""
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from moe_core.checkpoint.fingerprint import fingerprint
+
+from gateway.admission import ServedModel
+from gateway.attention_pool import AttentionPool
+from gateway.balancer import usable_groups
+from gateway.cluster import Registry
+from gateway.cluster_servicer import ClusterServicer
+from gateway.generation import Generator
+from gateway.servicer import GatewayServicer
+from gateway.tokenizer import TextTokenizer
+from moe_core.cluster import ClusterState, Member, MemberState, Role
+from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
+from moe_core.placement import ExpertPlacement
+from moe_core.service import lifecycle
+from moe_core.service.addresses import host_id, join_address, new_instance_epoch
+from moe_core.service.grpc_host import GrpcHost
+
+log = structlog.get_logger(__name__)
+
+STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """`model` is a Hugging Face directory; `model_name` None: the directory's name."""
+
+    model: Path
+    host: str
+    port: int
+    parallel: ParallelConfig
+    model_name: str | None = None
+
+
+def main(settings: GatewaySettings) -> int:
+    """Run a gateway until a signal; returns the exit status."""
+    return lifecycle.run(GatewayService(settings))
+
+
+class GatewayService:
+    """`port` is the bound one once `startup` has returned."""
+
+    name = "gateway"
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._host = GrpcHost()
+        self._pool = AttentionPool()
+        self._generator: Generator | None = None
+        self._cluster: ClusterServicer | None = None
+        self.port = settings.port
+
+    async def startup(self) -> None:
+        settings = self._settings
+        config = ModelConfig.from_hf(settings.model)
+        parallel = settings.parallel.with_model(config)
+        placement = ExpertPlacement.initial(config, parallel)
+        tokenizer = TextTokenizer.from_directory(settings.model)
+        digest = await asyncio.to_thread(fingerprint, settings.model)
+        name = settings.model_name or settings.model.resolve().name
+        self._registry = Registry(self._as_member(), parallel, placement, digest)
+        model = ServedModel(name, config, tokenizer)
+        self._generator = Generator(model, self._registry, self._pool)
+        self._cluster = ClusterServicer(self._registry)
+        self._cluster.add_to(self._host)
+        GatewayServicer(self._generator, self._registry).add_to(self._host)
+        self.port = await self._host.start(settings.host, settings.port)
+        self._registry.set_address(join_address(settings.host, self.port))
+        log.info("listening", address=join_address(settings.host, self.port), model=name)
+
+    async def serve(self) -> None:
+        """Follow the cluster: health, and the streams to groups that have left."""
+        version, been_complete, ready = 0, False, False
+        while True:
+            state = await self._registry.newer_than(version)
+            version = state.version
+            been_complete = been_complete or _complete(state)
+            self._pool.reconcile(state)
+            if ready != (been_complete and _able(state)):
+                ready = not ready
+                self._host.set_ready(ready)
+                log.info("ready" if ready else "not ready", missing=_missing(state))
+                self._registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
+
+    async def drain(self) -> None:
+        self._host.set_ready(False)
+        try:
+            if self._generator is not None:
+                await self._generator.drain()
+        finally:
+            if self._cluster is not None:
+                self._cluster.close()
+            await self._pool.close()
+            await self._host.stop(STOP_GRACE_S)
+
+    def _as_member(self) -> Member:
+        return Member(
+            role=Role.GATEWAY,
+            rank=0,
+            pid=os.getpid(),
+            address=join_address(self._settings.host, self._settings.port),
+            device="cpu",
+            state=MemberState.CONNECTING,
+            instance_epoch=new_instance_epoch(),
+            host_id=host_id(),
+        )
+
+
+def _missing(state: ClusterState) -> tuple[str, ...]:
+    return (*state.missing(Role.ATTN), *state.missing(Role.EXPERT))
+
+
+def _complete(state: ClusterState) -> bool:
+    return not _missing(state) and bool(usable_groups(state))
+
+
+def _able(state: ClusterState) -> bool:
+    return not state.missing(Role.EXPERT) and bool(usable_groups(state))

@@ -1,0 +1,99 @@
+"""The public gRPC service: protobuf in, protobuf out, nothing decided here.
+
+Knows gateway.proto and the values of gateway/requests.py.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import grpc.aio
+
+from gateway.cluster import Registry
+from gateway.generation import Generator
+from gateway.requests import Chunk, GenerationRequest, Sampling
+from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc
+from moe_core.pb.epserve.v1 import gateway_pb2 as pb
+from moe_core.service.cluster_codec import cluster_to_pb
+from moe_core.service.grpc_host import GrpcHost
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+OPTIONAL_FIELDS = tuple(
+    field.name for field in pb.SamplingParams.DESCRIPTOR.fields if field.has_presence
+)
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
+    def __init__(self, generator: Generator, registry: Registry) -> None:
+        self._generator = generator
+        self._registry = registry
+
+    def add_to(self, host: GrpcHost) -> None:
+        host.add(gateway_pb2_grpc.add_GatewayServicer_to_server, self, "epserve.v1.Gateway")
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        async with aclosing(self._generator.generate(request_from_pb(request))) as chunks:
+            async for chunk in chunks:
+                yield chunk_to_pb(chunk)
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        return pb.AbortResponse(found=self._generator.abort(request.request_id))
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        model = self._generator.model
+        card = pb.ModelCard(
+            id=model.name,
+            model_type=model.config.model_type,
+            max_model_len=model.max_model_len,
+            vocab_size=model.config.vocab_size,
+            has_tokenizer=model.tokenizer is not None,
+        )
+        return pb.ListModelsResponse(models=[card])
+
+    async def GetCluster(
+        self, request: pb.GetClusterRequest, context: Context
+    ) -> cluster_pb2.ClusterState:
+        return cluster_to_pb(self._registry.state)
+
+
+def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
+    prompts: dict[str | None, str | tuple[int, ...] | None] = {
+        None: None,
+        "text": message.text,
+        "token_ids": tuple(message.token_ids.ids),
+    }
+    return GenerationRequest(
+        request_id=message.request_id,
+        model=message.model,
+        prompt=prompts[message.WhichOneof("prompt")],
+        sampling=sampling_from_pb(message.sampling),
+        priority=message.priority,
+    )
+
+
+def sampling_from_pb(message: pb.SamplingParams) -> Sampling:
+    given = {name: getattr(message, name) for name in OPTIONAL_FIELDS if message.HasField(name)}
+    return Sampling(
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logit_bias=dict(message.logit_bias),
+        **given,
+    )
+
+
+def chunk_to_pb(chunk: Chunk) -> pb.GenerateResponse:
+    usage = None if chunk.usage is None else pb.Usage(**asdict(chunk.usage))
+    return pb.GenerateResponse(
+        request_id=chunk.request_id,
+        index=chunk.index,
+        token_ids=chunk.token_ids,
+        text=chunk.text,
+        finish_reason=chunk.finish_reason,
+        usage=usage,
+    )

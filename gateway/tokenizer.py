@@ -1,0 +1,72 @@
+"""Text to token ids and back, from a model directory's tokenizer.json.
+
+Knows the `tokenizers` library; nothing else in the gateway does. Special tokens are added to a
+prompt as the tokenizer says, and left out of output text.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from moe_core.errors import ConfigError
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextTokenizer:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "TextTokenizer | None":
+        """None where there is no tokenizer.json. Raises ConfigError for one that cannot be read."""
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            return None
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises nothing more precise
+            raise ConfigError("model", str(path), f"is no readable tokenizer: {error}") from error
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids)))
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, piece by piece.
+
+    Invariant: the pieces joined are what decoding all tokens at once gives. A token's text may
+    depend on the tokens around it (a leading space, a character cut into bytes), so each piece
+    is the difference of two decodings that share a beginning: `_anchor` to `_done` was given out
+    with the piece before and decodes to something; text that ends in an incomplete character
+    waits for the rest of it.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._anchor = 0
+        self._done = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that can be given out now that `token_id` has come; often none."""
+        self._token_ids.append(token_id)
+        text = self._new_text()
+        return "" if text.endswith(INCOMPLETE) else self._take(text)
+
+    def flush(self) -> str:
+        """What is left at the end, incomplete characters included."""
+        return self._take(self._new_text())
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._token_ids[self._anchor : self._done])
+        return self._tokenizer.decode(self._token_ids[self._anchor :])[len(before) :]
+
+    def _take(self, text: str) -> str:
+        if text:
+            self._anchor, self._done = self._done, len(self._token_ids)
+        return text

@@ -1,0 +1,85 @@
+"""The routed experts' arithmetic: a loop that is plainly right, and the grouped form that runs.
+
+Both compute `partial[t] = Σ_c topk_weights[t, c] · expert(local_ids[t, c])(hidden[t])` with
+`expert(x) = w2 · (silu(gate · x) ⊙ (up · x))`, products in the model's dtype, the sum in fp32
+(fp64 for float64). Knows local experts only: physical ids, ranks and processes are mapped
+before. The shared expert is one more local id, after the last routed one.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_core.model.weights import ExpertLayerWeights
+
+NO_EXPERT = -1
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of values of `dtype` are kept in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def run_experts(
+    weights: ExpertLayerWeights, hidden: Tensor, local_ids: Tensor, topk_weights: Tensor
+) -> Tensor:
+    """Weighted partial sums, [num_tokens, hidden_size] in hidden's dtype.
+
+    hidden: [num_tokens, hidden_size]. local_ids: [num_tokens, num_columns] int, NO_EXPERT where
+    nothing is to be done, num_local_experts for the shared expert. topk_weights: [num_tokens,
+    num_columns] float. Raises ValueError for a local id that is not held.
+    """
+    num_experts = weights.w13.shape[0]
+    total = hidden.new_zeros(hidden.shape, dtype=accumulation_dtype(hidden.dtype))
+    tokens, columns = (local_ids != NO_EXPERT).nonzero(as_tuple=True)  # [num_pairs] each
+    if tokens.shape[0] == 0:
+        return total.to(hidden.dtype)
+    experts, order = local_ids[tokens, columns].sort(stable=True)
+    tokens, columns = tokens[order], columns[order]
+    counts: list[int] = torch.bincount(experts, minlength=num_experts + 1).tolist()
+    held = num_experts + (weights.shared is not None)
+    if any(counts[held:]):
+        raise ValueError(f"local ids up to {experts[-1].item()} of {num_experts} local experts")
+    outputs = _run_grouped(weights, hidden[tokens], counts)  # [num_pairs, hidden_size]
+    scale = topk_weights[tokens, columns].to(total.dtype)
+    total.index_add_(0, tokens, outputs.to(total.dtype).mul_(scale[:, None]))
+    return total.to(hidden.dtype)
+
+
+def _run_grouped(weights: ExpertLayerWeights, rows: Tensor, counts: list[int]) -> Tensor:
+    """Outputs of `rows` [num_pairs, hidden_size], which are ordered by expert."""
+    outputs = torch.empty_like(rows)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            part = slice(start, start + count)
+            outputs[part] = _run_one(weights, expert, rows[part])
+            start += count
+    return outputs
+
+
+def _run_one(weights: ExpertLayerWeights, expert: int, rows: Tensor) -> Tensor:
+    """One expert over `rows` [num_rows, hidden_size]."""
+    if expert < weights.w13.shape[0]:
+        gate, up = functional.linear(rows, weights.w13[expert]).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * up, weights.w2[expert])
+    shared = weights.shared
+    if shared is None:
+        raise ValueError(f"local id {expert} of {weights.w13.shape[0]} local experts")
+    gate = functional.linear(rows, shared.gate_proj)
+    up = functional.linear(rows, shared.up_proj)
+    return functional.linear(functional.silu(gate) * up, shared.down_proj)
+
+
+def run_experts_by_loop(
+    weights: ExpertLayerWeights, hidden: Tensor, local_ids: Tensor, topk_weights: Tensor
+) -> Tensor:
+    """`run_experts`, one token and one column at a time: the reference for tests."""
+    total = hidden.new_zeros(hidden.shape, dtype=accumulation_dtype(hidden.dtype))
+    for token, experts in enumerate(local_ids.tolist()):
+        for column, expert in enumerate(experts):
+            if expert != NO_EXPERT:
+                output = _run_one(weights, expert, hidden[token : token + 1])[0]
+                scale = topk_weights[token, column].to(total.dtype)
+                total[token] += scale * output.to(total.dtype)
+    return total.to(hidden.dtype)

@@ -1,0 +1,245 @@
+"""Between the plain values of moe_core.cluster and the messages of cluster.proto.
+
+Knows both forms and nothing else. Whatever a peer may send wrongly (an unknown role or state, a
+missing part) is refused with a RequestError that names the field.
+"""
+
+from dataclasses import fields
+
+from moe_core.cluster import (
+    AttentionLoad,
+    ClusterState,
+    Join,
+    LinkStats,
+    Member,
+    MemberState,
+    Role,
+    StatusReport,
+)
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import RequestError
+from moe_core.pb.epserve.v1 import cluster_pb2 as pb
+from moe_core.placement import ExpertPlacement, LayerPlacement
+
+ROLES = {
+    Role.GATEWAY: pb.ROLE_GATEWAY,
+    Role.ATTN: pb.ROLE_ATTN,
+    Role.EXPERT: pb.ROLE_EXPERT,
+}
+ROLES_BACK = {int(number): role for role, number in ROLES.items()}
+STATES = {
+    MemberState.LOADING: pb.MEMBER_STATE_LOADING,
+    MemberState.CONNECTING: pb.MEMBER_STATE_CONNECTING,
+    MemberState.READY: pb.MEMBER_STATE_READY,
+    MemberState.DRAINING: pb.MEMBER_STATE_DRAINING,
+    MemberState.FAILED: pb.MEMBER_STATE_FAILED,
+}
+STATES_BACK = {int(number): state for state, number in STATES.items()}
+RANKS = ("dp_rank", "tp_rank", "ep_rank", "etp_rank")
+LOAD_FIELDS = tuple(field.name for field in fields(AttentionLoad))
+LINK_FIELDS = tuple(field.name for field in fields(LinkStats))
+
+
+def role_to_pb(role: Role) -> pb.Role:
+    return ROLES[role]
+
+
+def role_from_pb(number: int) -> Role:
+    if number not in ROLES_BACK:
+        raise RequestError(f"role={number}: must be one of {', '.join(ROLES)}")
+    return ROLES_BACK[number]
+
+
+def state_from_pb(number: int) -> MemberState:
+    if number not in STATES_BACK:
+        raise RequestError(f"state={number}: must be one of {', '.join(STATES)}")
+    return STATES_BACK[number]
+
+
+def join_to_pb(join: Join) -> pb.Join:
+    return pb.Join(
+        role=ROLES[join.role],
+        rank=join.rank,
+        address=join.address,
+        device=join.device,
+        pid=join.pid,
+        model_fingerprint=join.model_fingerprint,
+        instance_epoch=join.instance_epoch,
+        dtype=join.dtype,
+        host_id=join.host_id,
+    )
+
+
+def join_from_pb(message: pb.Join) -> Join:
+    return Join(
+        role=role_from_pb(message.role),
+        rank=message.rank if message.HasField("rank") else None,
+        address=message.address,
+        device=message.device,
+        pid=message.pid,
+        model_fingerprint=message.model_fingerprint,
+        instance_epoch=message.instance_epoch,
+        dtype=message.dtype,
+        host_id=message.host_id,
+    )
+
+
+def report_to_pb(report: StatusReport) -> pb.StatusReport:
+    return pb.StatusReport(
+        state=STATES[report.state],
+        detail=report.detail,
+        store_address=report.store_address,
+        attention_load=load_to_pb(report.attention_load),
+        links=[link_to_pb(link) for link in report.links],
+    )
+
+
+def report_from_pb(message: pb.StatusReport) -> StatusReport:
+    return StatusReport(
+        state=state_from_pb(message.state),
+        detail=message.detail,
+        store_address=message.store_address,
+        attention_load=load_from_pb(message),
+        links=tuple(link_from_pb(link) for link in message.links),
+    )
+
+
+def load_to_pb(load: AttentionLoad | None) -> pb.AttentionLoad | None:
+    if load is None:
+        return None
+    return pb.AttentionLoad(**{name: getattr(load, name) for name in LOAD_FIELDS})
+
+
+def load_from_pb(message: pb.StatusReport | pb.Member) -> AttentionLoad | None:
+    if not message.HasField("attention_load"):
+        return None
+    load = message.attention_load
+    return AttentionLoad(**{name: getattr(load, name) for name in LOAD_FIELDS})
+
+
+def link_to_pb(link: LinkStats) -> pb.LinkStats:
+    return pb.LinkStats(**{name: getattr(link, name) for name in LINK_FIELDS})
+
+
+def link_from_pb(message: pb.LinkStats) -> LinkStats:
+    return LinkStats(**{name: getattr(message, name) for name in LINK_FIELDS})
+
+
+def parallel_to_pb(parallel: ParallelConfig) -> pb.ParallelSettings:
+    """`parallel` must be resolved: nothing in it follows the model any more."""
+    assert parallel.enable_mla is not None
+    assert parallel.expert_parallel_degree is not None
+    return pb.ParallelSettings(
+        attn_devices=parallel.attn_devices,
+        expert_devices=parallel.expert_devices,
+        dp_size=parallel.dp_size,
+        ep_size=parallel.ep_size,
+        enable_mla=parallel.enable_mla,
+        expert_parallel_degree=parallel.expert_parallel_degree,
+        num_redundant_experts=parallel.num_redundant_experts,
+        shared_experts=parallel.shared_experts,
+        colocated=parallel.colocated,
+    )
+
+
+def parallel_from_pb(message: pb.ParallelSettings) -> ParallelConfig:
+    return ParallelConfig(
+        attn_devices=message.attn_devices,
+        expert_devices=message.expert_devices,
+        dp_size=message.dp_size,
+        ep_size=message.ep_size,
+        enable_mla=message.enable_mla,
+        expert_parallel_degree=message.expert_parallel_degree,
+        num_redundant_experts=message.num_redundant_experts,
+        shared_experts=message.shared_experts,
+        colocated=message.colocated,
+    )
+
+
+def member_to_pb(member: Member) -> pb.Member:
+    return pb.Member(
+        role=ROLES[member.role],
+        rank=member.rank,
+        pid=member.pid,
+        address=member.address,
+        device=member.device,
+        state=STATES[member.state],
+        detail=member.detail,
+        instance_epoch=member.instance_epoch,
+        store_address=member.store_address,
+        host_id=member.host_id,
+        attention_load=load_to_pb(member.attention_load),
+        links=[link_to_pb(link) for link in member.links],
+        experts=member.experts,
+        **{name: getattr(member, name) for name in RANKS},
+    )
+
+
+def member_from_pb(message: pb.Member) -> Member:
+    ranks = {name: getattr(message, name) if message.HasField(name) else None for name in RANKS}
+    return Member(
+        role=role_from_pb(message.role),
+        rank=message.rank,
+        pid=message.pid,
+        address=message.address,
+        device=message.device,
+        state=state_from_pb(message.state),
+        detail=message.detail,
+        instance_epoch=message.instance_epoch,
+        store_address=message.store_address,
+        host_id=message.host_id,
+        attention_load=load_from_pb(message),
+        links=tuple(link_from_pb(link) for link in message.links),
+        experts=message.experts,
+        **ranks,
+    )
+
+
+def placement_to_pb(placement: ExpertPlacement) -> pb.Placement:
+    return pb.Placement(
+        epoch=placement.epoch,
+        num_logical_experts=placement.num_logical_experts,
+        ep_size=placement.ep_size,
+        layers=[
+            pb.LayerPlacement(
+                layer_id=layer.layer_id,
+                physical_to_logical=layer.physical_to_logical,
+                physical_to_ep_rank=layer.physical_to_ep_rank,
+            )
+            for layer in placement.layers
+        ],
+    )
+
+
+def placement_from_pb(message: pb.Placement) -> ExpertPlacement:
+    return ExpertPlacement(
+        epoch=message.epoch,
+        num_logical_experts=message.num_logical_experts,
+        ep_size=message.ep_size,
+        layers=tuple(
+            LayerPlacement(
+                layer_id=layer.layer_id,
+                physical_to_logical=tuple(layer.physical_to_logical),
+                physical_to_ep_rank=tuple(layer.physical_to_ep_rank),
+            )
+            for layer in message.layers
+        ),
+    )
+
+
+def cluster_to_pb(state: ClusterState) -> pb.ClusterState:
+    return pb.ClusterState(
+        version=state.version,
+        parallel=parallel_to_pb(state.parallel),
+        members=[member_to_pb(member) for member in state.members],
+        placement=placement_to_pb(state.placement),
+    )
+
+
+def cluster_from_pb(message: pb.ClusterState) -> ClusterState:
+    return ClusterState(
+        version=message.version,
+        parallel=parallel_from_pb(message.parallel),
+        members=tuple(member_from_pb(member) for member in message.members),
+        placement=placement_from_pb(message.placement),
+    )

@@ -1,0 +1,83 @@
+"""Channels to other processes, and the two ways between gRPC statuses and EpserveErrors.
+
+Knows gRPC's options and status names. Knows no service and no message.
+"""
+
+from collections.abc import Sequence
+
+import grpc
+import grpc.aio
+
+from moe_core.errors import (
+    EpserveError,
+    NotFoundError,
+    PeerTimeoutError,
+    RequestError,
+    UnavailableError,
+)
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+KEEPALIVE_TIME_MS = 2_000
+# A frozen peer is noticed after time + timeout. Without `ping_timeout_ms` gRPC waits a minute,
+# whatever the keepalive timeout says.
+KEEPALIVE_TIMEOUT_MS = 5_000
+
+KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+RECONNECT_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+class RemoteError(EpserveError):
+    """Another process answered with a status for which there is no class of its own here."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+def size_options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+    )
+
+
+def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Sequence[tuple[str, int]]:
+    return (*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS, *size_options(max_message_bytes))
+
+
+def open_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """A channel to `address` (host:port) that notices a frozen peer and reconnects quickly."""
+    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+
+
+def status_code(error: EpserveError) -> grpc.StatusCode:
+    """The status that `error` is answered with."""
+    return grpc.StatusCode[error.code]
+
+
+def error_from_status(code: str, message: str) -> EpserveError:
+    """The error that a status name and its message stand for."""
+    classes: dict[str, type[EpserveError]] = {
+        "INVALID_ARGUMENT": RequestError,
+        "NOT_FOUND": NotFoundError,
+        "UNAVAILABLE": UnavailableError,
+        "DEADLINE_EXCEEDED": PeerTimeoutError,
+    }
+    found = classes.get(code)
+    return RemoteError(code, message) if found is None else found(message)
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
+    """The error of a failed call; `doing` says what was being done, and to whom."""
+    details = error.details() or "no details given"
+    return error_from_status(error.code().name, f"{doing}: {details}")

@@ -1,0 +1,125 @@
+"""One gRPC server as every process of epserve runs it.
+
+Knows health, reflection, limits, keepalive and how a port is bound. Knows no service: servicers
+are added by those who own them, and strict_handlers.py says what they answer when they fail.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+
+from moe_core.errors import ConfigError
+from moe_core.service.addresses import join_address
+from moe_core.service.grpc_channel import KEEPALIVE_OPTIONS, MAX_MESSAGE_BYTES, size_options
+from moe_core.service.strict_handlers import Handler, strict_handlers
+
+Servicer = TypeVar("Servicer")
+AddServicer = Callable[[Servicer, grpc.aio.Server], None]
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    *KEEPALIVE_OPTIONS,
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    # Otherwise a second process may share the port silently, and get half of the calls.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class _StrictServer:
+    """Stands in for the server while generated code registers its handlers."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[object]) -> None:
+        """Nothing: generated code offers the same handlers by name as well."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
+        generic = grpc.method_handlers_generic_handler(service, strict_handlers(service, handlers))
+        self._server.add_generic_rpc_handlers((generic,))
+
+
+class GrpcHost:
+    """A server for the servicers that were added before `start`; one start, one stop."""
+
+    def __init__(self, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self._options = (*SERVER_OPTIONS, *size_options(max_message_bytes))
+        self._additions: list[Callable[[Any], None]] = []
+        self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack it
+        self._health_updates: set[asyncio.Task[None]] = set()
+        self._server: grpc.aio.Server | None = None
+
+    def add(
+        self, add_servicer: AddServicer[Servicer], servicer: Servicer, service_full_name: str
+    ) -> None:
+        """Serve `servicer`, as the generated `add_…Servicer_to_server` registers it."""
+        self._additions.append(lambda server: add_servicer(servicer, server))
+        self._names.append(service_full_name)
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen on host:port (0: any free port) and return the port. Health is NOT_SERVING
+        until `set_ready`. Raises ConfigError when the port cannot be had."""
+        server = grpc.aio.server(options=self._options)
+        strict: Any = _StrictServer(server)
+        for add in self._additions:
+            add(strict)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, strict)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(service_names=self._names),  # type: ignore[attr-defined]  # stubs lack it
+            strict,
+        )
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        bound = _bind(server, host, port)
+        await server.start()
+        self._server = server
+        return bound
+
+    def set_ready(self, ready: bool) -> None:
+        """Answer health checks with SERVING or NOT_SERVING from now on."""
+        response = health_pb2.HealthCheckResponse
+        status = response.SERVING if ready else response.NOT_SERVING
+        update = asyncio.ensure_future(self._health.set("", status))
+        self._health_updates.add(update)
+        update.add_done_callback(self._health_updates.discard)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give running ones `grace_s` seconds, then end them."""
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+
+
+def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    address = join_address(host, port)
+    reason = _why_not_bindable(host, port)
+    if reason is None:
+        try:
+            return server.add_insecure_port(address)
+        except RuntimeError:
+            reason = _why_not_bindable(host, port) or "gRPC cannot bind it"
+    raise ConfigError(
+        "port", port, f"cannot listen on {address}: {reason}", ["another port", "0 (any free one)"]
+    )
+
+
+def _why_not_bindable(host: str, port: int) -> str | None:
+    """Asks the system before gRPC does, which would say it in five lines and no reason."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        code = error.errno if error.errno in errno.errorcode else None
+        return os.strerror(code) if code is not None else str(error)
+    return None

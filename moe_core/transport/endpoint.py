@@ -1,0 +1,191 @@
+"""One process's end of all its NIXL links: one agent, and the one place that polls it.
+
+Knows when to poll: *spin briefly, then park*. Knows no slot and no tensor: notifications go to the
+receiver that their sender's name is registered for.
+
+While spinning, the poll runs once per turn of the event loop. Parked, it runs every `park_poll_ms`
+while a link is busy or was a moment ago, and rarely after that, and whenever the doorbell rings;
+before its first sleep it says in the doorbell's flag that it sleeps and polls once more, so a peer
+either sees the flag or has its message seen.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from moe_core.transport.base import Identity, TransportOptions
+from moe_core.transport.doorbell import Doorbell
+from moe_core.transport.host import HostProcess
+from moe_core.transport.nixl_agent import DONE, NixlAgent
+from moe_core.transport.retired import RetiredMemory
+
+IDLE_AFTER_S = 1.0
+IDLE_POLLS = 16  # park_poll_ms times this, once idle
+BELL_SPIN_S = 500e-6  # a bell promises a message: look for it this long
+WRITE_SPIN_S = 20e-3  # large writes make progress only while polled
+
+
+class Receiver(Protocol):
+    """A link's end, as the endpoint sees it."""
+
+    @property
+    def busy(self) -> bool:
+        """Something is outstanding."""
+        ...
+
+    def received(self, note: bytes) -> None: ...
+
+
+class Write:
+    """A posted write that was not done at once."""
+
+    __slots__ = ("finished", "handle", "posted_at")
+
+    def __init__(
+        self, handle: Any, finished: Callable[[Exception | None], None], posted_at: float  # noqa: ANN401
+    ) -> None:
+        self.handle = handle
+        self.finished = finished
+        self.posted_at = posted_at
+
+
+class NixlEndpoint:
+    """Build it on the event loop that its links will use; every call is made there."""
+
+    def __init__(self, identity: Identity, options: TransportOptions) -> None:
+        """Raises NixlUnavailable."""
+        # Unique per start and per agent, so no peer ever takes one for another.
+        unique = os.urandom(4).hex()
+        self.agent = NixlAgent(f"epserve-{identity.rank}-{identity.instance_epoch:x}-{unique}")
+        self.options = options
+        self.process = HostProcess.this()
+        self.doorbell = Doorbell()
+        self.retired = RetiredMemory(options.retired_bytes)
+        self._loop = asyncio.get_running_loop()
+        self._receivers: dict[str, Receiver] = {}
+        self._writes: list[Write] = []
+        self._spin_s = options.spin_us * 1e-6
+        self._spin_until = 0.0
+        self._spinning = False
+        self._active_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop.add_reader(self.doorbell.fileno(), self._rung)
+
+    def attach(self, sender: str, receiver: Receiver) -> None:
+        """Notifications of the agent called `sender` go to `receiver` from now on."""
+        self._receivers[sender] = receiver
+        self.spin()
+
+    def detach(self, sender: str, receiver: Receiver) -> None:
+        if self._receivers.get(sender) is receiver:
+            del self._receivers[sender]
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8 on the device that the options name."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.options.devices[0])
+
+    def post(
+        self, handle: Any, note: bytes, finished: Callable[[Exception | None], None]  # noqa: ANN401
+    ) -> None:
+        """Start a write and poll it to its end; `finished(None)` may be called before this returns,
+        `finished(error)` where NIXL says that the peer is gone."""
+        try:
+            state = self.agent.post(handle, note)
+            if state != DONE:
+                state = self.agent.check(handle)
+        except self.agent.failures as error:
+            finished(error)
+            return
+        if state == DONE:
+            finished(None)
+            return
+        self._writes.append(Write(handle, finished, self._loop.time()))
+        self.spin()
+
+    def spin(self, for_s: float | None = None) -> None:
+        """Poll at every turn of the loop for a while (`spin_us` if not said)."""
+        now = self._loop.time()
+        self._active_at = now
+        self._spin_until = max(self._spin_until, now + (self._spin_s if for_s is None else for_s))
+        if not self._spinning:
+            self._unpark()
+            self._spinning = True
+            self._loop.call_soon(self._spin)
+
+    def poll(self) -> bool:
+        """Make progress once; True if something arrived."""
+        if self._writes:
+            self._check_writes()
+        notes = self.agent.notifications()
+        for sender, messages in notes.items():
+            for message in messages:
+                receiver = self._receivers.get(sender)
+                if receiver is not None:
+                    receiver.received(message)
+        return bool(notes)
+
+    def _check_writes(self) -> None:
+        for write in tuple(self._writes):
+            error: Exception | None = None
+            try:
+                if self.agent.check(write.handle) != DONE:
+                    continue
+            except self.agent.failures as failure:
+                error = failure
+            self._writes.remove(write)
+            write.finished(error)
+
+    def _spin(self) -> None:
+        found = self.poll()
+        now = self._loop.time()
+        if found:
+            self._active_at = now
+            self._spin_until = max(self._spin_until, now + self._spin_s)
+        young = self._writes and now - self._writes[-1].posted_at < WRITE_SPIN_S
+        if young or now < self._spin_until:
+            self._loop.call_soon(self._spin)
+        else:
+            self._park()
+
+    def _park(self) -> None:
+        self._spinning = False
+        self.doorbell.set_parked(True)
+        if self.poll():
+            self.spin()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(self._period(), self._tick)
+
+    def _period(self) -> float:
+        period = self.options.park_poll_ms * 1e-3
+        busy = self._writes or any(receiver.busy for receiver in self._receivers.values())
+        idle = not busy and self._loop.time() - self._active_at > IDLE_AFTER_S
+        return period * IDLE_POLLS if idle else period
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self.poll():
+            self.spin()
+        elif self._receivers or self._writes:
+            self._timer = self._loop.call_later(self._period(), self._tick)
+
+    def _unpark(self) -> None:
+        self.doorbell.set_parked(False)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _rung(self) -> None:
+        self.doorbell.drain()
+        self.spin(max(self._spin_s, BELL_SPIN_S))
+
+    def close(self) -> None:
+        """After all links have been closed."""
+        self._unpark()
+        self._spin_until = 0.0
+        self._loop.remove_reader(self.doorbell.fileno())
+        self._receivers.clear()
+        self.doorbell.close()
+        self.retired.close()

@@ -1,0 +1,121 @@
+"""The command line's exit statuses, error lines and options, without starting a process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from epserve import cli, options
+from moe_core.errors import CheckpointError
+
+TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
+COMMANDS = ["demo", "serve", "gateway", "attn", "expert", "generate", "status", "manifest"]
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["--help"]) == 0
+    listed = capsys.readouterr().out.partition("Commands:")[2]
+    assert [line.split()[0] for line in listed.strip().splitlines()] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.run([command, "--help"]) == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve"], "Missing option '--model'"),
+        (["serve", "--model", "/nowhere"], "model='/nowhere'"),
+        (["serve", "--model", str(TINY), "--dp-size", "3"], "dp_size=3: must be a power of two"),
+        (["serve", "--model", str(TINY), "--dtype", "int4"], "'int4' is not one of"),
+        (["serve", "--model", str(TINY), "--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+        (["generate"], "exactly one of --prompt and --prompt-ids"),
+        (["generate", "--prompt-ids", "1,x"], "prompt_ids='1,x'"),
+    ],
+)
+def test_a_refused_argument_is_one_line_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("epserve: ")
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_any_other_error_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["status", "--target", "127.0.0.1:1"]) == 1
+    error = capsys.readouterr().err
+    assert "127.0.0.1:1" in error
+    assert error.count("\n") == 1
+
+
+def test_debug_adds_the_traceback_and_keeps_the_line(capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["serve", "--model", "/nowhere", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("epserve: model='/nowhere'")
+
+
+def test_an_unforeseen_error_says_how_to_see_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def broken(_settings: object) -> None:
+        raise ZeroDivisionError("first\nsecond")
+
+    monkeypatch.setattr("epserve.serve.serve", broken)
+    assert cli.run(["serve", "--model", str(TINY)]) == 1
+    line = "epserve: internal error: ZeroDivisionError: first second (--debug shows where)\n"
+    assert capsys.readouterr().err == line
+
+
+def test_an_epserve_error_without_invalid_argument_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def broken(_settings: object) -> None:
+        raise CheckpointError("model.safetensors is cut short")
+
+    monkeypatch.setattr("epserve.serve.serve", broken)
+    assert cli.run(["serve", "--model", str(TINY)]) == 1
+    assert capsys.readouterr().err == "epserve: model.safetensors is cut short\n"
+
+
+def test_help_imports_neither_torch_nor_grpc():
+    program = (
+        "import sys; from epserve.cli import run; assert run(['serve', '--help']) == 0;"
+        "print([name for name in ('torch', 'grpc', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_long_options_are_named_as_the_settings():
+    names = {
+        option
+        for parameter in typer.main.get_command(cli.app).commands["serve"].params
+        for option in parameter.opts
+    }
+    assert {
+        "--attn-devices",
+        "--expert-devices",
+        "--dp-size",
+        "--ep-size",
+        "--enable-mla",
+        "--expert-parallel-degree",
+        "--num-redundant-experts",
+        "--shared-experts",
+        "--colocated",
+    } <= names
+
+
+def test_token_ids_are_read_from_a_comma_separated_list():
+    assert options.token_ids("1, 2,3") == (1, 2, 3)

@@ -1,0 +1,246 @@
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from support.fake_runner import VOCAB, FakeRunner, continuation
+
+from attn_service.engine import Engine, EngineStream
+from attn_service.kv_blocks import BlockPool
+from attn_service.scheduler import SchedulerConfig
+from attn_service.sequence import FinishReason, Sampling, SequenceRequest
+from moe_core.errors import PeerLostError, RequestError, UnavailableError
+
+TIMEOUT_S = 5.0
+NUM_BLOCKS = 32
+
+
+def request(name: str, *prompt: int, **sampling: object) -> SequenceRequest:
+    return SequenceRequest(name, prompt, Sampling(**{"max_tokens": 6, **sampling}))
+
+
+@asynccontextmanager
+async def running(runner: FakeRunner, *, budget: int = 8) -> AsyncIterator[Engine]:
+    engine = Engine(
+        runner,
+        BlockPool(NUM_BLOCKS, runner.block_size),
+        SchedulerConfig(max_num_seqs=4, max_step_tokens=budget, max_model_len=64),
+        vocab_size=VOCAB,
+        placement_epoch=3,
+    )
+    task = asyncio.create_task(engine.run())
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            yield engine
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def collect(stream: EngineStream) -> dict[str, tuple[list[int], str]]:
+    """Tokens and the last word (finish reason, or the error's text) per sequence."""
+    tokens: dict[str, list[int]] = {}
+    last: dict[str, str] = {}
+    stream.end_of_requests()
+    async for step in stream.outputs():
+        for output in step.outputs:
+            tokens.setdefault(output.sequence_id, []).extend(output.token_ids)
+            last[output.sequence_id] = output.error or output.finish_reason or ""
+    return {name: (tokens[name], last[name]) for name in tokens}
+
+
+async def test_a_mixed_batch_gives_each_sequence_its_own_continuation() -> None:
+    prompts = {"a": (1, 2, 3), "b": tuple(range(20)), "c": (9,), "d": (5, 5), "e": (8,) * 11}
+    async with running(FakeRunner()) as engine:
+        stream = engine.open_stream()
+        for name, prompt in prompts.items():
+            stream.add(request(name, *prompt))
+        outputs = await collect(stream)
+        assert outputs == {
+            name: (continuation(prompt, 6), "length") for name, prompt in prompts.items()
+        }
+        assert engine.load.free_kv_blocks == NUM_BLOCKS
+
+
+async def test_a_step_answers_each_stream_with_one_message() -> None:
+    async with running(FakeRunner()) as engine:
+        streams = [engine.open_stream(), engine.open_stream()]
+        for stream in streams:
+            for name in "ab":  # ids are each stream's own
+                stream.add(request(name, 1, 2, max_tokens=1))
+            stream.end_of_requests()
+        for stream in streams:
+            steps = [step async for step in stream.outputs()]
+            assert [[o.sequence_id for o in step.outputs] for step in steps] == [["a", "b"]]
+
+
+async def test_a_late_arrival_joins_the_batch_of_the_next_step() -> None:
+    runner = FakeRunner()
+    async with running(runner) as engine:
+        stream = engine.open_stream()
+        stream.add(request("first", 1, 2, max_tokens=8))
+        outputs = aiter(stream.outputs())
+        await anext(outputs)
+        stream.add(request("late", 3))
+        await collect(stream)
+    assert [len(plan.slices) for plan in runner.plans][:4] == [1, 2, 2, 2]
+
+
+async def test_generation_stops_at_a_stop_token_which_is_put_out() -> None:
+    expected = continuation((1, 2), 6)
+    stop = expected[3]
+    async with running(FakeRunner()) as engine:
+        stream = engine.open_stream()
+        stream.add(request("a", 1, 2, stop_token_ids=frozenset({stop})))
+        outputs = await collect(stream)
+    assert outputs["a"] == (expected[: expected.index(stop) + 1], "stop")
+
+
+@pytest.mark.parametrize("prompt", [(VOCAB,), (1, -1)])
+async def test_a_token_outside_the_vocabulary_is_refused(prompt: tuple[int, ...]) -> None:
+    async with running(FakeRunner()) as engine:
+        with pytest.raises(RequestError, match="outside the vocabulary of 32"):
+            engine.open_stream().add(request("a", *prompt))
+
+
+async def test_the_same_id_twice_on_one_stream_is_refused() -> None:
+    async with running(FakeRunner()) as engine:
+        stream = engine.open_stream()
+        stream.add(request("a", 1))
+        with pytest.raises(RequestError, match="already running"):
+            stream.add(request("a", 2))
+
+
+async def test_abort_during_a_step_frees_the_blocks_when_the_step_is_over() -> None:
+    runner = FakeRunner()
+    runner.gate = asyncio.Event()
+    async with running(runner) as engine:
+        stream = engine.open_stream()
+        stream.add(request("gone", 1, 2))
+        stream.add(request("stays", 3))
+        while not runner.plans:
+            await asyncio.sleep(0)
+        stream.abort("gone")
+        held = NUM_BLOCKS - engine.load.free_kv_blocks
+        runner.gate.set()
+        outputs = await collect(stream)
+        assert held == 4  # the step under way still writes to them
+        assert outputs == {
+            "gone": ([], FinishReason.ABORT),
+            "stays": (continuation((3,), 6), FinishReason.LENGTH),
+        }
+        assert engine.load.free_kv_blocks == NUM_BLOCKS
+        assert [len(plan.slices) for plan in runner.plans[:2]] == [2, 1]
+
+
+async def test_abort_of_a_waiting_or_unknown_sequence_is_no_error() -> None:
+    runner = FakeRunner()
+    runner.gate = asyncio.Event()
+    async with running(runner) as engine:
+        stream = engine.open_stream()
+        for name in "abcde":
+            stream.add(request(name, 1))
+        while not runner.plans:
+            await asyncio.sleep(0)
+        assert (engine.load.num_running, engine.load.num_waiting) == (4, 1)
+        stream.abort("e")
+        stream.abort("never was")
+        runner.gate.set()
+        outputs = await collect(stream)
+    assert outputs["e"] == ([], "abort")
+    assert outputs["a"][1] == "length"
+
+
+async def test_closing_a_stream_frees_all_its_sequences() -> None:
+    async with running(FakeRunner()) as engine:
+        kept, closed = engine.open_stream(), engine.open_stream()
+        closed.add(request("a", 1, max_tokens=50))
+        kept.add(request("a", 1))
+        await anext(aiter(closed.outputs()))
+        closed.close()
+        assert (await collect(kept))["a"] == (continuation((1,), 6), "length")
+        await asyncio.sleep(0)
+        assert engine.load.free_kv_blocks == NUM_BLOCKS
+
+
+async def test_a_step_that_the_experts_fail_ends_its_sequences_and_no_others() -> None:
+    runner = FakeRunner()
+    async with running(runner) as engine:
+        stream = engine.open_stream()
+        runner.fail_next = PeerLostError("layer 2 needs experts 3 of expert 1: lost")
+        stream.add(request("a", 1, 2))
+        failed = (await anext(aiter(stream.outputs()))).outputs[0]
+        assert (failed.finish_reason, failed.error_code) == ("error", "UNAVAILABLE")
+        assert failed.error == "layer 2 needs experts 3 of expert 1: lost"
+        assert engine.load.free_kv_blocks == NUM_BLOCKS
+        stream.add(request("a", 1, 2))
+        assert (await collect(stream))["a"] == (continuation((1, 2), 6), "length")
+
+
+async def test_logits_that_are_not_finite_end_only_their_sequence() -> None:
+    class Broken(FakeRunner):
+        async def execute(self, plan):  # noqa: ANN001
+            logits = await super().execute(plan)
+            logits[0] = float("nan")
+            return logits
+
+    async with running(Broken()) as engine:
+        stream = engine.open_stream()
+        stream.add(request("bad", 1, 2, max_tokens=1))
+        stream.add(request("good", 3, max_tokens=1))
+        outputs = await collect(stream)
+    assert outputs["bad"] == ([], "the logits for position 2 are not finite")
+    assert outputs["good"] == (continuation((3,), 1), "length")
+
+
+async def test_a_failure_that_is_not_the_experts_ends_everything_and_surfaces() -> None:
+    class Lost(FakeRunner):
+        async def execute(self, plan):  # noqa: ANN001
+            raise UnavailableError("attention group lost tp_rank 1")
+
+    engine = Engine(
+        Lost(), BlockPool(8, 4), SchedulerConfig(2, 8, 16), vocab_size=VOCAB, placement_epoch=0
+    )
+    stream = engine.open_stream()
+    stream.add(request("a", 1))
+    with pytest.raises(UnavailableError, match="lost tp_rank 1"):
+        await asyncio.wait_for(engine.run(), TIMEOUT_S)
+    outputs = []
+    with pytest.raises(UnavailableError, match="the engine has stopped"):
+        async for step in stream.outputs():
+            outputs.extend(step.outputs)
+    assert [(o.error_code, o.error) for o in outputs] == [
+        ("UNAVAILABLE", "attention group lost tp_rank 1")
+    ]
+    with pytest.raises(UnavailableError, match="the engine has stopped"):
+        engine.open_stream()
+
+
+async def test_drain_ends_what_runs_and_takes_nothing_new() -> None:
+    async with running(FakeRunner()) as engine:
+        stream = engine.open_stream()
+        stream.add(request("a", 1))
+        draining = asyncio.create_task(engine.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError, match="draining"):
+            stream.add(request("b", 1))
+        await draining
+        assert engine.load.num_running == 0
+        assert (await collect(stream))["a"][1] == "length"
+
+
+async def test_an_idle_engine_does_not_wake_up() -> None:
+    runner = FakeRunner()
+    async with running(runner):
+        await asyncio.sleep(0.05)
+        assert runner.plans == []
+
+
+async def test_every_plan_carries_the_placement_epoch_and_a_step_number_of_its_own() -> None:
+    runner = FakeRunner()
+    async with running(runner) as engine:
+        stream = engine.open_stream()
+        stream.add(request("a", 1))
+        await collect(stream)
+    assert {plan.placement_epoch for plan in runner.plans} == {3}
+    assert [plan.step for plan in runner.plans] == list(range(1, len(runner.plans) + 1))

@@ -1,0 +1,120 @@
+"""What serve checks before it starts anything, and the commands that it would start."""
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from epserve import launch_plan
+from epserve.launch_plan import ClusterSettings, make_plan
+from epserve.layout import Place
+from moe_core.cluster import Role
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
+
+TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
+
+
+def settings(**changes: object) -> ClusterSettings:
+    return ClusterSettings(**{"model": TINY, "device": "cpu", **changes})
+
+
+def command_of(plan: launch_plan.LaunchPlan, name: str) -> str:
+    return " ".join(next(child for child in plan.children() if child.name == name).command)
+
+
+def test_each_process_gets_its_command():
+    parallel = ParallelConfig(attn_devices=2, dp_size=2, expert_devices=2, ep_size=2)
+    plan = make_plan(settings(parallel=parallel, kv_cache_tokens=512, dtype="float32"))
+    assert [child.name for child in plan.children()] == [
+        "gateway",
+        "attn 0",
+        "attn 1",
+        "expert 0",
+        "expert 1",
+    ]
+    gateway = command_of(plan, "gateway")
+    assert f"--grpc-port {plan.settings.grpc_port}" in gateway
+    assert "--enable-mla" in gateway
+    assert "--expert-parallel-degree 1" in gateway
+    attn = command_of(plan, "attn 1")
+    assert f"--gateway {plan.target} --rank 1 --device cpu --dtype float32" in attn
+    assert "--kv-cache-tokens 512" in attn
+    assert "--block-size" not in attn
+    assert "--kv-cache-tokens" not in command_of(plan, "expert 1")
+
+
+def test_port_zero_becomes_a_free_port():
+    assert make_plan(settings(grpc_port=0)).settings.grpc_port > 0
+
+
+def test_a_port_in_use_is_refused_by_number():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"grpc_port={port}: .*Address already in use"):
+            make_plan(settings(grpc_port=port))
+
+
+def test_a_missing_model_directory_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="model=.*must be an existing directory"):
+        make_plan(settings(model=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path, missing: str):
+    for name in ("config.json", "model.safetensors"):
+        if name != missing:
+            shutil.copy(TINY / name, tmp_path)
+    with pytest.raises(ConfigError, match=r"model=.*must hold"):
+        make_plan(settings(model=tmp_path))
+
+
+def test_a_layout_that_the_model_does_not_allow_is_refused():
+    with pytest.raises(ConfigError, match="tp_size"):
+        make_plan(settings(parallel=ParallelConfig(attn_devices=8)))
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch_plan, "_devices_torch_sees", lambda: 0)
+    with pytest.raises(ConfigError, match="device='cuda'"):
+        make_plan(settings(device="cuda"))
+
+
+def test_auto_takes_the_devices_that_torch_sees(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch_plan, "_has_cuda_driver", lambda: True)
+    monkeypatch.setattr(launch_plan, "_devices_torch_sees", lambda: 2)
+    places = make_plan(settings(device="auto")).places
+    assert [place.device for place in places] == ["", "cuda:0", "cuda:1"]
+
+
+def test_a_tiers_processes_share_out_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch_plan.os, "sched_getaffinity", lambda _pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan = make_plan(settings(parallel=ParallelConfig(expert_devices=4, ep_size=4)))
+    threads = {child.name: child.environment.get("OMP_NUM_THREADS") for child in plan.children()}
+    assert threads["attn 0"] == "8"
+    assert threads["expert 3"] == "2"
+    assert threads["gateway"] is None
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (_, attn, _) = make_plan(settings()).children()
+    assert "OMP_NUM_THREADS" not in attn.environment
+    assert attn.environment["UCX_MM_ERROR_HANDLING"] == "y"
+
+
+@pytest.mark.parametrize(
+    ("host", "target"),
+    [("0.0.0.0", "127.0.0.1:7"), ("::", "[::1]:7"), ("10.1.2.3", "10.1.2.3:7")],
+)
+def test_the_target_is_where_this_machine_reaches_the_gateway(host: str, target: str):
+    plan = make_plan(settings())
+    places = (Place(Role.GATEWAY, 0, "", 7),)
+    moved = launch_plan.LaunchPlan(
+        settings(host=host, grpc_port=7), plan.model, plan.parallel, places
+    )
+    assert moved.target == target
