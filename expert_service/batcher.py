@@ -10,6 +10,7 @@ reads and writes between two of them.
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,9 @@ class Batcher:
         self._runner = runner
         self._queue: list[_Queued] = []
         self._scheduled = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+        # Set to the exception of a run that failed; an error that is nobody's request's.
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def submit(self, dispatch: Dispatch, reply: Reply) -> None:
@@ -50,7 +54,14 @@ class Batcher:
         self._queue.append(_Queued(dispatch, reply, local_ids, time.perf_counter()))
         self._schedule()
 
+    async def idle(self, timeout_s: float) -> None:
+        """Returns when nothing is queued, or after `timeout_s` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+
     def _schedule(self) -> None:
+        self._empty.clear()
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._run_oldest)
@@ -60,12 +71,14 @@ class Batcher:
         layer_id = self._queue[0].dispatch.key.layer_id
         joined = [each for each in self._queue if each.dispatch.key.layer_id == layer_id]
         self._queue = [each for each in self._queue if each.dispatch.key.layer_id != layer_id]
-        if self._queue:
-            self._schedule()
         try:
             self._run(layer_id, joined)
         except Exception as error:  # ends the process, but its peers are told why first
             self._fail(layer_id, joined, error)
+        if self._queue:
+            self._schedule()
+        else:
+            self._empty.set()
 
     def _run(self, layer_id: int, joined: list[_Queued]) -> None:
         started = time.perf_counter()

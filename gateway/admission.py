@@ -135,17 +135,16 @@ def _prompt_ids(prompt: str | tuple[int, ...] | None, model: ServedModel) -> tup
 
 
 def _room(prompt_tokens: int, model: ServedModel, kv_tokens: int) -> tuple[int, str]:
-    """How many tokens may follow the prompt, and the limit that says so."""
+    """How many tokens may follow the prompt, and the limit that says so. The last of them needs
+    no place in the KV pool."""
     limits = (
-        (model.max_model_len, "max_position_embeddings"),
-        (kv_tokens, "tokens in the largest KV pool"),
+        (model.max_model_len - prompt_tokens, f"max_position_embeddings={model.max_model_len}"),
+        (kv_tokens + 1 - prompt_tokens, f"the largest KV pool, of {kv_tokens} tokens"),
     )
-    most, limit = min(limits)
-    if prompt_tokens >= most:
-        raise RequestError(
-            f"prompt: {prompt_tokens} tokens leave no room for output within {most} ({limit})"
-        )
-    return most - prompt_tokens, f"{most} ({limit})"
+    left, limit = min(limits)
+    if left < 1:
+        raise RequestError(f"prompt: {prompt_tokens} tokens leave no room for output in {limit}")
+    return left, limit
 
 
 def _max_tokens(asked: int | None, prompt_tokens: int, room: tuple[int, str]) -> int:
@@ -157,7 +156,7 @@ def _max_tokens(asked: int | None, prompt_tokens: int, room: tuple[int, str]) ->
     if asked > left:
         raise RequestError(
             f"max_tokens={asked}: with {prompt_tokens} prompt tokens it exceeds {limit}; "
-            f"at most {left}"
+            f"at most {left} fit"
         )
     return asked
 

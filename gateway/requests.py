@@ -62,8 +62,8 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """The most tokens it can ever hold KV for."""
-        return len(self.prompt_ids) + self.max_tokens
+        """The most tokens whose keys and values it ever holds: the last output is not computed."""
+        return len(self.prompt_ids) + self.max_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, TypeGuard
 
 from blake3 import blake3
 
@@ -123,7 +123,7 @@ def _entry(name: str, value: object, path: Path, start: int) -> TensorEntry:
     return TensorEntry(name, path, dtype, tuple(shape), start + offsets[0], nbytes)
 
 
-def _is_counts(value: object) -> bool:
+def _is_counts(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

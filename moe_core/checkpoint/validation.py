@@ -61,7 +61,9 @@ def _check_tensor(
 def _check_scale(entry: TensorEntry, table: Mapping[str, TensorEntry]) -> None:
     scale = table.get(entry.name + SCALE_SUFFIX)
     if scale is None:
-        raise CheckpointError(f"{entry}: is {entry.dtype}, but there is no {entry.name}{SCALE_SUFFIX}")
+        raise CheckpointError(
+            f"{entry}: is {entry.dtype}, but there is no {entry.name}{SCALE_SUFFIX}"
+        )
     blocks = tuple(-(-size // FP8_BLOCK) for size in entry.shape)
     if scale.shape != blocks or scale.dtype != "F32":
         raise CheckpointError(
@@ -77,7 +79,9 @@ def _check_extra(
     ignored = [n for n in extra if _is_prediction_layer(n, config)]
     unknown = [n for n in extra if not _is_prediction_layer(n, config) and not _is_recomputed(n)]
     if unknown:
-        message = f"the checkpoint holds {_listed(unknown)}, which {config.model_type} does not have"
+        message = (
+            f"the checkpoint holds {_listed(unknown)}, which {config.model_type} does not have"
+        )
         if any(_layer_number(n) >= config.num_hidden_layers for n in unknown):
             message += (
                 f"; config.json has {config.num_hidden_layers} layers and "
@@ -93,7 +97,9 @@ def _is_scale(
     name: str, expected: Mapping[str, TensorSpec], table: Mapping[str, TensorEntry]
 ) -> bool:
     weight = name.removesuffix(SCALE_SUFFIX)
-    return weight != name and weight in expected and table[weight].dtype == FP8_DTYPE
+    if weight == name or weight not in expected or weight not in table:
+        return False
+    return table[weight].dtype == FP8_DTYPE
 
 
 def _layer_number(name: str) -> int:

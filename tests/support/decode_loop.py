@@ -4,9 +4,10 @@ Knows one batch of prompts that prefill together and decode together; the routed
 run_experts on all of them, in this process. Knows no scheduler.
 """
 
+import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,22 +53,25 @@ class Generation:
     tokens: list[list[int]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sequences:
-    """Blocks are dealt out in an order that is not ascending, so that tables matter."""
+    """Prompts and the blocks they own, dealt out in random order so that tables matter."""
 
     prompts: Sequence[tuple[int, ...]]
-    block_size: int
     num_tokens: int
-    blocks: list[list[int]] = field(init=False)
-    num_blocks: int = field(init=False)
+    block_size: int
+    num_blocks: int
+    blocks: list[list[int]]
 
-    def __post_init__(self) -> None:
-        each = [-(-(len(p) + self.num_tokens) // self.block_size) for p in self.prompts]
-        self.num_blocks = sum(each) + 1
-        free = [(i * 7919) % sum(each) + 1 for i in range(sum(each))]
-        free = sorted(range(1, self.num_blocks), key=lambda block: (block * 7) % 11)
-        self.blocks = [[free.pop() for _ in range(count)] for count in each]
+    @classmethod
+    def deal(
+        cls, prompts: Sequence[tuple[int, ...]], num_tokens: int, block_size: int = 4
+    ) -> "Sequences":
+        each = [-(-(len(prompt) + num_tokens) // block_size) for prompt in prompts]
+        free = list(range(sum(each)))
+        random.Random(0).shuffle(free)
+        blocks = [[free.pop() for _ in range(count)] for count in each]
+        return cls(prompts, num_tokens, block_size, sum(each), blocks)
 
 
 def generate(
@@ -80,25 +84,23 @@ def generate(
     """Greedy. With prefill_chunk, prompts enter in pieces of that many tokens, and a sequence
     decodes while others still prefill."""
     known = [list(prompt) for prompt in sequences.prompts]
+    wanted = [len(prompt) + sequences.num_tokens for prompt in sequences.prompts]
     computed = [0] * len(known)
-    first: list[Tensor | None] = [None] * len(known)
-    while any(len(k) - len(p) < sequences.num_tokens for k, p in zip(known, sequences.prompts)):
-        slices, token_ids, owners = [], [], []
-        for i, (tokens, prompt) in enumerate(zip(known, sequences.prompts, strict=True)):
-            if len(tokens) - len(prompt) >= sequences.num_tokens:
-                continue
-            count = min(len(tokens) - computed[i], prefill_chunk or len(tokens))
+    first: dict[int, Tensor] = {}
+    while running := [i for i, tokens in enumerate(known) if len(tokens) < wanted[i]]:
+        slices, token_ids = [], []
+        for i in running:
+            count = min(len(known[i]) - computed[i], prefill_chunk or len(known[i]))
             slices.append(SequenceSlice(sequences.blocks[i], computed[i], count))
-            token_ids += tokens[computed[i] : computed[i] + count]
-            owners.append(i)
+            token_ids += known[i][computed[i] : computed[i] + count]
         logits = step(decoder, experts, cache, slices, token_ids)
-        for row, (i, part) in enumerate(zip(owners, slices, strict=True)):
-            computed[i] = part.seq_len
+        for row, i in enumerate(running):
+            computed[i] = slices[row].seq_len
             if computed[i] == len(known[i]):
-                first[i] = logits[row] if first[i] is None else first[i]
+                first.setdefault(i, logits[row])
                 known[i].append(int(logits[row].argmax()))
-    new = [k[len(p) :] for k, p in zip(known, sequences.prompts, strict=True)]
-    return Generation(torch.stack([row for row in first if row is not None]), new)
+    new = [tokens[len(p) :] for tokens, p in zip(known, sequences.prompts, strict=True)]
+    return Generation(torch.stack([first[i] for i in range(len(known))]), new)
 
 
 @dataclass
@@ -108,28 +110,23 @@ class ThreadedTensorParallel:
     rank: int
     size: int
     barrier: threading.Barrier
-    mailbox: list[Tensor | None]
+    mailbox: list[Tensor]
 
     @classmethod
     def group(cls, size: int, timeout_s: float = 30.0) -> "list[ThreadedTensorParallel]":
         barrier = threading.Barrier(size, timeout=timeout_s)
-        mailbox: list[Tensor | None] = [None] * size
+        mailbox = [torch.empty(0)] * size
         return [cls(rank, size, barrier, mailbox) for rank in range(size)]
 
     def _exchange(self, x: Tensor) -> list[Tensor]:
         self.mailbox[self.rank] = x
         self.barrier.wait()
-        every = [part for part in self.mailbox if part is not None]
+        every = list(self.mailbox)
         self.barrier.wait()
         return every
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        first, *others = self._exchange(x)
-        total = first.clone()
-        for part in others:
-            total += part
-        self.barrier.wait()
-        return total
+        return torch.stack(self._exchange(x)).sum(dim=0)
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         parts = self._exchange(x)
@@ -154,7 +151,7 @@ def run_ranks(work: Callable[[ThreadedTensorParallel], Generation], size: int) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=120.0)
     if errors:
         raise errors[0]
     return [result for result in results if result is not None]

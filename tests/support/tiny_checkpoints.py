@@ -7,21 +7,27 @@ under a directory that the caller names and is found there afterwards.
 Weights are drawn so that outputs depend on everything: norms and biases are random too, logits
 spread over several units, and every `e_score_correction_bias` is in [-4, -1.5], where a group
 mask of 0 instead of -inf would choose the wrong experts. The seeds are such that neither a
-router choice nor a greedy token of the reference runs is near a tie; `reference` checks that.
+router choice nor a greedy token of the reference runs is near a tie: Reference says how near.
+The installed transformers masks groups with -inf; releases that masked with 0 are no reference
+for these checkpoints.
 """
 
 import math
-import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from support.plain_router import plain_route
 from torch import Tensor
 
 from moe_core.config.model import ModelConfig, MoeConfig
+
+if TYPE_CHECKING:
+    import transformers
 
 Options = Mapping[str, object]
 
@@ -166,30 +172,34 @@ def tiny_checkpoint(name: str, root: Path, dtype: torch.dtype = torch.float32) -
     directory = root / f"{name}-{str(dtype).removeprefix('torch.')}"
     if directory.exists():
         return directory
-    import transformers
-
-    config_class, options = CASES[name]
-    config = getattr(transformers, config_class)(**options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(_SEEDS.get(name, 0))
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            tensor.copy_(_draw(key, tensor.shape, generator))
+    root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root) as scratch:
-        model.to(dtype).save_pretrained(scratch)
+        made = Path(scratch) / "made"
+        _random_model(name).to(dtype).save_pretrained(made)
         # Several test processes may make it at once: the first rename wins, all are the same.
         try:
-            os.rename(scratch, directory)
+            made.rename(directory)
         except OSError:
             if not directory.exists():
                 raise
-            return directory
-        Path(scratch).mkdir()
-    directory.chmod(0o755)
     return directory
 
 
-_SEEDS: Mapping[str, int] = {}
+def _random_model(name: str) -> "transformers.PreTrainedModel":
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    config_class, options = CASES[name]
+    config = getattr(transformers, config_class)(**options)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # Without shared experts transformers builds an MLP of width 0.
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            tensor.copy_(_draw(key, tensor.shape, generator))
+    return model
 
 
 def _draw(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -233,7 +243,10 @@ def references(
     """Runs transformers on a checkpoint, in float32, each prompt alone."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.eval()
     config = ModelConfig.from_hf(directory)
     margins: list[float] = []

@@ -1,0 +1,74 @@
+"""`epserve serve` from start to stop, and what is left behind: nothing."""
+
+import os
+import signal
+import socket
+
+import psutil
+import pytest
+from support.processes import TINY_MODEL, epserve, serving, started, still_alive
+
+SMALL = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
+
+
+def test_ctrl_c_stops_every_process_and_frees_the_port():
+    with serving(*SMALL) as (serve, target):
+        family = serve.family()
+        assert len(family) == 5
+        serve.send(signal.SIGINT)
+        assert serve.wait() == 0, serve
+        assert still_alive(family) == []
+        assert serve.out[-1] == "stopped"
+        assert not any("Traceback" in line for line in serve.err)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", int(target.rpartition(":")[2])))
+
+
+def test_a_killed_serve_leaves_no_orphan():
+    with serving(*SMALL) as (serve, _):
+        family = serve.family()
+        os.kill(serve.pid, signal.SIGKILL)
+        assert still_alive(family) == []
+
+
+@pytest.mark.parametrize("victim", ["attn 0", "expert 1"])
+def test_a_worker_that_dies_is_named_and_the_rest_is_stopped(victim: str):
+    with serving(*SMALL) as (serve, target):
+        family = serve.family()
+        pid = _pid_of(target, victim)
+        os.kill(pid, signal.SIGKILL)
+        assert serve.wait() == 1
+        last = serve.err[-1]
+        assert last.startswith(f"epserve: {victim} (pid {pid}) was ended by signal 9 (SIGKILL)")
+        assert still_alive(family) == []
+
+
+def test_a_worker_that_cannot_start_is_named_with_what_it_said():
+    with started(
+        *("serve", "--model", str(TINY_MODEL), "--grpc-port", "0", "--device", "cpu"),
+        *("--kv-cache-tokens", "1"),
+    ) as serve:
+        status = serve.wait()
+    last = serve.err[-1]
+    assert last.startswith("epserve: attn 0 (pid "), serve
+    assert "kv_cache_tokens" in last
+    assert status == 2
+
+
+def test_sigterm_while_loading_stops_every_process():
+    with started("serve", "--model", str(TINY_MODEL), "--grpc-port", "0", *SMALL) as serve:
+        serve.wait_for("waiting for")
+        family = serve.family()
+        serve.send(signal.SIGTERM)
+        assert serve.wait() == 0, serve
+        assert still_alive(family) == []
+
+
+def _pid_of(target: str, name: str) -> int:
+    import json
+
+    role, rank = name.split()
+    members = json.loads(epserve("status", "--target", target, "--json").stdout)["members"]
+    (pid,) = [m["pid"] for m in members if (m["role"], m["rank"]) == (role, int(rank))]
+    assert psutil.pid_exists(pid)
+    return pid

@@ -1,0 +1,123 @@
+"""Real epserve processes for end-to-end tests: start, read what they print, leave none behind."""
+
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+TINY_MODEL = Path(__file__).parents[2] / "epserve" / "tiny_model"
+EPSERVE = (sys.executable, "-P", "-m", "epserve")
+
+
+class Running:
+    """A started `epserve …`; its stdout and stderr are read as they come."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [*EPSERVE, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._process.stdout, self.out)),
+            threading.Thread(target=self._read, args=(self._process.stderr, self.err)),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def family(self) -> list[psutil.Process]:
+        """This process and all that it has started."""
+        own = psutil.Process(self.pid)
+        return [own, *own.children(recursive=True)]
+
+    def wait_for(self, words: str, timeout_s: float = 60.0) -> str:
+        """The next line of either stream that holds `words`."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"no {words!r} within {timeout_s} s in:\n{self}") from None
+            if words in line:
+                return line
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """The exit status."""
+        status = self._process.wait(timeout_s)
+        for reader in self._readers:
+            reader.join(timeout_s)
+        return status
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def close(self) -> None:
+        """End everything that this process has started, and itself."""
+        family = self.family() if self._process.poll() is None else []
+        for member in family:
+            member.kill()
+        self.wait()
+        psutil.wait_procs(family, timeout=10)
+
+    def __str__(self) -> str:
+        return "\n".join(["stdout:", *self.out, "stderr:", *self.err])
+
+    def _read(self, stream: Iterator[str], into: list[str]) -> None:
+        for line in stream:
+            into.append(line.rstrip("\n"))
+            self._lines.put(into[-1])
+        stream.close()
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[Running]:
+    """`epserve` with these arguments; killed with all its children at the end."""
+    running = Running(arguments)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+@contextmanager
+def serving(*arguments: str, model: Path = TINY_MODEL) -> Iterator[tuple[Running, str]]:
+    """`epserve serve` once it is ready, and the address of its gateway."""
+    base = ("serve", "--model", str(model), "--device", "cpu", "--grpc-port", "0")
+    with started(*base, *arguments) as running:
+        line = running.wait_for("ready: serving")
+        yield running, line.split(" at ")[1].split()[0]
+
+
+def epserve(*arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        [*EPSERVE, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def still_alive(processes: Sequence[psutil.Process], timeout_s: float = 10.0) -> list[str]:
+    """Those that have not ended in time, in words."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    return [f"{process.pid} {' '.join(process.cmdline())}" for process in alive]

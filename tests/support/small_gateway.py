@@ -1,0 +1,98 @@
+"""A gateway's parts wired without a checkpoint, for tests of its servicers.
+
+Knows the gateway's parts; the real wiring is gateway/process.py's.
+"""
+
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from support.fake_attention import FakeAttention, FakeWorker
+from support.moe_configs import moe_model
+
+from gateway.admission import ServedModel
+from gateway.attention_pool import AttentionPool
+from gateway.cluster import Registry
+from gateway.cluster_servicer import ClusterServicer
+from gateway.generation import Generator
+from gateway.servicer import GatewayServicer
+from gateway.tokenizer import TextTokenizer
+from moe_core.cluster import ClusterState, Member, MemberState, Role
+from moe_core.config.parallel import ParallelConfig
+from moe_core.pb.epserve.v1 import cluster_pb2_grpc, gateway_pb2_grpc
+from moe_core.placement import ExpertPlacement
+from moe_core.service.grpc_channel import open_channel
+from moe_core.service.grpc_host import GrpcHost
+
+FINGERPRINT = "blake3:11"
+MODEL = moe_model()
+
+
+def make_registry(parallel: ParallelConfig | None = None) -> Registry:
+    settled = (parallel or ParallelConfig()).with_model(MODEL)
+    placement = ExpertPlacement.initial(MODEL, settled)
+    gateway = Member(Role.GATEWAY, 0, 1, "127.0.0.1:1", "cpu", MemberState.CONNECTING, 1, "here")
+    return Registry(gateway, settled, placement, FINGERPRINT)
+
+
+class SmallGateway:
+    def __init__(
+        self, parallel: ParallelConfig | None = None, tokenizer: TextTokenizer | None = None
+    ) -> None:
+        self.registry = make_registry(parallel)
+        self.pool = AttentionPool()
+        model = ServedModel("small", MODEL, tokenizer)
+        self.generator = Generator(model, self.registry, self.pool)
+        self.cluster = ClusterServicer(self.registry)
+        self._host = GrpcHost()
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+
+    async def __aenter__(self) -> "SmallGateway":
+        self.cluster.add_to(self._host)
+        GatewayServicer(self.generator, self.registry).add_to(self._host)
+        port = await self._host.start("127.0.0.1", 0)
+        self.address = f"127.0.0.1:{port}"
+        self.channel = open_channel(self.address)
+        self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
+        self.cluster_stub = cluster_pb2_grpc.ClusterServiceStub(self.channel)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for close in self._closers:
+            await close()
+        await self.channel.close()
+        self.cluster.close()
+        await self.pool.close()
+        await self._host.stop(0.2)
+
+    def worker(self, role: Role, rank: int | None = None) -> FakeWorker:
+        return FakeWorker(self.address, FINGERPRINT, role, rank)
+
+    async def add_worker(
+        self,
+        role: Role,
+        fake: FakeAttention | None = None,
+        *,
+        rank: int | None = None,
+        total_kv_blocks: int = 64,
+    ) -> FakeWorker:
+        """A worker that has joined and is READY, stopped when this gateway is."""
+        worker = self.worker(role, rank)
+        await worker.start(fake, total_kv_blocks=total_kv_blocks)
+        self._closers.append(worker.stop)
+        await worker.membership.wait_until(
+            lambda state: is_ready(state, role, worker.membership.rank), 10, "this worker"
+        )
+        return worker
+
+
+def is_ready(state: ClusterState, role: Role, rank: int) -> bool:
+    return any(
+        member.rank == rank and member.state is MemberState.READY for member in state.tier(role)
+    )
+
+
