@@ -11,7 +11,8 @@ when the step is over, since the step still writes to its KV blocks.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence as Many
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as Many
 from typing import Protocol
 
 import structlog
@@ -150,8 +151,8 @@ class Engine:
         return stream
 
     async def run(self) -> None:
-        """Steps for as long as there is work, and waits for more, until cancelled. A failure
-        that is not the experts' ends every sequence and is raised."""
+        """Steps for as long as there is work, and waits for more, until cancelled. Whatever ends
+        it, a failure that is not the experts' or a cancellation, ends every sequence too."""
         try:
             while True:
                 self._drop_discarded()
@@ -162,7 +163,7 @@ class Engine:
                     self._idle.set()
                     self._changed.clear()
                     await self._changed.wait()
-        except Exception as error:
+        except BaseException as error:
             self._fail_all(error)
             raise
 
@@ -242,12 +243,16 @@ class Engine:
         wanted = [s for s in sequences if s not in self._discarded]
         self._put_out([(s, _error_output(s, code, message)) for s in wanted])
 
-    def _fail_all(self, error: Exception) -> None:
-        code = error.code if isinstance(error, EpserveError) else "INTERNAL"
+    def _fail_all(self, error: BaseException) -> None:
+        cause: EpserveError = UnavailableError("this attention process is stopping")
+        if isinstance(error, EpserveError):
+            cause = error
+        elif isinstance(error, Exception):
+            cause = EpserveError(f"internal error: {type(error).__name__}: {error}")
         self._accepting = False
-        self.failure = UnavailableError(f"the engine has stopped: {error}")
+        self.failure = UnavailableError(f"the engine has stopped: {cause}")
         self._drop_discarded()
-        self._finish_with(code, str(error), self._scheduler.sequences())
+        self._finish_with(cause.code, str(cause), self._scheduler.sequences())
         for stream in tuple(self._streams):
             stream.close()
         self._idle.set()

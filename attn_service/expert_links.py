@@ -26,7 +26,8 @@ MakeExperts = Callable[[Sequence[ExpertLink]], Experts]
 class ExpertLinks:
     """Is an `Experts` itself, once `reconcile` has connected every expert process."""
 
-    def __init__(self, connect: Connect, make_experts: MakeExperts) -> None:
+    def __init__(self, size: int, connect: Connect, make_experts: MakeExperts) -> None:
+        self._size = size
         self._connect = connect
         self._make_experts = make_experts
         self._links: dict[int, ExpertLink] = {}
@@ -55,7 +56,7 @@ class ExpertLinks:
         problems = [await self._connect_if_needed(member) for member in ready.values()]
         absent = [
             f"expert {rank}: {self._lost(rank) or 'not ready'}"
-            for rank in range(state.size(Role.EXPERT))
+            for rank in range(self._size)
             if rank not in ready and (rank not in self._links or self._lost(rank))
         ]
         self.missing = (*filter(None, problems), *absent)
@@ -102,11 +103,7 @@ class ExpertLinks:
         old = self._links.get(member.rank)
         self._links[member.rank] = link
         self._epochs[member.rank] = member.instance_epoch
-        ranks = sorted(self._links)
-        if ranks == list(range(len(ranks))):
-            self._try_to_make(ranks)
+        if len(self._links) == self._size:
+            self._experts = self._make_experts([self._links[r] for r in range(self._size)])
         if old is not None:
             await old.close()
-
-    def _try_to_make(self, ranks: Sequence[int]) -> None:
-        self._experts = self._make_experts([self._links[rank] for rank in ranks])

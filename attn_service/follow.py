@@ -27,6 +27,7 @@ from moe_core.service.grpc_channel import error_from_rpc, open_channel
 log = structlog.get_logger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,9 @@ class Followers:
                 async with asyncio.timeout(self._timeout_s):
                     await context.write(message)
             except (TimeoutError, grpc.aio.BaseError, asyncio.InvalidStateError) as error:
-                await self._lose(tp_rank, f"step {plan.step} could not be sent to it: {error!r}")
-                raise self._lost from error
+                raise await self._lose(
+                    tp_rank, f"step {plan.step} could not be sent to it: {error!r}"
+                ) from error
 
     async def lost(self) -> None:
         """Waits until a follower is gone, and raises."""
@@ -120,19 +122,20 @@ class Followers:
                 f"{self._terms}; start all ranks with the same kv_cache_tokens and block_size"
             )
 
-    async def _lose(self, tp_rank: int, why: str) -> None:
+    async def _lose(self, tp_rank: int, why: str) -> GroupLostError:
+        """Note that the group has ended; the first reason is the one that is told."""
         async with self._changed:
             if self._lost is None:
                 self._lost = GroupLostError(f"{self._group} lost tp_rank {tp_rank}: {why}")
             self._changed.notify_all()
+            return self._lost
 
 
 async def follow(
     leader: str,
     group: GroupRank,
     terms: GroupTerms,
-    execute: Callable[[StepPlan], Awaitable[object]],
-    on_connected: Callable[[], None],
+    execute: Callable[[StepPlan], Awaitable[None]],
 ) -> None:
     """A follower's end: execute every plan of the leader at address `leader` (host:port).
 
@@ -148,16 +151,15 @@ async def follow(
         block_size=terms.block_size,
     )
     try:
-        stub: Any = pb_grpc.AttentionServiceStub(channel)
+        stub: Any = pb_grpc.AttentionServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
         call = stub.Follow()
         await call.write(hello)
-        on_connected()
         async for message in call:
             await execute(plan_from_pb(message))
     except grpc.aio.AioRpcError as error:
         raise _lost_leader(error, doing) from error
     finally:
-        await channel.close()
+        await channel.close(CLOSE_TIMEOUT_S)
 
 
 def _lost_leader(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:

@@ -10,14 +10,20 @@ raises the first failure (by rank) on all of them before anybody uses the result
 """
 
 import json
+from collections.abc import Awaitable, Callable
 
+import structlog
 import torch
 from torch import Tensor
 
+from attn_service.engine import StepRunner
 from attn_service.expert_client import even_parts
 from attn_service.experts import Experts, PendingExperts, StepKey
+from attn_service.sequence import StepPlan
 from moe_core.errors import TransportError
 from moe_core.model.tensor_parallel import TensorParallel
+
+log = structlog.get_logger(__name__)
 
 MESSAGE_BYTES = 2048
 
@@ -31,7 +37,7 @@ class AgreedTransportError(TransportError):
 
 
 class GroupExperts:
-    """Wraps this rank's Experts; with a group of one it changes nothing."""
+    """Wraps this rank's Experts."""
 
     def __init__(self, experts: Experts, tensor_parallel: TensorParallel) -> None:
         self._experts = experts
@@ -64,9 +70,7 @@ class GroupExperts:
             except TransportError as error:
                 self._failure = self._failure or error
         sizes = even_parts(hidden_states.shape[0], self._tensor_parallel.size)
-        own = hidden_states.new_zeros(
-            (sizes[self._tensor_parallel.rank], *hidden_states.shape[1:])
-        )
+        own = hidden_states.new_zeros((sizes[self._tensor_parallel.rank], *hidden_states.shape[1:]))
         return self._tensor_parallel.all_gather(own, sizes)
 
     def settle(self) -> None:
@@ -79,6 +83,36 @@ class GroupExperts:
             _encode(failure), [1] * self._tensor_parallel.size
         )  # [tp_size, MESSAGE_BYTES]
         raise next(error for error in map(_decode, parts) if error is not None)
+
+
+class GroupRunner:
+    """A StepRunner of one rank in a group; `publish` is None on the ranks that follow."""
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        experts: GroupExperts,
+        publish: Callable[[StepPlan], Awaitable[None]] | None,
+    ) -> None:
+        self._runner = runner
+        self._experts = experts
+        self._publish = publish
+
+    async def execute(self, plan: StepPlan) -> Tensor:
+        """See `StepRunner.execute`; a failed step raises AgreedTransportError on all ranks."""
+        if self._publish is not None:
+            await self._publish(plan)
+        logits = await self._runner.execute(plan)
+        self._experts.settle()
+        return logits
+
+    async def follow(self, plan: StepPlan) -> None:
+        """Execute one of the leader's plans. A step that the experts failed is the leader's to
+        report, and this rank goes on with the next."""
+        try:
+            await self.execute(plan)
+        except AgreedTransportError as error:
+            log.warning("the experts failed a step", step=plan.step, error=str(error))
 
 
 class _PendingGroup:

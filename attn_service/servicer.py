@@ -19,21 +19,38 @@ from attn_service.sequence import (
     SequenceRequest,
     StepOutput,
 )
-from moe_core.errors import EpserveError, RequestError
+from moe_core.errors import EpserveError, RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import attention_pb2_grpc as pb_grpc
 
 SERVICE_NAME = "epserve.v1.AttentionService"
+add_to_server = pb_grpc.add_AttentionServiceServicer_to_server
 
 
 class AttentionServicer(pb_grpc.AttentionServiceServicer):
-    """followers is None where the group has one rank."""
+    """Answers UNAVAILABLE until it is told what this rank does: a server must have its port, and
+    so its servicers, before the process knows its rank."""
 
-    def __init__(self, engine: Engine, followers: Followers | None) -> None:
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._followers: Followers | None = None
+        self._otherwise: EpserveError = UnavailableError("this attention process is starting")
+
+    def lead(self, engine: Engine) -> None:
+        """Serve sequences with `engine`."""
         self._engine = engine
+
+    def accept(self, followers: Followers) -> None:
+        """Let the other ranks of the group follow."""
         self._followers = followers
 
+    def decline(self, reason: str) -> None:
+        """Refuse both calls."""
+        self._otherwise = RequestError(reason)
+
     async def Serve(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
+        if self._engine is None:
+            raise self._otherwise
         stream = self._engine.open_stream()
         reading = asyncio.create_task(_read(request_iterator, stream), name="serve-requests")
         try:
@@ -48,21 +65,8 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
 
     async def Follow(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
         if self._followers is None:
-            raise RequestError("Follow: this attention group has one rank, so nobody can follow")
+            raise self._otherwise
         await self._followers.serve(request_iterator, context)
-
-
-class FollowerServicer(pb_grpc.AttentionServiceServicer):
-    """What a rank other than 0 answers."""
-
-    def __init__(self, group: object) -> None:
-        self._group = group
-
-    async def Serve(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
-        raise RequestError(f"Serve: {self._group} follows; send sequences to its tp_rank 0")
-
-    async def Follow(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
-        raise RequestError(f"Follow: {self._group} follows itself; follow its tp_rank 0")
 
 
 async def _read(requests: AsyncIterator[Any], stream: EngineStream) -> None:

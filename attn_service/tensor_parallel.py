@@ -17,6 +17,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+# torch exports these, but does not say so to type checkers.
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
 from moe_core.errors import UnavailableError
 
 Tensor = torch.Tensor
@@ -82,17 +85,15 @@ class DistributedTensorParallel:
             ) from error
 
 
-def open_store(host: str, tp_size: int, timeout_s: float) -> dist.TCPStore:
+def open_store(host: str, tp_size: int, timeout_s: float) -> TCPStore:
     """The group's store, listening on a free port; for tp_rank 0. Its port is `.port`."""
-    return dist.TCPStore(
-        host, 0, tp_size, True, timedelta(seconds=timeout_s), wait_for_workers=False
-    )
+    return TCPStore(host, 0, tp_size, True, timedelta(seconds=timeout_s), wait_for_workers=False)
 
 
-def join_store(host: str, port: int, tp_size: int, timeout_s: float) -> dist.TCPStore:
+def join_store(host: str, port: int, tp_size: int, timeout_s: float) -> TCPStore:
     """The store of the group's tp_rank 0. Raises GroupLostError when nobody answers."""
     return _bounded(
-        lambda: dist.TCPStore(
+        lambda: TCPStore(
             host, port, tp_size, False, timedelta(seconds=timeout_s), wait_for_workers=False
         ),
         f"the TP store of tp_rank 0 at {host}:{port} did not answer within {timeout_s:g} s",
@@ -100,7 +101,7 @@ def join_store(host: str, port: int, tp_size: int, timeout_s: float) -> dist.TCP
 
 
 def form(
-    group: GroupRank, store: dist.Store, device: torch.device, timeout_s: float
+    group: GroupRank, store: Store, device: torch.device, timeout_s: float
 ) -> DistributedTensorParallel:
     """Meet the other ranks; blocks until all have come. Raises GroupLostError when one does not
     come within `timeout_s`, which is also every later collective's deadline."""

@@ -166,11 +166,10 @@ def manifest(
     debug: o.DebugOption = False,
 ) -> None:
     """Write the digests of a checkpoint's files."""
+    from epserve.launch_plan import open_checkpoint
     from moe_core.checkpoint.manifest import write_manifest
 
-    from epserve.launch_plan import read_model_config
-
-    read_model_config(directory)
+    open_checkpoint(directory)
     typer.echo(f"wrote {write_manifest(directory)}")
 
 

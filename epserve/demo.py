@@ -41,8 +41,7 @@ READY_TIMEOUT_S = 120.0
 STOP_GRACE_S = 10.0
 COUNTERS_TIMEOUT_S = 5.0
 COUNTERS_POLL_S = 0.1
-STABLE_POLLS = 12
-"""Attention processes report their counters about once a second."""
+STABLE_POLLS = 10  # attention processes report their counters about twice a second
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from epserve.layout import Place, derive_layout, spread_devices
 from epserve.supervisor import ChildSpec
+from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import Role
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
@@ -89,8 +90,11 @@ class LaunchPlan:
 
 
 def make_plan(settings: ClusterSettings) -> LaunchPlan:
-    """Check everything that can be known before a process starts. Raises ConfigError."""
-    model = read_model_config(settings.model)
+    """Check everything that can be known before a process starts.
+
+    Raises ConfigError for what cannot be set, CheckpointError for a damaged checkpoint.
+    """
+    model = open_checkpoint(settings.model).config
     parallel = settings.parallel.with_model(model)
     settings = _with_port(settings)
     devices = spread_devices(parallel, num_cuda_devices(settings.device))
@@ -98,15 +102,15 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
     return LaunchPlan(settings, model, parallel, places)
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """The config of a checkpoint. Raises ConfigError where there is none to be served."""
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Its headers, checked. Raises ConfigError where there is no checkpoint at all."""
     if not directory.is_dir():
         raise ConfigError("model", str(directory), "must be an existing directory")
     if not (directory / "config.json").is_file():
         raise ConfigError("model", str(directory), "must hold a config.json")
     if next(directory.glob("*.safetensors"), None) is None:
         raise ConfigError("model", str(directory), "must hold *.safetensors files")
-    return ModelConfig.from_hf(directory)
+    return Checkpoint.open(directory)
 
 
 def num_cuda_devices(device: str) -> int:

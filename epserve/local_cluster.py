@@ -19,6 +19,7 @@ from moe_core.errors import UnavailableError
 
 READY_TIMEOUT_S = 3600.0  # the largest checkpoints take tens of minutes from slow disks
 POLL_S = 0.1
+_MOST_NAMED = 6
 _Result = TypeVar("_Result")
 Progress = Callable[[str], None]
 
@@ -102,8 +103,11 @@ def _not_ready(state: ClusterState | None, parallel: ParallelConfig) -> str:
     wanted = [(Role.GATEWAY, 0)]
     wanted += [(Role.EXPERT, rank) for rank in range(parallel.expert_devices)]
     wanted += [(Role.ATTN, rank) for rank in range(parallel.attn_devices)]
-    missing = (_unready_words(role, rank, found.get((role, rank))) for role, rank in wanted)
-    return ", ".join(filter(None, missing))
+    words = (_unready_words(role, rank, found.get((role, rank))) for role, rank in wanted)
+    missing = list(filter(None, words))
+    if len(missing) > _MOST_NAMED:
+        missing[_MOST_NAMED:] = [f"{len(missing) - _MOST_NAMED} more"]
+    return ", ".join(missing)
 
 
 def _unready_words(role: Role, rank: int, member: Member | None) -> str:

@@ -29,14 +29,19 @@ async def run_until_signalled(
             on_signal()
         task.cancel()
 
-    for number in STOP_SIGNALS:
+    numbers = [number for number in STOP_SIGNALS if not _is_under_nohup(number)]
+    for number in numbers:
         loop.add_signal_handler(number, stop)
     try:
         await asyncio.wait([task])
     finally:
-        for number in STOP_SIGNALS:
+        for number in numbers:
             loop.remove_signal_handler(number)
     if task.cancelled() and signalled:
         return True
     task.result()
     return False
+
+
+def _is_under_nohup(number: signal.Signals) -> bool:
+    return number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

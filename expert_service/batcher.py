@@ -71,27 +71,31 @@ class Batcher:
         layer_id = self._queue[0].dispatch.key.layer_id
         joined = [each for each in self._queue if each.dispatch.key.layer_id == layer_id]
         self._queue = [each for each in self._queue if each.dispatch.key.layer_id != layer_id]
-        try:
-            self._run(layer_id, joined)
-        except Exception as error:  # ends the process, but its peers are told why first
-            self._fail(layer_id, joined, error)
+        self._answer(layer_id, joined)
         if self._queue:
             self._schedule()
         else:
             self._empty.set()
 
-    def _run(self, layer_id: int, joined: list[_Queued]) -> None:
+    def _answer(self, layer_id: int, joined: list[_Queued]) -> None:
         started = time.perf_counter()
-        partial = self._runner.run(
+        try:
+            partial = self._run(layer_id, joined)
+        except Exception as error:  # ends the process, but its peers are told why first
+            self._fail(layer_id, joined, error)
+            return
+        compute_us = _microseconds(time.perf_counter() - started)
+        parts = torch.split(partial, [each.dispatch.num_tokens for each in joined])
+        for each, part in zip(joined, parts, strict=True):
+            each.reply.complete(part, _microseconds(started - each.arrived), compute_us)
+
+    def _run(self, layer_id: int, joined: list[_Queued]) -> Tensor:
+        return self._runner.run(
             layer_id,
             _joined([each.dispatch.hidden_states for each in joined]),
             _joined([each.local_ids for each in joined]),
             _joined([each.dispatch.topk_weights for each in joined]),
         )
-        compute_us = _microseconds(time.perf_counter() - started)
-        parts = torch.split(partial, [each.dispatch.num_tokens for each in joined])
-        for each, part in zip(joined, parts, strict=True):
-            each.reply.complete(part, _microseconds(started - each.arrived), compute_us)
 
     def _fail(self, layer_id: int, joined: list[_Queued], error: Exception) -> None:
         for each in joined:

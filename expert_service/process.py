@@ -15,11 +15,13 @@ import torch
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
 from expert_service.gate import ExchangeGate
-from moe_core.checkpoint import Checkpoint, load_expert_weights
+from moe_core.checkpoint.checkpoint import Checkpoint
+from moe_core.checkpoint.expert_loader import load_expert_weights
+from moe_core.checkpoint.progress import shown_progress
 from moe_core.cluster import Join, MemberState, Role
-from moe_core.link_spec import link_spec
+from moe_core.devices import resolve_device, resolve_dtype, set_threads
+from moe_core.exchange import link_spec
 from moe_core.pb.epserve.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
-from moe_core.runtime import resolve_device, resolve_dtype, set_threads
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
@@ -71,7 +73,7 @@ class ExpertProcess:
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         fingerprint = await asyncio.to_thread(checkpoint.fingerprint)
-        dtype = resolve_dtype(self._settings.dtype, checkpoint.config)
+        dtype = resolve_dtype(self._settings.dtype, checkpoint.config.dtype)
         self._host.add(add_ExpertServiceServicer_to_server, self._gate, "epserve.v1.ExpertService")
         port = await self._host.start(self._settings.host, self._settings.port)
         membership = await self._join(port, fingerprint, dtype)
@@ -132,18 +134,19 @@ class ExpertProcess:
         placement = membership.state.placement
         ep_rank, etp_rank = parallel.expert_ranks(membership.rank)
         membership.report(MemberState.LOADING)
-        weights = await asyncio.to_thread(
-            load_expert_weights,
-            checkpoint,
-            placement=placement,
-            ep_rank=ep_rank,
-            etp_rank=etp_rank,
-            etp_size=parallel.etp_size,
-            shared_expert=parallel.shared_on_experts,
-            dtype=dtype,
-            device=self._device,
-            progress=None,
-        )
+        with shown_progress(f"expert {membership.rank}: loading experts", "layer") as progress:
+            weights = await asyncio.to_thread(
+                load_expert_weights,
+                checkpoint,
+                placement=placement,
+                ep_rank=ep_rank,
+                etp_rank=etp_rank,
+                etp_size=parallel.etp_size,
+                shared_expert=parallel.shared_on_experts,
+                dtype=dtype,
+                device=self._device,
+                progress=progress,
+            )
         log.info(
             "experts loaded",
             rank=membership.rank,
@@ -161,7 +164,13 @@ class ExpertProcess:
         batcher: Batcher,
     ) -> ExchangeServicer:
         parallel = membership.parallel
-        spec = link_spec(checkpoint.config, parallel, fingerprint, dtype, self._options)
+        spec = link_spec(
+            checkpoint.config,
+            parallel,
+            model_fingerprint=fingerprint,
+            dtype=dtype,
+            spare_slots=self._options.spare_slots,
+        )
         identity = Identity(membership.rank, parallel.expert_devices, self._epoch)
         return ExchangeServicer(batcher.submit, spec, identity, self._options)
 

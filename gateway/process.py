@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from moe_core.checkpoint.fingerprint import fingerprint
 
 from gateway.admission import ServedModel
 from gateway.attention_pool import AttentionPool
@@ -20,6 +19,7 @@ from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
+from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
@@ -64,13 +64,12 @@ class GatewayService:
 
     async def startup(self) -> None:
         settings = self._settings
-        config = ModelConfig.from_hf(settings.model)
+        config, fingerprint = await asyncio.to_thread(_read_checkpoint, settings.model)
         parallel = settings.parallel.with_model(config)
         placement = ExpertPlacement.initial(config, parallel)
         tokenizer = TextTokenizer.from_directory(settings.model)
-        digest = await asyncio.to_thread(fingerprint, settings.model)
         name = settings.model_name or settings.model.resolve().name
-        self._registry = Registry(self._as_member(), parallel, placement, digest)
+        self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
         model = ServedModel(name, config, tokenizer)
         self._generator = Generator(model, self._registry, self._pool)
         self._cluster = ClusterServicer(self._registry)
@@ -116,6 +115,11 @@ class GatewayService:
             instance_epoch=new_instance_epoch(),
             host_id=host_id(),
         )
+
+
+def _read_checkpoint(directory: Path) -> tuple[ModelConfig, str]:
+    checkpoint = Checkpoint.open(directory)
+    return checkpoint.config, checkpoint.fingerprint()
 
 
 def _missing(state: ClusterState) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Self
 
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,33 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class ExpertPlacement:
+    """Every MoE layer's tables. Raises ConfigError when built from tables that do not fit."""
+
     epoch: int
     num_logical_experts: int
     ep_size: int
     layers: tuple[LayerPlacement, ...]
+
+    def __post_init__(self) -> None:
+        for layer in self.layers:
+            problem = self._problem(layer)
+            if problem:
+                raise ConfigError(
+                    "placement", f"epoch {self.epoch} layer {layer.layer_id}", problem
+                )
+
+    def _problem(self, layer: LayerPlacement) -> str:
+        """What makes a layer's tables unusable, or nothing."""
+        logical, holders = layer.physical_to_logical, layer.physical_to_ep_rank
+        if len(logical) != len(holders):
+            return f"{len(logical)} physical slots, but {len(holders)} holders"
+        if set(logical) != set(range(self.num_logical_experts)):
+            return f"must hold exactly the experts 0 to {self.num_logical_experts - 1}"
+        if not set(holders) <= set(range(self.ep_size)):
+            return f"EP ranks must be below ep_size={self.ep_size}"
+        if len(set(zip(logical, holders, strict=True))) < len(logical):
+            return "copies of one expert must be on different EP groups"
+        return ""
 
     @classmethod
     def initial(cls, model: ModelConfig, parallel: ParallelConfig) -> Self:

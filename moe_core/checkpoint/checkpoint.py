@@ -12,7 +12,7 @@ from typing import Self
 from moe_core.checkpoint.expected import TensorSpec, expected_tensors
 from moe_core.checkpoint.fingerprint import fingerprint
 from moe_core.checkpoint.headers import ShardHeader, TensorEntry
-from moe_core.checkpoint.manifest import Manifest, load_manifest
+from moe_core.checkpoint.manifest_format import Manifest, load_manifest
 from moe_core.checkpoint.reader import TensorReader
 from moe_core.checkpoint.shards import read_shards, tensor_table
 from moe_core.checkpoint.validation import check_tensors

@@ -44,6 +44,11 @@ class TensorEntry:
     def item_bytes(self) -> int:
         return _ITEM_BYTES[self.dtype]
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape, with one dimension of 1 for a scalar."""
+        return self.shape or (1,)
+
     def at(self, index: int) -> Self:
         """Row `index` of the first dimension, as a tensor of its own."""
         nbytes = self.nbytes // self.shape[0]

@@ -16,7 +16,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from moe_core.checkpoint.headers import TensorEntry
-from moe_core.checkpoint.manifest import MANIFEST_NAME, Manifest
+from moe_core.checkpoint.manifest_format import MANIFEST_NAME, Manifest
 from moe_core.errors import CheckpointError
 
 Bytes = NDArray[np.uint8]
@@ -58,7 +58,7 @@ class TensorReader:
         if self._manifest.digests(entry).axis == axis:
             return self._read_checked(entry, self._manifest, axis, start, stop)
         other = self._manifest.digests(entry).axis
-        whole = self._read_checked(entry, self._manifest, other, 0, _length(entry, other))
+        whole = self._read_checked(entry, self._manifest, other, 0, entry.dims[other])
         outer, length, inner = _byte_shape(entry, axis)
         return whole.reshape(outer, length, inner)[:, start:stop]
 
@@ -69,7 +69,7 @@ class TensorReader:
         width, parts = digests.width, digests.parts
         first, last = start // width, -(-stop // width)
         begin = first * width
-        values = self._read(entry, axis, begin, min(last * width, _length(entry, axis)))
+        values = self._read(entry, axis, begin, min(last * width, entry.dims[axis]))
         for part in range(first, last):
             content = values[:, part * width - begin : (part + 1) * width - begin]
             if part_digest(content) != parts[part]:
@@ -121,10 +121,6 @@ def part_digest(content: Bytes) -> str:
     return blake3(np.ascontiguousarray(content).data).hexdigest()
 
 
-def _length(entry: TensorEntry, axis: int) -> int:
-    return entry.shape[axis] if entry.shape else 1
-
-
 def _byte_shape(entry: TensorEntry, axis: int) -> tuple[int, int, int]:
-    shape = entry.shape or (1,)
-    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]) * entry.item_bytes
+    dims = entry.dims
+    return math.prod(dims[:axis]), dims[axis], math.prod(dims[axis + 1 :]) * entry.item_bytes

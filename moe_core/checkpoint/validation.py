@@ -75,7 +75,9 @@ def _check_scale(entry: TensorEntry, table: Mapping[str, TensorEntry]) -> None:
 def _check_extra(
     config: ModelConfig, expected: Mapping[str, TensorSpec], table: Mapping[str, TensorEntry]
 ) -> None:
-    extra = [n for n in table if n not in expected and not _is_scale(n, expected, table)]
+    # A tensor without elements says nothing: transformers writes them for 0 shared experts.
+    named = (name for name, entry in table.items() if name not in expected and entry.nbytes)
+    extra = [name for name in named if not _is_scale(name, expected, table)]
     ignored = [n for n in extra if _is_prediction_layer(n, config)]
     unknown = [n for n in extra if not _is_prediction_layer(n, config) and not _is_recomputed(n)]
     if unknown:

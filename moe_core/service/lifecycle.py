@@ -21,7 +21,7 @@ import structlog
 import uvloop
 
 from moe_core.errors import ConfigError, EpserveError, UnavailableError
-from moe_core.service.logs import is_debug
+from moe_core.service.logs import configure_logging, is_debug
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +52,8 @@ def run(service: Service, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> int:
     """Run `service` to its end on a new event loop. Returns the exit status: 0 when it ended or
     was drained by a signal, 2 for a ConfigError, 1 for everything else; errors are one line on
     stderr, with a traceback only in a debug run."""
+    if not structlog.is_configured():
+        configure_logging()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_live(service, drain_timeout_s))

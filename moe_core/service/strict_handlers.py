@@ -112,6 +112,8 @@ def _guard(path: str, behavior: Behavior) -> Behavior:
         except grpc.aio.BaseError:
             raise  # an abort on its way out, or a call that is already over
         except Exception:
+            if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # as generated bases set it
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{path} is not served here")
             log.exception("a method failed", method=path, peer=context.peer())
             await context.abort(
                 grpc.StatusCode.INTERNAL, f"{path} failed; the log of this process says why"

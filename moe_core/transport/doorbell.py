@@ -3,8 +3,8 @@
 Knows unix sockets and one shared byte. Knows no message: a ring says only "look again", so a lost
 one costs a poll period, and one too many costs a poll.
 
-A sleeper sets its byte, looks once more, then sleeps; a ringer makes its message visible, then reads
-the byte. So one of the two sees the other, and a pair that is busy never makes a system call.
+A sleeper sets its byte, looks once more, then sleeps; a ringer makes its message visible, then
+reads the byte. So one of the two sees the other, and a busy pair never makes a system call.
 Both names vanish with their owner (an abstract socket and a memfd): nothing is left behind.
 """
 
@@ -90,7 +90,7 @@ class StreamBell:
     """The doorbell of a process elsewhere: a message on the link's gRPC stream. Whether its owner
     is parked cannot be seen from here, so it is always rung."""
 
-    def __init__(self, send: Callable[[], None]) -> None:
+    def __init__(self, send: Callable[[], object]) -> None:
         self._send = send
 
     def ring(self) -> bool:

@@ -11,6 +11,7 @@ either sees the flag or has its message seen.
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ IDLE_AFTER_S = 1.0
 IDLE_POLLS = 16  # park_poll_ms times this, once idle
 BELL_SPIN_S = 500e-6  # a bell promises a message: look for it this long
 WRITE_SPIN_S = 20e-3  # large writes make progress only while polled
+NUDGE_AFTER_S = 500e-6  # and some (over TCP) only while their target polls
+
+Finished = Callable[[Exception | None], None]
+Nudge = Callable[[], object]
 
 
 class Receiver(Protocol):
@@ -42,13 +47,12 @@ class Receiver(Protocol):
 class Write:
     """A posted write that was not done at once."""
 
-    __slots__ = ("finished", "handle", "posted_at")
+    __slots__ = ("finished", "handle", "nudge", "posted_at")
 
-    def __init__(
-        self, handle: Any, finished: Callable[[Exception | None], None], posted_at: float  # noqa: ANN401
-    ) -> None:
+    def __init__(self, handle: Any, finished: Finished, nudge: Nudge, posted_at: float) -> None:  # noqa: ANN401
         self.handle = handle
         self.finished = finished
+        self.nudge: Nudge | None = nudge
         self.posted_at = posted_at
 
 
@@ -67,6 +71,9 @@ class NixlEndpoint:
         self._loop = asyncio.get_running_loop()
         self._receivers: dict[str, Receiver] = {}
         self._writes: list[Write] = []
+        self._copies: list[tuple[Any, Callable[[], None]]] = []
+        self._peers: Counter[str] = Counter()
+        self._closed = False
         self._spin_s = options.spin_us * 1e-6
         self._spin_until = 0.0
         self._spinning = False
@@ -87,11 +94,28 @@ class NixlEndpoint:
         """[num_bytes] uint8 on the device that the options name."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.options.devices[0])
 
-    def post(
-        self, handle: Any, note: bytes, finished: Callable[[Exception | None], None]  # noqa: ANN401
-    ) -> None:
-        """Start a write and poll it to its end; `finished(None)` may be called before this returns,
-        `finished(error)` where NIXL says that the peer is gone."""
+    def add_peer(self, name: str, metadata: bytes) -> None:
+        """Every call is undone by one `remove_peer`; the agent forgets the peer with the last."""
+        self.agent.add_peer(name, metadata)
+        self._peers[name] += 1
+
+    def remove_peer(self, name: str) -> None:
+        self._peers[name] -= 1
+        if not self._peers[name]:
+            del self._peers[name]
+            self.agent.remove_peer(name)
+
+    def after_copies(self, action: Callable[[], None]) -> None:
+        """Call `action` once what the current CUDA stream holds by now has been done."""
+        event: Any = torch.Event(self.options.devices[0])
+        event.record()
+        self._copies.append((event, action))
+        self.spin()
+
+    def post(self, handle: Any, note: bytes, finished: Finished, nudge: Nudge) -> None:  # noqa: ANN401
+        """Start a write and poll it to its end. `finished(None)` may be called before this
+        returns, `finished(error)` where NIXL says that the peer is gone. `nudge` wakes the
+        target, should it have to take part."""
         try:
             state = self.agent.post(handle, note)
             if state != DONE:
@@ -102,7 +126,7 @@ class NixlEndpoint:
         if state == DONE:
             finished(None)
             return
-        self._writes.append(Write(handle, finished, self._loop.time()))
+        self._writes.append(Write(handle, finished, nudge, self._loop.time()))
         self.spin()
 
     def spin(self, for_s: float | None = None) -> None:
@@ -117,6 +141,8 @@ class NixlEndpoint:
 
     def poll(self) -> bool:
         """Make progress once; True if something arrived."""
+        if self._copies:
+            self._check_copies()
         if self._writes:
             self._check_writes()
         notes = self.agent.notifications()
@@ -127,25 +153,39 @@ class NixlEndpoint:
                     receiver.received(message)
         return bool(notes)
 
+    def _check_copies(self) -> None:
+        done = [copy for copy in self._copies if copy[0].query()]
+        for copy in done:
+            self._copies.remove(copy)
+            copy[1]()
+
     def _check_writes(self) -> None:
         for write in tuple(self._writes):
             error: Exception | None = None
             try:
                 if self.agent.check(write.handle) != DONE:
+                    self._nudge(write)
                     continue
             except self.agent.failures as failure:
                 error = failure
             self._writes.remove(write)
             write.finished(error)
 
+    def _nudge(self, write: Write) -> None:
+        if write.nudge is not None and self._loop.time() - write.posted_at > NUDGE_AFTER_S:
+            write.nudge()
+            write.nudge = None
+
     def _spin(self) -> None:
+        if self._closed:
+            return
         found = self.poll()
         now = self._loop.time()
         if found:
             self._active_at = now
             self._spin_until = max(self._spin_until, now + self._spin_s)
         young = self._writes and now - self._writes[-1].posted_at < WRITE_SPIN_S
-        if young or now < self._spin_until:
+        if self._copies or young or now < self._spin_until:
             self._loop.call_soon(self._spin)
         else:
             self._park()
@@ -183,8 +223,8 @@ class NixlEndpoint:
 
     def close(self) -> None:
         """After all links have been closed."""
+        self._closed = True
         self._unpark()
-        self._spin_until = 0.0
         self._loop.remove_reader(self.doorbell.fileno())
         self._receivers.clear()
         self.doorbell.close()

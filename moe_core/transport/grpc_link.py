@@ -93,7 +93,7 @@ class GrpcSession(PeerSession):
         super().__init__(peer, spec, handler)
         self._writer = writer
 
-    def received(self, message: pb.ExchangeRequest) -> None:
+    def received_message(self, message: pb.ExchangeRequest) -> None:
         """Raises ProtocolError for what the contract does not allow."""
         kind = message.WhichOneof("kind")
         if kind != "dispatch":

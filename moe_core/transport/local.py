@@ -46,7 +46,7 @@ class LocalLink(ChunkedLink):
 
     async def close(self) -> None:
         self._lost("closed on this side")
-        self._session.gone()
+        self._session.close(in_order=True)
 
 
 class _LocalSession(PeerSession):

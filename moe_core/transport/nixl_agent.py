@@ -17,7 +17,7 @@ from moe_core.errors import ProtocolError, TransportError
 DONE, IN_PROGRESS = "DONE", "PROC"
 
 
-class NixlUnavailable(Exception):  # noqa: N818 - a state of this machine, not a fault
+class NixlUnavailable(Exception):
     """Why there is no NIXL here."""
 
 
@@ -51,7 +51,9 @@ class NixlAgent:
         try:
             found = self._agent.add_remote_agent(metadata)
         except self.failures as error:
-            raise ProtocolError(f"the NIXL metadata of agent {name!r} is refused: {error}") from None
+            raise ProtocolError(
+                f"the NIXL metadata of agent {name!r} is refused: {error}"
+            ) from None
         if found != name.encode():
             self._agent.remove_remote_agent(found.decode())
             raise ProtocolError(f"the NIXL metadata of agent {name!r} is that of {found!r}")

@@ -3,8 +3,8 @@
 Knows sizes, processes and what to call to release something. Knows no agent.
 
 Invariant: what is retired is released only after the process that may touch it has provably
-exited. A write that was posted lands whatever its writer was told (a frozen peer's, hours later), so
-no timeout and no acknowledgement short of that process's end makes the memory safe to use again.
+exited. A write that was posted and not polled to its end lands whatever its writer was told (a
+frozen peer's, hours later), so no timeout makes the memory safe to use again.
 """
 
 import atexit

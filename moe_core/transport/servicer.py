@@ -5,20 +5,25 @@ carries is its session's business.
 """
 
 import asyncio
+import logging
 from typing import Any
 
-import grpc
 import grpc.aio
 
-from moe_core.errors import EpserveError, ProtocolError
+from moe_core.errors import EpserveError, PeerLostError, ProtocolError, TransportError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
 from moe_core.service.grpc_channel import status_code
 from moe_core.transport.base import DispatchHandler, Identity, LinkSpec, TransportOptions
+from moe_core.transport.choice import open_endpoint
 from moe_core.transport.grpc_link import GrpcSession
 from moe_core.transport.handshake import Agreement, accept_hello
+from moe_core.transport.nixl_session import NixlSession
 from moe_core.transport.session import PeerSession
 from moe_core.transport.stream import MessageWriter
+
+logger = logging.getLogger(__name__)
+CLOSE_TIMEOUT_S = 5.0
 
 Context = grpc.aio.ServicerContext[pb.ExchangeRequest, pb.ExchangeResponse]
 
@@ -33,11 +38,14 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         identity: Identity,
         options: TransportOptions,
     ) -> None:
+        """Raises ConfigError when `options` ask for nixl and there is none."""
         self._handler = handler
         self._spec = spec
         self._identity = identity
         self._options = options
-        self._exchanges: dict[int, _Exchange] = {}  # by attention rank
+        self._exchanges: dict[int, _Exchange] = {}  # the current one of each attention rank
+        self._running: set[_Exchange] = set()
+        self._endpoint, self._nixl_missing = open_endpoint(identity, options)
 
     @property
     def peers(self) -> tuple[PeerSession, ...]:
@@ -54,9 +62,11 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         hello = await self._read_hello(context)
         agreement = accept_hello(hello, self._spec, self._identity, self._supported())
         exchange = self._open(hello, agreement, context)
+        self._running.add(exchange)
         try:
             await exchange.run(self._welcome(agreement, exchange))
         finally:
+            self._running.discard(exchange)
             if self._exchanges.get(hello.attn_rank) is exchange:
                 del self._exchanges[hello.attn_rank]
 
@@ -72,7 +82,11 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         return hello
 
     def _supported(self) -> dict[str, str]:
-        return {"grpc": ""}
+        wanted = self._options.transport
+        excluded = f"the expert side was told to use {wanted} only"
+        grpc_missing = "" if wanted in ("auto", "grpc") else excluded
+        nixl_missing = excluded if wanted == "grpc" else self._nixl_missing
+        return {"nixl": nixl_missing, "grpc": grpc_missing}
 
     def _open(self, hello: pb.Hello, agreement: Agreement, context: Context) -> "_Exchange":
         old = self._exchanges.pop(hello.attn_rank, None)
@@ -80,57 +94,82 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
             old.stop(f"replaced by instance {hello.instance_epoch} of attention {hello.attn_rank}")
         peer = f"attn {hello.attn_rank} ({context.peer()})"
         exchange = _Exchange(context)
-        exchange.session = GrpcSession(peer, self._spec, self._handler, exchange.writer)
+        exchange.session = self._session(peer, hello, agreement, exchange)
         self._exchanges[hello.attn_rank] = exchange
+        logger.info("%s: transport %s (%s)", peer, agreement.transport, agreement.reason)
         return exchange
 
+    def _session(
+        self, peer: str, hello: pb.Hello, agreement: Agreement, exchange: "_Exchange"
+    ) -> GrpcSession | NixlSession:
+        handler, writer = self._handler, exchange.writer
+        if agreement.transport == "grpc" or self._endpoint is None:
+            return GrpcSession(peer, self._spec, handler, writer)
+        endpoint, on_error = self._endpoint, exchange.fail
+        return NixlSession(peer, self._spec, handler, writer, endpoint, hello, on_error)
+
     def _welcome(self, agreement: Agreement, exchange: "_Exchange") -> pb.Welcome:
+        session = exchange.session
         return pb.Welcome(
             protocol_version=agreement.version,
             transport=agreement.transport,
             transport_reason=agreement.reason,
             instance_epoch=self._identity.instance_epoch,
+            nixl=session.grant if isinstance(session, NixlSession) else None,
         )
 
     async def close(self) -> None:
-        """End all exchanges; the peers see UNAVAILABLE."""
+        """End all exchanges; the peers see UNAVAILABLE. Waits for their streams to end."""
         for exchange in tuple(self._exchanges.values()):
             exchange.stop(f"expert {self._identity.rank} is closing")
-        while self._exchanges:
-            await asyncio.sleep(0.001)
+        running = [exchange.ended.wait() for exchange in self._running]
+        if running:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await asyncio.gather(*running)
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
 
 
 class _Exchange:
     """One stream while it lives."""
 
-    session: GrpcSession
+    session: GrpcSession | NixlSession
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.writer: MessageWriter[pb.ExchangeResponse] = MessageWriter(context.write)
-        self._stopped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
+        self._error: asyncio.Future[TransportError] = asyncio.get_running_loop().create_future()
 
     def stop(self, reason: str) -> None:
-        if not self._stopped.done():
-            self._stopped.set_result(reason)
+        self.fail(PeerLostError(reason))
+
+    def fail(self, error: TransportError) -> None:
+        if not self._error.done():
+            self._error.set_result(error)
 
     async def run(self, welcome: pb.Welcome) -> None:
-        """Until the peer ends the stream, breaks the contract (ProtocolError) or `stop`."""
-        await self._context.write(pb.ExchangeResponse(welcome=welcome))
-        reader = asyncio.create_task(self._read())
-        writer = asyncio.create_task(self.writer.run())
+        """Until the peer ends the stream in order. Raises TransportError when the peer breaks the
+        contract, or with what `fail` and `stop` were given."""
+        tasks: list[asyncio.Task[None]] = []
+        in_order = False
         try:
-            await asyncio.wait((reader, self._stopped), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                await reader
-            else:
-                await self._context.abort(grpc.StatusCode.UNAVAILABLE, self._stopped.result())
+            await self._context.write(pb.ExchangeResponse(welcome=welcome))
+            tasks = [asyncio.create_task(self._read()), asyncio.create_task(self.writer.run())]
+            await asyncio.wait((tasks[0], self._error), return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise self._error.result()
+            await tasks[0]
+            in_order = True
+            await self.session.finish()
         finally:
-            self.session.gone()
-            reader.cancel()
-            writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            self.session.close(in_order=in_order)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.ended.set()
 
     async def _read(self) -> None:
         while isinstance(message := await self._context.read(), pb.ExchangeRequest):
-            self.session.received(message)
+            self.session.received_message(message)

@@ -78,8 +78,12 @@ class PeerSession(ABC):
     @abstractmethod
     def _send_failure(self, reply: SlotReply, error: EpserveError) -> None: ...
 
-    def gone(self) -> None:
-        """The peer cannot be answered any more; what the handler still answers is dropped."""
+    async def finish(self) -> None:  # noqa: B027 - most sessions have nothing to wait for
+        """The peer has ended the exchange in order: until all that was sent to it has arrived."""
+
+    def close(self, *, in_order: bool) -> None:
+        """The peer cannot be answered any more; what the handler still answers is dropped.
+        `in_order` when the peer has said that it sends nothing more."""
         self._gone = True
         self._replies.clear()
 

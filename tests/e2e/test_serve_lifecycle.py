@@ -1,11 +1,13 @@
 """`epserve serve` from start to stop, and what is left behind: nothing."""
 
+import json
 import os
 import signal
 import socket
 
 import psutil
 import pytest
+
 from support.processes import TINY_MODEL, epserve, serving, started, still_alive
 
 SMALL = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
@@ -65,8 +67,6 @@ def test_sigterm_while_loading_stops_every_process():
 
 
 def _pid_of(target: str, name: str) -> int:
-    import json
-
     role, rank = name.split()
     members = json.loads(epserve("status", "--target", target, "--json").stdout)["members"]
     (pid,) = [m["pid"] for m in members if (m["role"], m["rank"]) == (role, int(rank))]

@@ -5,7 +5,6 @@ run_experts on the same weights. The installed transformers masks unkept groups 
 is a reference for negative biases too; test_reference_masks_groups_with_minus_infinity says so.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from support.decode_loop import Generation, Sequences, generate, run_ranks
 from support.state_dict_weights import StateDictWeights
-from support.tiny_checkpoints import CASES, Reference, prompts, references, tiny_checkpoint
+from support.tiny_checkpoints import CASES, Reference
 
 from moe_core.config.model import ModelConfig, RouterScoring
 from moe_core.model.decoder import Decoder
@@ -72,10 +71,10 @@ def assert_same(result: Generation, chosen: list[Reference]) -> None:
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def case(request: pytest.FixtureRequest, tiny_root: Path) -> Iterator[Case]:
-    directory = tiny_checkpoint(request.param, tiny_root)
+def case(request: pytest.FixtureRequest, checkpoints) -> Case:
+    directory = checkpoints.directory(request.param)
     config = ModelConfig.from_hf(directory)
-    yield Case(request.param, directory, config, references(directory, prompts(config.vocab_size)))
+    return Case(request.param, directory, config, checkpoints.references(request.param))
 
 
 def test_reference_is_far_from_ties_and_varied(case: Case) -> None:

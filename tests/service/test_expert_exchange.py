@@ -7,15 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.expert_tier import (
-    CPU,
-    Routing,
-    expected_output,
-    make_batchers,
-    make_spec,
-    random_routing,
-)
-from support.moe_configs import moe_model
 from torch import Tensor
 
 from attn_service.dispatch_plan import LayerTables, plan_dispatch
@@ -26,6 +17,15 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.local import LocalLink
+from support.expert_tier import (
+    CPU,
+    Routing,
+    expected_output,
+    make_batchers,
+    make_spec,
+    random_routing,
+)
+from support.moe_configs import moe_model
 
 MODEL = moe_model(num_experts=8, top_k=3, n_shared_experts=2, num_layers=3)
 LAYER = 2

@@ -7,13 +7,13 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from support.fake_attention import FakeAttention
-from support.small_gateway import SmallGateway
-from support.words import WORDS, word_tokenizer
 
 from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
+from support.fake_attention import FakeAttention
+from support.small_gateway import SmallGateway
+from support.words import WORDS, word_tokenizer
 
 DEADLINE_S = 10
 
@@ -38,6 +38,14 @@ def request(ids: Sequence[int] = (5, 6), **sampling: Any) -> pb.GenerateRequest:
 
 async def collect(gateway: SmallGateway, message: pb.GenerateRequest) -> list[Any]:
     return [answer async for answer in gateway.stub.Generate(message, timeout=DEADLINE_S)]
+
+
+async def started(gateway: SmallGateway) -> tuple[Any, AsyncIterator[Any]]:
+    """A call whose first answer has come, and the answers after it."""
+    call = gateway.stub.Generate(request(), timeout=DEADLINE_S)
+    answers = aiter(call)
+    await anext(answers)
+    return call, answers
 
 
 async def refused(gateway: SmallGateway, message: pb.GenerateRequest) -> grpc.aio.AioRpcError:
@@ -91,8 +99,7 @@ async def test_stop_string_across_tokens_ends_the_output_and_aborts(gateway: Sma
 async def test_cancelled_client_aborts_the_sequence(gateway: SmallGateway) -> None:
     fake = FakeAttention(count_up, step_s=0.2)
     await gateway.add_worker(Role.ATTN, fake)
-    call = gateway.stub.Generate(request(), timeout=DEADLINE_S)
-    await call.read()
+    call, _ = await started(gateway)
     call.cancel()
     await fake.wait_for_abort()
     assert fake.aborted == [fake.added[0].sequence_id]
@@ -111,10 +118,9 @@ async def test_deadline_aborts_the_sequence(gateway: SmallGateway) -> None:
 async def test_abort_ends_the_stream_of_the_request(gateway: SmallGateway) -> None:
     fake = FakeAttention(count_up, step_s=0.1)
     await gateway.add_worker(Role.ATTN, fake)
-    call = gateway.stub.Generate(request(), timeout=DEADLINE_S)
-    await call.read()
+    _, answers = await started(gateway)
     assert (await gateway.stub.Abort(pb.AbortRequest(request_id="r1"), timeout=5)).found
-    last = [answer async for answer in call][-1]
+    last = [answer async for answer in answers][-1]
     assert last.finish_reason == "abort"
     assert last.usage.completion_tokens >= 1
     await fake.wait_for_abort()
@@ -123,8 +129,7 @@ async def test_abort_ends_the_stream_of_the_request(gateway: SmallGateway) -> No
 
 async def test_request_id_in_use_is_refused(gateway: SmallGateway) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up, step_s=0.2))
-    call = gateway.stub.Generate(request(), timeout=DEADLINE_S)
-    await call.read()
+    call, _ = await started(gateway)
     error = await refused(gateway, request())
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "request_id='r1'" in error.details()
@@ -134,12 +139,11 @@ async def test_request_id_in_use_is_refused(gateway: SmallGateway) -> None:
 async def test_lost_worker_fails_its_requests_with_its_name(gateway: SmallGateway) -> None:
     fake = FakeAttention(count_up, step_s=0.3)
     worker = await gateway.add_worker(Role.ATTN, fake)
-    call = gateway.stub.Generate(request(), timeout=DEADLINE_S)
-    await call.read()
+    _, answers = await started(gateway)
     address = worker.membership.state.tier(Role.ATTN)[0].address
     await worker.stop()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in call:
+        async for _ in answers:
             pass
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert f"attention group dp_rank=0 at {address} was lost" in caught.value.details()
@@ -179,13 +183,12 @@ async def test_burst_is_spread_over_the_groups() -> None:
 
 async def test_draining_gateway_ends_what_runs_and_refuses_the_rest(gateway: SmallGateway) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up, step_s=0.1))
-    call = gateway.stub.Generate(request(), timeout=DEADLINE_S)
-    await call.read()
+    _, answers = await started(gateway)
     draining = asyncio.create_task(gateway.generator.drain())
     await asyncio.sleep(0)
     error = await refused(gateway, request())
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert [answer async for answer in call][-1].finish_reason == "length"
+    assert [answer async for answer in answers][-1].finish_reason == "length"
     async with asyncio.timeout(5):
         await draining
 

@@ -30,6 +30,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.error: tuple[str, str] | None = None
         self._running: dict[str, asyncio.Task[None]] = {}
         self._abort_seen = asyncio.Event()
+        self._writing = asyncio.Lock()
 
     async def Serve(self, requests: AsyncIterator[Any], context: Any) -> None:
         try:
@@ -69,7 +70,8 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
                     error_code=code,
                     error=message,
                 )
-            await context.write(pb.StepOutput(step=index, outputs=[output]))
+            async with self._writing:
+                await context.write(pb.StepOutput(step=index, outputs=[output]))
             if output.finish_reason == "error":
                 return
 
@@ -91,6 +93,7 @@ class FakeWorker:
         *,
         dtype: str = "float32",
         total_kv_blocks: int = 64,
+        join_timeout_s: float = 10,
     ) -> None:
         if fake is not None:
             add = attention_pb2_grpc.add_AttentionServiceServicer_to_server
@@ -108,7 +111,7 @@ class FakeWorker:
             rank=self._rank,
         )
         try:
-            self.membership = await Membership.join(self._gateway, join, timeout_s=10)
+            self.membership = await Membership.join(self._gateway, join, timeout_s=join_timeout_s)
         except BaseException:
             await self._host.stop(0)
             raise

@@ -6,9 +6,6 @@ Knows the gateway's parts; the real wiring is gateway/process.py's.
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 
-from support.fake_attention import FakeAttention, FakeWorker
-from support.moe_configs import moe_model
-
 from gateway.admission import ServedModel
 from gateway.attention_pool import AttentionPool
 from gateway.cluster import Registry
@@ -22,6 +19,8 @@ from moe_core.pb.epserve.v1 import cluster_pb2_grpc, gateway_pb2_grpc
 from moe_core.placement import ExpertPlacement
 from moe_core.service.grpc_channel import open_channel
 from moe_core.service.grpc_host import GrpcHost
+from support.fake_attention import FakeAttention, FakeWorker
+from support.moe_configs import moe_model
 
 FINGERPRINT = "blake3:11"
 MODEL = moe_model()
@@ -44,12 +43,18 @@ class SmallGateway:
         self.generator = Generator(model, self.registry, self.pool)
         self.cluster = ClusterServicer(self.registry)
         self._host = GrpcHost()
+        self._port = 0
         self._closers: list[Callable[[], Awaitable[None]]] = []
+
+    def at(self, port: int) -> "SmallGateway":
+        """The same on a port of the caller's choice."""
+        self._port = port
+        return self
 
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
         GatewayServicer(self.generator, self.registry).add_to(self._host)
-        port = await self._host.start("127.0.0.1", 0)
+        port = await self._host.start("127.0.0.1", self._port)
         self.address = f"127.0.0.1:{port}"
         self.channel = open_channel(self.address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
@@ -94,5 +99,3 @@ def is_ready(state: ClusterState, role: Role, rank: int) -> bool:
     return any(
         member.rank == rank and member.state is MemberState.READY for member in state.tier(role)
     )
-
-

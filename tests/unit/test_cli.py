@@ -1,5 +1,6 @@
 """The command line's exit statuses, error lines and options, without starting a process."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,20 @@ def test_long_options_are_named_as_the_settings():
 
 def test_token_ids_are_read_from_a_comma_separated_list():
     assert options.token_ids("1, 2,3") == (1, 2, 3)
+
+
+def test_manifest_writes_a_file_beside_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    assert cli.run(["manifest", str(model)]) == 0
+    words, path = capsys.readouterr().out.split()
+    assert words == "wrote"
+    assert Path(path).parent == model
+    assert Path(path).is_file()
+
+
+def test_manifest_of_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["manifest", str(tmp_path)]) == 2
+    assert "must hold a config.json" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.moe_configs import moe_model
 from torch import Tensor
 
 from attn_service.dispatch_plan import (
@@ -18,6 +17,7 @@ from attn_service.dispatch_plan import (
 )
 from moe_core.config.parallel import ParallelConfig
 from moe_core.placement import ExpertPlacement, LayerPlacement
+from support.moe_configs import moe_model
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from support.fake_runner import VOCAB, FakeRunner, continuation
 
 from attn_service.engine import Engine, EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.scheduler import SchedulerConfig
 from attn_service.sequence import FinishReason, Sampling, SequenceRequest
 from moe_core.errors import PeerLostError, RequestError, UnavailableError
+from support.fake_runner import VOCAB, FakeRunner, continuation
 
 TIMEOUT_S = 5.0
 NUM_BLOCKS = 32
@@ -205,13 +205,11 @@ async def test_a_failure_that_is_not_the_experts_ends_everything_and_surfaces() 
     stream.add(request("a", 1))
     with pytest.raises(UnavailableError, match="lost tp_rank 1"):
         await asyncio.wait_for(engine.run(), TIMEOUT_S)
-    outputs = []
+    outputs = aiter(stream.outputs())
+    (last,) = (await anext(outputs)).outputs
+    assert (last.error_code, last.error) == ("UNAVAILABLE", "attention group lost tp_rank 1")
     with pytest.raises(UnavailableError, match="the engine has stopped"):
-        async for step in stream.outputs():
-            outputs.extend(step.outputs)
-    assert [(o.error_code, o.error) for o in outputs] == [
-        ("UNAVAILABLE", "attention group lost tp_rank 1")
-    ]
+        await anext(outputs)
     with pytest.raises(UnavailableError, match="the engine has stopped"):
         engine.open_stream()
 

@@ -59,7 +59,7 @@ def test_a_port_in_use_is_refused_by_number():
 
 
 def test_a_missing_model_directory_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="model=.*must be an existing directory"):
+    with pytest.raises(ConfigError, match=r"model=.*must be an existing directory"):
         make_plan(settings(model=tmp_path / "nowhere"))
 
 

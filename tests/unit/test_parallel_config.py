@@ -5,12 +5,12 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.moe_configs import deepseek_v3_model, moe_model
 
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
+from support.moe_configs import deepseek_v3_model, moe_model
 
 SETTINGS = {field.name for field in fields(ParallelConfig)}
 

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.moe_configs import moe_model
 
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement, LayerPlacement
+from support.moe_configs import moe_model
 
 
 @st.composite
@@ -76,6 +78,23 @@ def test_only_layers_with_experts_are_placed() -> None:
     placement = ExpertPlacement.initial(moe_model(num_layers=4), ParallelConfig())
     assert [layer.layer_id for layer in placement.layers] == [1, 2, 3]
     assert placement.num_local_experts(0) == 8
+
+
+@pytest.mark.parametrize(
+    ("logical", "holders", "rule"),
+    [
+        ((0, 1), (0,), "2 physical slots, but 1 holders"),
+        ((0, 0), (0, 1), "exactly the experts 0 to 1"),
+        ((0, 2), (0, 1), "exactly the experts 0 to 1"),
+        ((0, 1), (0, 2), "below ep_size=2"),
+        ((0, 1, 0), (0, 1, 0), "different EP groups"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(
+    logical: tuple[int, ...], holders: tuple[int, ...], rule: str
+) -> None:
+    with pytest.raises(ConfigError, match=rule):
+        ExpertPlacement(3, 2, 2, (LayerPlacement(1, logical, holders),))
 
 
 def test_placement_needs_no_torch() -> None:

@@ -1,0 +1,147 @@
+"""How the parts of an attention process are put together.
+
+Knows every part's constructor, and what one process is (`Site`). Knows no order of events and
+nothing that waits; process.py does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from attn_service.duties import Duty, Following, Leading
+from attn_service.engine import Engine
+from attn_service.expert_client import ExpertClient
+from attn_service.expert_links import ExpertLinks
+from attn_service.experts import Experts
+from attn_service.follow import Followers, GroupTerms
+from attn_service.group_experts import GroupExperts, GroupRunner
+from attn_service.kv_blocks import BlockPool
+from attn_service.model_runner import ModelRunner
+from attn_service.rendezvous import Group
+from attn_service.settings import AttnSettings
+from attn_service.tensor_parallel import GroupRank
+from moe_core.cluster import Member
+from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
+from moe_core.exchange import link_spec
+from moe_core.model.decoder import Decoder
+from moe_core.model.kv_cache import KvCache
+from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
+from moe_core.model.weights import AttentionTierWeights
+from moe_core.placement import ExpertPlacement
+from moe_core.transport.base import ExpertLink, Identity, TransportOptions
+from moe_core.transport.connect import connect_link
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One attention process: its settings, its place in the cluster and its model.
+
+    rank is its rank in the tier, group_rank its place in its TP group.
+    """
+
+    settings: AttnSettings
+    model: ModelConfig
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+    instance_epoch: int
+    parallel: ParallelConfig
+    placement: ExpertPlacement
+
+    @property
+    def group_rank(self) -> GroupRank:
+        return GroupRank(*self.parallel.attention_ranks(self.rank), self.parallel.tp_size)
+
+    @property
+    def own_terms(self) -> GroupTerms:
+        """What this process leads with, if it is tp_rank 0."""
+        return GroupTerms(
+            self.instance_epoch,
+            self.settings.num_kv_blocks(self.model),
+            self.settings.block_size,
+        )
+
+
+def make_links(
+    site: Site, tensor_parallel: TensorParallel, options: TransportOptions
+) -> ExpertLinks:
+    """Links to all expert processes; none is connected yet."""
+    identity = Identity(site.rank, site.parallel.attn_devices, site.instance_epoch)
+    spec = link_spec(
+        site.model,
+        site.parallel,
+        model_fingerprint=site.fingerprint,
+        dtype=site.dtype,
+        spare_slots=options.spare_slots,
+    )
+
+    async def connect(member: Member) -> ExpertLink:
+        peer = Identity(member.rank, site.parallel.expert_devices, member.instance_epoch)
+        return await connect_link(member.address, spec, identity, peer, options)
+
+    def make_experts(links: Sequence[ExpertLink]) -> Experts:
+        return ExpertClient(
+            links,
+            site.parallel,
+            site.placement,
+            tensor_parallel,
+            expert_wait_s=site.settings.expert_wait_s,
+            device=site.device,
+            turn_offset=site.group_rank.dp_rank,
+        )
+
+    return ExpertLinks(site.parallel.expert_devices, connect, make_experts)
+
+
+def make_duty(
+    site: Site,
+    weights: AttentionTierWeights,
+    experts: Experts,
+    group: Group | None,
+    followers: Followers | None,
+) -> Duty:
+    """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0."""
+    if group is None:
+        runner = _model_runner(site, weights, experts, NoTensorParallel())
+        return Leading(_engine(site, runner), None)
+    group_experts = GroupExperts(experts, group.tensor_parallel)
+    runner = _model_runner(site, weights, group_experts, group.tensor_parallel)
+    if followers is not None:
+        leading = GroupRunner(runner, group_experts, followers.publish)
+        return Leading(_engine(site, leading), followers)
+    own = site.own_terms
+    terms = GroupTerms(group.leader.instance_epoch, own.num_blocks, own.block_size)
+    following = GroupRunner(runner, group_experts, None)
+    return Following(group.leader.address, group.rank, terms, following)
+
+
+def _model_runner(
+    site: Site, weights: AttentionTierWeights, experts: Experts, tensor_parallel: TensorParallel
+) -> ModelRunner:
+    enable_mla = bool(site.parallel.enable_mla)
+    terms = site.own_terms
+    cache = KvCache.allocate(
+        site.model,
+        enable_mla,
+        tensor_parallel.size,
+        terms.num_blocks,
+        terms.block_size,
+        site.dtype,
+        site.device,
+    )
+    decoder = Decoder(site.model, weights, enable_mla, tensor_parallel)
+    return ModelRunner(decoder, cache, experts, site.device)
+
+
+def _engine(site: Site, runner: ModelRunner | GroupRunner) -> Engine:
+    terms = site.own_terms
+    return Engine(
+        runner,
+        BlockPool(terms.num_blocks, terms.block_size),
+        site.settings.scheduler_config(site.model),
+        vocab_size=site.model.vocab_size,
+        placement_epoch=site.placement.epoch,
+    )

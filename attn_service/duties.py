@@ -1,0 +1,91 @@
+"""What a rank of an attention group does all day: lead or follow.
+
+Knows an engine or a leader's plans, and how either ends. Knows nothing of how the rank came to
+be one or the other.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from attn_service.engine import Engine
+from attn_service.follow import Followers, GroupTerms, follow
+from attn_service.group_experts import GroupRunner
+from attn_service.tensor_parallel import GroupRank
+from moe_core.cluster import AttentionLoad
+
+
+class Duty(Protocol):
+    async def run(self) -> None:
+        """Until cancelled, or until the group has ended."""
+
+    async def drain(self) -> None:
+        """End in order what is under way; `run` is still running."""
+
+    @property
+    def load(self) -> AttentionLoad | None: ...
+
+
+class Leading:
+    """tp_rank 0: the engine, and the ranks that follow it (None in a group of one)."""
+
+    def __init__(self, engine: Engine, followers: Followers | None) -> None:
+        self.engine = engine
+        self._followers = followers
+
+    @property
+    def load(self) -> AttentionLoad | None:
+        return self.engine.load
+
+    async def run(self) -> None:
+        if self._followers is None:
+            await self.engine.run()
+        else:
+            await until_first(self.engine.run(), self._followers.lost())
+
+    async def drain(self) -> None:
+        """After a failure the followers' streams are left to break, so that they fail too."""
+        await self.engine.drain()
+        if self._followers is not None and self.engine.failure is None:
+            self._followers.close()
+
+
+class Following:
+    """Every other rank: the leader's plans, in order, until the leader ends them."""
+
+    def __init__(
+        self, leader: str, group: GroupRank, terms: GroupTerms, runner: GroupRunner
+    ) -> None:
+        self._leader = leader
+        self._group = group
+        self._terms = terms
+        self._runner = runner
+        self._ended = asyncio.Event()
+
+    @property
+    def load(self) -> AttentionLoad | None:
+        return None
+
+    async def run(self) -> None:
+        try:
+            await follow(self._leader, self._group, self._terms, self._runner.follow)
+        finally:
+            self._ended.set()
+
+    async def drain(self) -> None:
+        """The leader drains too, and then ends the plans."""
+        await self._ended.wait()
+
+
+async def until_first(*jobs: Coroutine[Any, Any, None]) -> None:
+    """Run all until one ends, cancel the others, and raise what any of them raised."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()

@@ -1,0 +1,244 @@
+"""One process of the attention tier, from its settings to its end.
+
+Knows the order of things: address, membership, TP group, weights, links to the experts, duty.
+Knows no arithmetic, no scheduling and no message; assembly.py puts the parts together.
+"""
+
+import asyncio
+import os
+
+import structlog
+
+from attn_service.assembly import Site, make_duty, make_links
+from attn_service.duties import Duty, Leading, until_first
+from attn_service.expert_links import ExpertLinks
+from attn_service.follow import Followers
+from attn_service.rendezvous import Group, meet
+from attn_service.servicer import SERVICE_NAME, AttentionServicer, add_to_server
+from attn_service.settings import AttnSettings
+from attn_service.tensor_parallel import dissolve
+from moe_core.checkpoint.attention_loader import load_attention_weights
+from moe_core.checkpoint.checkpoint import Checkpoint
+from moe_core.checkpoint.progress import shown_progress
+from moe_core.cluster import Join, MemberState, Role
+from moe_core.devices import resolve_device, resolve_dtype, set_threads
+from moe_core.errors import UnavailableError
+from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
+from moe_core.model.weights import AttentionTierWeights
+from moe_core.service.addresses import (
+    advertised_address,
+    host_id,
+    new_instance_epoch,
+    split_address,
+)
+from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.lifecycle import run
+from moe_core.service.membership import Membership
+from moe_core.transport.base import TransportOptions
+
+__all__ = ["AttnSettings", "main"]
+
+log = structlog.get_logger(__name__)
+
+JOIN_TIMEOUT_S = 60.0
+ARRIVAL_TIMEOUT_S = 1800.0  # of peers that load large weights from slow disks
+CONNECT_TIMEOUT_S = 60.0
+# A rank may wait for its experts while the others wait for it in a collective.
+COLLECTIVE_MARGIN_S = 10.0
+TICK_S = 0.5
+STOP_GRACE_S = 1.0
+
+
+class AttentionProcess:
+    """The life of one attention process; see moe_core.service.lifecycle.Service."""
+
+    name = "attn"
+
+    def __init__(self, settings: AttnSettings) -> None:
+        self._settings = settings
+        self._device = resolve_device(settings.device)
+        self._options = TransportOptions(transport=settings.transport, devices=(str(self._device),))
+        self._servicer = AttentionServicer()
+        self._host = GrpcHost()
+        self._address = ""
+        self._store_address = ""
+        self._membership: Membership | None = None
+        self._links: ExpertLinks | None = None
+        self._duty: Duty | None = None
+        self._draining = False
+        self._last_report: object = None
+
+    async def startup(self) -> None:
+        """Raises ConfigError, CheckpointError, UnavailableError or TransportError."""
+        set_threads(self._settings.threads)
+        checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
+        site, membership = await self._join(checkpoint)
+        followers = self._accept_followers(site)
+        group = await self._meet(site, membership)
+        tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
+        weights = await asyncio.to_thread(_load, checkpoint, site)
+        links = await self._connect(site, membership, tensor_parallel)
+        duty = make_duty(site, weights, links, group, followers)
+        if isinstance(duty, Leading):
+            self._servicer.lead(duty.engine)
+        else:
+            self._servicer.decline(f"{site.group_rank} follows; ask its tp_rank 0")
+        if followers is not None:
+            await followers.all_connected(ARRIVAL_TIMEOUT_S)
+        self._duty = duty
+        self._report(membership)
+
+    async def serve(self) -> None:
+        """Until the gateway or a rank of the group is lost, or the leader has ended."""
+        assert self._membership is not None
+        assert self._duty is not None
+        await until_first(
+            self._duty.run(), self._membership.lost(), self._keep_up(self._membership)
+        )
+
+    async def drain(self) -> None:
+        self._draining = True
+        if self._duty is not None and self._membership is not None:
+            self._report(self._membership)
+            await self._duty.drain()
+        await self._host.stop(STOP_GRACE_S)
+        if self._links is not None:
+            await self._links.close()
+        if self._membership is not None:
+            await self._membership.close()
+        dissolve()
+
+    async def _join(self, checkpoint: Checkpoint) -> tuple[Site, Membership]:
+        """Listen, and take a place in the cluster."""
+        settings, model = self._settings, checkpoint.config
+        fingerprint = await asyncio.to_thread(checkpoint.fingerprint)
+        dtype = resolve_dtype(settings.dtype, model.dtype)
+        self._host.add(add_to_server, self._servicer, SERVICE_NAME)
+        port = await self._host.start(settings.host, settings.port)
+        self._address = advertised_address(
+            settings.host, port, settings.advertise_address, settings.gateway
+        )
+        join = Join(
+            role=Role.ATTN,
+            address=self._address,
+            device=str(self._device),
+            pid=os.getpid(),
+            model_fingerprint=fingerprint,
+            instance_epoch=new_instance_epoch(),
+            dtype=str(dtype).removeprefix("torch."),
+            host_id=host_id(),
+            rank=settings.rank,
+        )
+        membership = await Membership.join(settings.gateway, join, timeout_s=JOIN_TIMEOUT_S)
+        self._membership = membership
+        site = Site(
+            settings=settings,
+            model=model,
+            fingerprint=fingerprint,
+            dtype=dtype,
+            device=self._device,
+            rank=membership.rank,
+            instance_epoch=join.instance_epoch,
+            parallel=membership.parallel.with_model(model),
+            placement=membership.state.placement,
+        )
+        return site, membership
+
+    def _accept_followers(self, site: Site) -> Followers | None:
+        """Before the group forms, since the others follow as soon as it has."""
+        rank = site.group_rank
+        if rank.tp_size == 1 or rank.tp_rank != 0:
+            return None
+        followers = Followers(rank, site.own_terms, self._collective_timeout_s)
+        self._servicer.accept(followers)
+        return followers
+
+    async def _meet(self, site: Site, membership: Membership) -> Group | None:
+        if site.group_rank.tp_size == 1:
+            return None
+        group = await meet(
+            membership,
+            site.group_rank,
+            split_address("advertise_address", self._address)[0],
+            self._device,
+            arrival_timeout_s=ARRIVAL_TIMEOUT_S,
+            collective_timeout_s=self._collective_timeout_s,
+        )
+        self._store_address = group.store_address
+        return group
+
+    async def _connect(
+        self, site: Site, membership: Membership, tensor_parallel: TensorParallel
+    ) -> ExpertLinks:
+        """Links to all expert processes, once they are READY."""
+        detail = "waiting for the expert processes"
+        membership.report(MemberState.CONNECTING, detail=detail, store_address=self._store_address)
+        self._links = make_links(site, tensor_parallel, self._options)
+        deadline: float | None = None
+        while self._links.missing:
+            state = await membership.wait_until(
+                lambda state: not state.missing(Role.EXPERT),
+                ARRIVAL_TIMEOUT_S,
+                "all expert processes",
+            )
+            await self._links.reconcile(state)
+            now = asyncio.get_running_loop().time()
+            deadline = deadline or now + CONNECT_TIMEOUT_S
+            if self._links.missing and now > deadline:
+                raise UnavailableError("; ".join(self._links.missing))
+            await asyncio.sleep(TICK_S if self._links.missing else 0)
+        return self._links
+
+    @property
+    def _collective_timeout_s(self) -> float:
+        return self._settings.expert_wait_s + COLLECTIVE_MARGIN_S
+
+    async def _keep_up(self, membership: Membership) -> None:
+        """Follow the cluster's state with the links, and tell the gateway how things are."""
+        assert self._links is not None
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self._links.reconcile(membership.state)
+            self._report(membership)
+
+    def _report(self, membership: Membership) -> None:
+        assert self._links is not None
+        assert self._duty is not None
+        state = MemberState.CONNECTING if self._links.missing else MemberState.READY
+        if self._draining:
+            state = MemberState.DRAINING
+        detail = "; ".join(self._links.missing)
+        load = self._duty.load
+        links = self._links.stats(f"{Role.ATTN} {membership.rank}")
+        if (report := (state, detail, load, links)) == self._last_report:
+            return
+        self._last_report = report
+        self._host.set_ready(state is MemberState.READY)
+        membership.report(
+            state,
+            detail=detail,
+            store_address=self._store_address,
+            attention_load=load,
+            links=links,
+        )
+
+
+def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
+    rank = site.group_rank
+    with shown_progress(f"attn {site.rank}: loading", "layer") as progress:
+        weights = load_attention_weights(
+            checkpoint,
+            tp_rank=rank.tp_rank,
+            tp_size=rank.tp_size,
+            shared_expert=not site.parallel.shared_on_experts,
+            dtype=site.dtype,
+            device=site.device,
+            progress=progress,
+        )
+    log.info("attention weights loaded", rank=site.rank, bytes_read=checkpoint.bytes_read)
+    return weights
+
+
+def main(settings: AttnSettings) -> int:
+    """Runs one attention process to its end and returns its exit status."""
+    return run(AttentionProcess(settings))

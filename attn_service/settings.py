@@ -1,0 +1,58 @@
+"""What an attention process is told on its command line.
+
+Knows names, defaults and the sizes that follow from them. Knows no model beyond its context
+length, and no cluster.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from attn_service.scheduler import SchedulerConfig
+from moe_core.config.model import ModelConfig
+from moe_core.errors import ConfigError
+
+DEFAULT_KV_CACHE_TOKENS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class AttnSettings:
+    """host and port are listened on (port 0: any free one); `rank` None asks the gateway for
+    the lowest free one. `expert_wait_s`: the longest that one layer may wait for its experts.
+    `kv_cache_tokens` None: what max_num_seqs full contexts need, but at most 65,536."""
+
+    gateway: str
+    model: Path
+    host: str = "127.0.0.1"
+    port: int = 0
+    advertise_address: str | None = None
+    rank: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    transport: str = "auto"
+    kv_cache_tokens: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_step_tokens: int = 512
+    expert_wait_s: float = 30.0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError("block_size", self.block_size, "must be at least 1", (16,))
+        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.block_size:
+            rule = f"must hold at least one block of block_size={self.block_size} tokens"
+            raise ConfigError("kv_cache_tokens", self.kv_cache_tokens, rule, (self.block_size,))
+        if self.expert_wait_s <= 0:
+            raise ConfigError("expert_wait_s", self.expert_wait_s, "must be above 0", (30.0,))
+
+    def num_kv_blocks(self, model: ModelConfig) -> int:
+        tokens = self.kv_cache_tokens
+        if tokens is None:
+            contexts = self.max_num_seqs * model.max_position_embeddings
+            tokens = max(self.block_size, min(contexts, DEFAULT_KV_CACHE_TOKENS))
+        return tokens // self.block_size
+
+    def scheduler_config(self, model: ModelConfig) -> SchedulerConfig:
+        return SchedulerConfig(
+            self.max_num_seqs, self.max_step_tokens, model.max_position_embeddings
+        )

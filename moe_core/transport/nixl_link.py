@@ -1,0 +1,161 @@
+"""The attention's end of a NIXL link: dispatches out by one-sided writes, combines in likewise.
+
+Knows its two memories' layout and the tags. The gRPC stream carries failures, doorbells of peers
+on other hosts, and the news of a peer's end.
+"""
+
+import asyncio
+
+from moe_core.errors import PeerLostError, ProtocolError
+from moe_core.pb.epserve.v1 import expert_pb2 as pb
+from moe_core.transport.base import Dispatch, Identity, LinkSpec
+from moe_core.transport.endpoint import BELL_SPIN_S, NixlEndpoint
+from moe_core.transport.flow import ChunkedLink
+from moe_core.transport.layout import SlotLayout, SlotViews
+from moe_core.transport.nixl_path import NixlPath
+from moe_core.transport.stream import ExchangeStream
+from moe_core.transport.tags import (
+    COMBINE,
+    DISPATCH,
+    PROBE,
+    Tag,
+    pack_dispatch,
+    pack_probe,
+    read_tag,
+    read_times,
+)
+
+
+def attention_path(endpoint: NixlEndpoint, spec: LinkSpec, peer: str) -> NixlPath:
+    layout = SlotLayout(spec)
+    incoming, outgoing = layout.combine_slot_bytes, layout.dispatch_slot_bytes
+    return NixlPath(endpoint, peer, spec.slot_count, incoming, outgoing)
+
+
+class NixlLink(ChunkedLink):
+    """Owns `path` and `stream`, and `endpoint` too if `owns_endpoint`."""
+
+    def __init__(
+        self,
+        stream: ExchangeStream,
+        spec: LinkSpec,
+        identity: Identity,
+        endpoint: NixlEndpoint,
+        path: NixlPath,
+        *,
+        owns_endpoint: bool,
+    ) -> None:
+        super().__init__(stream.peer, "nixl", spec, spec.slot_tokens)
+        self._stream = stream
+        self._epoch = identity.instance_epoch
+        self._endpoint = endpoint
+        self._owns_endpoint = owns_endpoint
+        self._path = path
+        self._out = SlotViews(path.outgoing, spec, self._layout.dispatch_slot_bytes)
+        self._in = SlotViews(path.incoming, spec, self._layout.combine_slot_bytes)
+        self._probed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed = False
+
+    async def start(self, grant: pb.NixlGrant, timeout_s: float) -> None:
+        """Open the path and prove it both ways; this also sets the connection up, which the first
+        dispatch would otherwise wait for. Raises TransportError, TimeoutError."""
+        self._path.open(grant, self._ring_stream, self.counters)
+        self._endpoint.attach(self._path.sender, self)
+        self._stream.start(self._received, self._lost)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        note = pack_probe(self._path.link_id, self._epoch)
+        if not self._path.write(0, 0, note):
+            await self._written(0, deadline)
+        async with asyncio.timeout_at(deadline):
+            await self._probed
+        if self._lost_because is not None:
+            raise PeerLostError(f"{self.peer} is gone ({self._lost_because}), while connecting")
+
+    def _ring_stream(self) -> None:
+        self._stream.writer.send(pb.ExchangeRequest(doorbell=pb.Doorbell()))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._in_flight)
+
+    def about_to_wait(self) -> None:
+        self._endpoint.spin()
+
+    async def _post(self, slot: int, sequence: int, chunk: Dispatch, deadline: float) -> None:
+        num_tokens = chunk.num_tokens
+        self._out.payload(slot, num_tokens).copy_(chunk.hidden_states)
+        ids, weights = self._out.routing(slot, num_tokens)
+        ids.copy_(chunk.physical_ids)
+        weights.copy_(chunk.topk_weights)
+        tag = Tag(DISPATCH, slot, num_tokens, self._path.link_id, self._epoch, sequence)
+        num_bytes = self._layout.dispatch_bytes(num_tokens)
+        if self._path.write(slot, num_bytes, pack_dispatch(tag, chunk.key)):
+            return
+        started = asyncio.get_running_loop().time()
+        try:
+            await self._written(slot, deadline)
+        except TimeoutError:
+            waited = asyncio.get_running_loop().time() - started
+            raise self.timeout_error(chunk, waited, "network (the write is not done)") from None
+        except PeerLostError:
+            raise self._lost_error(chunk) from None
+
+    async def _written(self, slot: int, deadline: float) -> None:
+        try:
+            await self._path.written(slot, deadline)
+        except self._endpoint.agent.failures as error:
+            self._lost(f"NIXL says {error}")
+            raise PeerLostError(f"{self.peer} is gone (NIXL says {error})") from None
+
+    def received(self, note: bytes) -> None:
+        """A notification of the peer's agent; its data lies in the slot that it names."""
+        tag = read_tag(note)
+        if tag is None or not self._ours(tag):
+            self.counters.dropped += 1
+        elif tag.kind == PROBE:
+            self._end_probe()
+        else:
+            times = read_times(note)
+            if times is None:
+                self.counters.dropped += 1
+                return
+            partial = self._in.payload(tag.slot, tag.num_tokens)
+            self._answered(tag.slot, tag.sequence, partial, *times)
+
+    def _ours(self, tag: Tag) -> bool:
+        return (
+            tag.kind in (PROBE, COMBINE)
+            and tag.link_id == self._path.link_id
+            and tag.instance_epoch == self._epoch
+            and tag.slot < self.spec.slot_count
+            and tag.num_tokens <= self.spec.slot_tokens
+        )
+
+    def _end_probe(self) -> None:
+        if not self._probed.done():
+            self._probed.set_result(None)
+
+    def _received(self, message: pb.ExchangeResponse) -> None:
+        kind = message.WhichOneof("kind")
+        if kind == "doorbell":
+            self._endpoint.spin(BELL_SPIN_S)
+        elif kind == "failure":
+            tag = message.failure.tag
+            self._failed(tag.slot, tag.sequence, message.failure.code, message.failure.message)
+        else:
+            raise ProtocolError(f"{self.peer} sent {kind} on the stream of a NIXL link")
+
+    def _lost(self, reason: str) -> None:
+        super()._lost(reason)
+        self._end_probe()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        await self._stream.close(in_order=not self._path.unfinished)
+        self._lost("closed on this side")
+        self._endpoint.detach(self._path.sender, self)
+        self._path.close(in_order=self._stream.ended_in_order)
+        if self._owns_endpoint:
+            self._endpoint.close()

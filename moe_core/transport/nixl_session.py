@@ -1,0 +1,142 @@
+"""The expert's end of a NIXL link: dispatches arrive in slots, combines leave by writes.
+
+Knows its two memories' layout and the tags, and checks what a tag declares before it looks at the
+slot. Knows nothing of what the handler does.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from moe_core.errors import EpserveError, PeerLostError, ProtocolError, TransportError
+from moe_core.pb.epserve.v1 import expert_pb2 as pb
+from moe_core.transport.base import Dispatch, DispatchHandler, LinkSpec
+from moe_core.transport.endpoint import BELL_SPIN_S, NixlEndpoint
+from moe_core.transport.grpc_link import failure_response
+from moe_core.transport.layout import SlotLayout, SlotViews
+from moe_core.transport.nixl_path import NixlPath
+from moe_core.transport.session import PeerSession, SlotReply
+from moe_core.transport.stream import MessageWriter
+from moe_core.transport.tags import (
+    COMBINE,
+    DISPATCH,
+    PROBE,
+    Tag,
+    pack_combine,
+    pack_probe,
+    read_key,
+    read_tag,
+)
+
+FINISH_TIMEOUT_S = 1.0
+
+
+class NixlSession(PeerSession):
+    transport = "nixl"
+
+    def __init__(
+        self,
+        peer: str,
+        spec: LinkSpec,
+        handler: DispatchHandler,
+        writer: MessageWriter[pb.ExchangeResponse],
+        endpoint: NixlEndpoint,
+        hello: pb.Hello,
+        on_error: Callable[[TransportError], None],
+    ) -> None:
+        """Raises TransportError when the peer's grant or the retired memory does not allow it.
+        `on_error` is told what ends the exchange outside of `received_message`."""
+        super().__init__(peer, spec, handler)
+        layout = SlotLayout(spec)
+        incoming, outgoing = layout.dispatch_slot_bytes, layout.combine_slot_bytes
+        self._writer = writer
+        self._endpoint = endpoint
+        self._on_error = on_error
+        self._epoch = hello.instance_epoch
+        self._sequences = [0] * spec.slot_count
+        self._path = NixlPath(endpoint, peer, spec.slot_count, incoming, outgoing)
+        self._in = SlotViews(self._path.incoming, spec, incoming)
+        self._out = SlotViews(self._path.outgoing, spec, outgoing)
+        self.grant = self._path.grant(hello.nixl.link_id)
+        try:
+            self._path.open(hello.nixl, self._ring_stream, self.counters)
+        except TransportError:
+            self._path.close(in_order=True)
+            raise
+        endpoint.attach(self._path.sender, self)
+
+    def _ring_stream(self) -> None:
+        self._writer.send(pb.ExchangeResponse(doorbell=pb.Doorbell()))
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._replies)
+
+    def received_message(self, message: pb.ExchangeRequest) -> None:
+        if message.WhichOneof("kind") != "doorbell":
+            raise self._violation(f"{message.WhichOneof('kind')} on the stream of a NIXL link")
+        self._endpoint.spin(BELL_SPIN_S)
+
+    def received(self, note: bytes) -> None:
+        """A notification of the peer's agent; its data lies in the slot that it names."""
+        tag = read_tag(note)
+        if tag is None or not self._current(tag):
+            self.counters.dropped += 1
+        elif tag.kind == PROBE:
+            self._path.write(0, 0, pack_probe(self._path.link_id, self._epoch))
+        else:
+            try:
+                self._receive_dispatch(tag, note)
+            except ProtocolError as error:
+                self._on_error(error)
+
+    def _current(self, tag: Tag) -> bool:
+        return (
+            not self._gone
+            and tag.kind in (PROBE, DISPATCH)
+            and tag.link_id == self._path.link_id
+            and tag.instance_epoch == self._epoch
+        )
+
+    def _receive_dispatch(self, tag: Tag, note: bytes) -> None:
+        self.check_declared(tag.slot, tag.num_tokens)
+        key = read_key(note)
+        if key is None:
+            raise self._violation(f"a dispatch header of {len(note)} bytes")
+        if tag.sequence <= self._sequences[tag.slot]:
+            self.counters.dropped += 1
+            return
+        self._sequences[tag.slot] = tag.sequence
+        hidden_states = self._in.payload(tag.slot, tag.num_tokens)
+        ids, weights = self._in.routing(tag.slot, tag.num_tokens)
+        self.deliver(tag.slot, tag.sequence, Dispatch(key, hidden_states, ids, weights))
+
+    def _send_combine(
+        self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
+    ) -> None:
+        slot, num_tokens = reply.slot, reply.num_tokens
+        self._out.payload(slot, num_tokens).copy_(partial)
+        tag = Tag(COMBINE, slot, num_tokens, self._path.link_id, self._epoch, reply.sequence)
+        note = pack_combine(tag, queue_us, compute_us)
+        self._path.write(slot, self._layout.payload_bytes(num_tokens), note)
+        if self._path.failure is not None:
+            self._on_error(PeerLostError(f"{self.peer} is gone (NIXL says {self._path.failure})"))
+
+    def _send_failure(self, reply: SlotReply, error: EpserveError) -> None:
+        self._writer.send(failure_response(reply, error))
+
+    async def finish(self) -> None:
+        """Until our writes are done, for the end of the stream promises that they are. Raises
+        TransportError if they are not in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + FINISH_TIMEOUT_S
+        while self._path.unfinished:
+            if loop.time() > deadline or self._path.failure is not None:
+                raise PeerLostError(f"{self.peer} has left with writes to it unfinished")
+            await asyncio.sleep(0.001)
+
+    def close(self, *, in_order: bool) -> None:
+        super().close(in_order=in_order)
+        self._endpoint.detach(self._path.sender, self)
+        self._path.close(in_order=in_order)

@@ -1,0 +1,28 @@
+"""`epserve demo`: runs by itself and explains what it measured."""
+
+import re
+
+import pytest
+
+from support.processes import epserve
+
+
+@pytest.mark.timeout(120)
+def test_demo_shows_a_completion_and_what_it_cost():
+    done = epserve("demo", timeout_s=100)
+    assert done.returncode == 0, done
+    assert done.stderr == ""
+    for words in ("Level 1", "Level 2", "tokens/s", "Return a list of", "KV cache per token"):
+        assert words in done.stdout
+    assert "640 bytes with MLA, 2,560 without" in done.stdout
+    counted = _row(done.stdout, "bytes dispatched per layer, counted")
+    predicted = _row(done.stdout, "… by the formula")
+    assert counted[0] == predicted[0]
+    assert counted[1] <= predicted[1]
+    assert counted == _row(done.stdout, "bytes combined per layer, counted")
+
+
+def _row(text: str, label: str) -> list[int]:
+    """The figures of one row, one per level."""
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(label)]
+    return [int(figure.replace(",", "")) for figure in re.findall(r"[\d,]{3,}", line)]

@@ -1,0 +1,86 @@
+"""EpserveClient against a gateway's own servicer, with scripted attention workers."""
+
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from epserve.client import EpserveClient, Output, Sampling, Usage
+from moe_core.cluster import MemberState, Role
+from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError
+from support.fake_attention import FakeAttention
+from support.small_gateway import SmallGateway
+from support.words import word_tokenizer
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[SmallGateway]:
+    async with SmallGateway(tokenizer=word_tokenizer()) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+async def client(gateway: SmallGateway) -> AsyncIterator[EpserveClient]:
+    async with EpserveClient(gateway.address) as client:
+        yield client
+
+
+def count_up(prompt: Sequence[int]) -> list[int]:
+    return [prompt[-1] + step for step in range(1, 6)]
+
+
+async def collect(client: EpserveClient, ids: Sequence[int] = (5, 6)) -> list[Output]:
+    return [output async for output in client.generate(ids, Sampling(max_tokens=5))]
+
+
+async def test_outputs_come_as_plain_values_with_usage_on_the_last(
+    gateway: SmallGateway, client: EpserveClient
+):
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    outputs = await collect(client)
+    assert [token for output in outputs for token in output.token_ids] == [7, 8, 9, 10, 11]
+    assert [output.finish_reason for output in outputs][-1] == "length"
+    assert [output.usage for output in outputs[:-1]] == [None] * (len(outputs) - 1)
+    assert outputs[-1].usage == Usage(prompt_tokens=2, completion_tokens=5)
+
+
+async def test_closing_the_iterator_cancels_the_request(
+    gateway: SmallGateway, client: EpserveClient
+):
+    fake = FakeAttention(count_up, step_s=0.1)
+    await gateway.add_worker(Role.ATTN, fake)
+    outputs = client.generate((5, 6))
+    await anext(outputs)
+    await outputs.aclose()
+    await fake.wait_for_abort()
+
+
+async def test_silence_is_a_timeout_that_names_the_gateway(
+    gateway: SmallGateway, client: EpserveClient
+):
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up, step_s=5.0))
+    with pytest.raises(PeerTimeoutError, match=gateway.address):
+        await anext(client.generate((5, 6), idle_timeout_s=0.1))
+
+
+async def test_a_refused_request_is_a_request_error(gateway: SmallGateway, client: EpserveClient):
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    with pytest.raises(RequestError, match="max_tokens"):
+        await anext(client.generate((5, 6), Sampling(max_tokens=0)))
+
+
+async def test_a_gateway_that_is_not_there_is_unavailable_and_named():
+    async with EpserveClient("127.0.0.1:1") as client:
+        with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+            await client.cluster()
+        with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+            await client.list_models()
+
+
+async def test_models_and_cluster_come_as_plain_values(
+    gateway: SmallGateway, client: EpserveClient
+):
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    (model,) = await client.list_models()
+    assert (model.id, model.has_tokenizer) == ("small", True)
+    state = await client.cluster()
+    assert [member.state for member in state.tier(Role.ATTN)] == [MemberState.READY]

@@ -1,0 +1,137 @@
+"""Small checkpoint directories made by hand, to be read, cut and damaged.
+
+Knows config.json, safetensors files and their index; shapes come from the loader's own table,
+which the tests against transformers hold to account.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_core.checkpoint.expected import TensorSpec, expected_tensors
+from moe_core.config.model import ModelConfig
+
+Json = dict[str, object]
+Tensors = dict[str, Tensor]
+INDEX = "model.safetensors.index.json"
+CPU = torch.device("cpu")
+
+
+def deepseek_config(**changes: object) -> Json:
+    """A deepseek_v3 model of three layers, the first dense, with 8 experts."""
+    config: Json = {
+        "model_type": "deepseek_v3",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+        "eos_token_id": 1,
+    }
+    return config | changes
+
+
+def qwen_config(**changes: object) -> Json:
+    """A qwen3_moe model of two layers with 4 experts, 4 query heads and 2 KV heads."""
+    config: Json = {
+        "model_type": "qwen3_moe",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+        "eos_token_id": 1,
+    }
+    return config | changes
+
+
+def specs(config: Json) -> dict[str, TensorSpec]:
+    return expected_tensors(ModelConfig.from_hf(config), ())
+
+
+def random_tensors(config: Json, dtype: torch.dtype = torch.float32) -> Tensors:
+    """Every tensor that the config asks for, named expert by expert."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: spec.shape for name, spec in specs(config).items()}
+    return {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
+
+
+def write_checkpoint(
+    directory: Path, config: Json, tensors: Mapping[str, Tensor], num_files: int = 1
+) -> Path:
+    """One model.safetensors, or `num_files` files of every n-th tensor and an index."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    if num_files == 1:
+        save_file(dict(tensors), directory / "model.safetensors")
+        return directory
+    weight_map: dict[str, str] = {}
+    for number in range(num_files):
+        file = f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+        names = sorted(tensors)[number::num_files]
+        save_file({name: tensors[name] for name in names}, directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def edit_tensors(directory: Path, edit: Callable[[Tensors], object]) -> None:
+    """Rewrite model.safetensors with what `edit` makes of its tensors."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def edit_weight_map(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    """Rewrite the index with what `edit` makes of its weight_map."""
+    index = json.loads((directory / INDEX).read_text())
+    edit(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def fused(tensors: Tensors, config: ModelConfig) -> Tensors:
+    """The same tensors with each layer's experts in two, as transformers 5 holds them."""
+    result = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer_id in config.moe_layer_ids:
+        stem = f"model.layers.{layer_id}.mlp.experts"
+        gate_up, down = [], []
+        for expert in range(config.moe.num_experts):
+            gate = tensors[f"{stem}.{expert}.gate_proj.weight"]
+            up = tensors[f"{stem}.{expert}.up_proj.weight"]
+            gate_up.append(torch.cat([gate, up]))
+            down.append(tensors[f"{stem}.{expert}.down_proj.weight"])
+        result[f"{stem}.gate_up_proj"] = torch.stack(gate_up)
+        result[f"{stem}.down_proj"] = torch.stack(down)
+    return result

@@ -1,0 +1,116 @@
+"""Every refusal names the field and the rule; every default is filled in."""
+
+from typing import Any
+
+import pytest
+from support.moe_configs import moe_model
+from support.words import WORDS, word_tokenizer
+
+from gateway.admission import ServedModel, admit
+from gateway.requests import GenerationRequest, Sampling, Sequence
+from moe_core.errors import NotFoundError, RequestError
+
+MODEL = ServedModel("small", moe_model(), word_tokenizer())
+WITHOUT_TOKENIZER = ServedModel("small", moe_model(), None)
+KV_TOKENS = 96
+NAN = float("nan")
+
+
+def admitted(
+    prompt: Any = (5, 6), model: ServedModel = MODEL, kv_tokens: int = KV_TOKENS, **sampling: Any
+) -> Sequence:
+    request = GenerationRequest("", "", prompt, Sampling(**sampling))
+    return admit(request, model, kv_tokens)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"temperature": -0.5}, "temperature=-0.5"),
+        ({"temperature": NAN}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": NAN}, "top_p=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"min_p": NAN}, "min_p=nan"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tokens": 96}, "max_tokens=96: with 2 prompt tokens.*KV pool, of 96.*at most 95"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5"),
+        ({"stop": ("",)}, "stop"),
+        ({"stop": ("x",) * 17}, "stop: at most 16"),
+        ({"stop_token_ids": (64,)}, "stop_token_ids: token id 64 must be from 0 to 63"),
+        ({"n": 2}, "n=2: not supported yet"),
+        ({"logprobs": 0}, "logprobs=0: not supported yet"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1: not supported yet"),
+        ({"presence_penalty": NAN}, "presence_penalty=nan: not supported yet"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5: not supported yet"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias: not supported yet"),
+    ],
+)
+def test_bad_sampling_value_is_refused_by_name(sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        admitted(**sampling)
+
+
+@pytest.mark.parametrize("prompt", [None, (), ""])
+def test_empty_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="prompt: must have at least one token"):
+        admitted(prompt)
+
+
+def test_token_id_out_of_range_is_refused_by_value() -> None:
+    with pytest.raises(RequestError, match="token id 64 must be from 0 to 63"):
+        admitted((1, 64))
+
+
+def test_prompt_longer_than_the_model_or_the_pool_is_refused_naming_which() -> None:
+    with pytest.raises(RequestError, match="128 tokens .* max_position_embeddings=128"):
+        admitted((5,) * 128, kv_tokens=1000)
+    with pytest.raises(RequestError, match="97 tokens .* KV pool, of 96 tokens"):
+        admitted((5,) * 97)
+
+
+def test_longest_prompt_leaves_one_token() -> None:
+    assert admitted((5,) * 127, kv_tokens=1000).max_tokens == 1
+    assert admitted((5,) * 96).max_tokens == 1
+
+
+def test_other_models_name_is_not_found() -> None:
+    request = GenerationRequest("", "large", (5,), Sampling())
+    with pytest.raises(NotFoundError, match="model='large'.*'small'"):
+        admit(request, MODEL, KV_TOKENS)
+
+
+def test_priority_is_refused_until_engines_know_it() -> None:
+    request = GenerationRequest("", "", (5,), Sampling(), priority=3)
+    with pytest.raises(RequestError, match="priority=3"):
+        admit(request, MODEL, KV_TOKENS)
+
+
+def test_text_and_stop_strings_need_a_tokenizer() -> None:
+    with pytest.raises(RequestError, match=r"text: .*no tokenizer\.json"):
+        admitted("hello", WITHOUT_TOKENIZER)
+    with pytest.raises(RequestError, match="stop: .*no tokenizer"):
+        admitted((5,), WITHOUT_TOKENIZER, stop=("x",))
+
+
+def test_text_becomes_token_ids() -> None:
+    assert admitted(f"{WORDS[9]} {WORDS[4]}").prompt_ids == (9, 4)
+
+
+def test_neutral_values_of_unsupported_fields_are_taken() -> None:
+    admitted(n=1, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+
+
+def test_eos_stops_unless_it_is_ignored() -> None:
+    assert admitted(stop_token_ids=(9, 3)).stop_token_ids == (1, 3, 9)
+    assert admitted(ignore_eos=True).stop_token_ids == ()
+
+
+def test_missing_seed_and_request_id_are_drawn_and_given_ones_kept() -> None:
+    first, second = admitted(), admitted()
+    assert first.seed != second.seed
+    assert first.request_id != second.request_id
+    assert admitted(seed=0).seed == 0

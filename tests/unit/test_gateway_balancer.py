@@ -1,0 +1,72 @@
+"""Which group a request goes to."""
+
+from dataclasses import replace
+
+import pytest
+from support.small_gateway import FINGERPRINT, make_registry
+
+from gateway.balancer import Balancer, Group, require_groups, usable_groups
+from moe_core.cluster import AttentionLoad, Join, Member, MemberState, Role, StatusReport
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import UnavailableError
+
+LEADER = Member(Role.ATTN, 0, 1, "h:1", "cpu", MemberState.READY, 1, "here", 0, 0)
+
+
+def group(dp_rank: int, *, free: int = 100, waiting: int = 0, running: int = 0) -> Group:
+    return Group(dp_rank, LEADER, AttentionLoad(running, waiting, free, 100, 4))
+
+
+def test_most_free_blocks_win() -> None:
+    groups = [group(0, free=20), group(1, free=60), group(2, free=40)]
+    assert Balancer().choose(groups, 8).dp_rank == 1
+
+
+def test_group_that_can_start_at_once_beats_a_queue() -> None:
+    groups = [group(0, free=90, waiting=3), group(1, free=10)]
+    assert Balancer().choose(groups, 8).dp_rank == 1
+
+
+def test_shortest_queue_wins_where_all_must_wait() -> None:
+    groups = [group(0, free=0, waiting=3), group(1, free=0, waiting=1)]
+    assert Balancer().choose(groups, 8).dp_rank == 1
+
+
+def test_burst_between_two_reports_is_spread_evenly() -> None:
+    balancer, groups = Balancer(), [group(rank) for rank in range(4)]
+    chosen = [balancer.choose(groups, 40).dp_rank for _ in range(16)]
+    assert [chosen.count(rank) for rank in range(4)] == [4, 4, 4, 4]
+
+
+def test_burst_beyond_all_blocks_is_spread_evenly() -> None:
+    balancer, groups = Balancer(), [group(rank) for rank in range(2)]
+    chosen = [balancer.choose(groups, 400).dp_rank for _ in range(8)]
+    assert [chosen.count(rank) for rank in range(2)] == [4, 4]
+
+
+def test_new_report_replaces_what_was_counted_since_the_last() -> None:
+    balancer = Balancer()
+    first = [group(0), group(1)]
+    assert balancer.choose(first, 200).dp_rank == 0
+    reported = [replace(first[0], load=AttentionLoad(0, 0, 100, 100, 4)), first[1]]
+    assert balancer.choose(reported, 200).dp_rank == 0
+
+
+def test_request_larger_than_every_pool_is_unavailable() -> None:
+    with pytest.raises(UnavailableError, match="401 tokens"):
+        Balancer().choose([group(0)], 401)
+
+
+def test_group_is_usable_when_all_its_ranks_are_ready() -> None:
+    registry = make_registry(ParallelConfig(attn_devices=4, dp_size=2))
+    load = AttentionLoad(0, 0, 8, 8, 4)
+    for rank in range(3):
+        join = Join(Role.ATTN, "h:1", "cpu", 7, FINGERPRINT, 1, "float32", "here", rank)
+        report = StatusReport(MemberState.READY, attention_load=load if rank % 2 == 0 else None)
+        registry.report(registry.join(join), report)
+    assert [found.dp_rank for found in usable_groups(registry.state)] == [0]
+
+
+def test_no_usable_group_is_unavailable_naming_the_missing() -> None:
+    with pytest.raises(UnavailableError, match="attn 0: not joined; expert 0: not joined"):
+        require_groups(make_registry().state)

@@ -1,0 +1,119 @@
+"""Addresses, statuses and the cluster's values on the wire, without any socket to a peer."""
+
+import pytest
+
+from moe_core.cluster import (
+    AttentionLoad,
+    ClusterState,
+    Join,
+    LinkStats,
+    Member,
+    MemberState,
+    Role,
+    StatusReport,
+)
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import (
+    CheckpointError,
+    ConfigError,
+    PeerTimeoutError,
+    RequestError,
+    UnavailableError,
+)
+from moe_core.pb.epserve.v1 import cluster_pb2
+from moe_core.placement import ExpertPlacement, LayerPlacement
+from moe_core.service import cluster_codec as codec
+from moe_core.service.addresses import (
+    advertised_address,
+    host_id,
+    join_address,
+    new_instance_epoch,
+    split_address,
+)
+from moe_core.service.grpc_channel import error_from_status, status_code
+
+LINK = LinkStats("attn 0", "expert 1", "nixl", 1, 2, 3, 4, 5, 6)
+LOAD = AttentionLoad(1, 2, 3, 4, 5)
+
+
+def test_cluster_state_survives_the_wire() -> None:
+    parallel = ParallelConfig(
+        attn_devices=2, expert_devices=2, ep_size=2, enable_mla=True, expert_parallel_degree=2
+    )
+    members = (
+        Member(Role.GATEWAY, 0, 1, "h:1", "cpu", MemberState.READY, 2**63, "here"),
+        Member(
+            Role.ATTN, 1, 2, "h:2", "cpu", MemberState.LOADING, 4, "here", 0, 1,
+            detail="d", store_address="s", attention_load=LOAD, links=(LINK,),
+        ),
+        Member(Role.EXPERT, 0, 3, "h:3", "cuda:0", MemberState.FAILED, 5, "there",
+               ep_rank=0, etp_rank=0, experts=9),
+    )  # fmt: skip
+    placement = ExpertPlacement(3, 4, 2, (LayerPlacement(1, (0, 1, 2, 3), (0, 0, 1, 1)),))
+    state = ClusterState(7, parallel, members, placement)
+    message = cluster_pb2.ClusterState.FromString(codec.cluster_to_pb(state).SerializeToString())
+    assert codec.cluster_from_pb(message) == state
+
+
+@pytest.mark.parametrize("rank", [None, 0, 3])
+def test_join_tells_rank_zero_from_no_rank(rank: int | None) -> None:
+    join = Join(Role.EXPERT, "h:1", "cpu", 1, "f", 2, "bfloat16", "here", rank)
+    assert codec.join_from_pb(codec.join_to_pb(join)) == join
+
+
+def test_report_survives_the_wire() -> None:
+    report = StatusReport(MemberState.READY, "d", "s", LOAD, (LINK,))
+    assert codec.report_from_pb(codec.report_to_pb(report)) == report
+    assert codec.report_from_pb(codec.report_to_pb(StatusReport(MemberState.READY))) == (
+        StatusReport(MemberState.READY)
+    )
+
+
+def test_role_and_state_of_another_version_are_refused_by_name() -> None:
+    with pytest.raises(RequestError, match="role=0: must be one of gateway, attn, expert"):
+        codec.join_from_pb(cluster_pb2.Join())
+    with pytest.raises(RequestError, match="state=0: must be one of loading"):
+        codec.report_from_pb(cluster_pb2.StatusReport())
+
+
+def test_addresses_join_and_split() -> None:
+    assert join_address("::1", 5) == "[::1]:5"
+    assert split_address("gateway", "[::1]:5") == ("::1", 5)
+    assert split_address("gateway", "host:50051") == ("host", 50051)
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":5", "host:0", "host:x", "host:70000"])
+def test_address_without_host_or_port_is_refused_by_name(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"gateway=.*HOST:PORT"):
+        split_address("gateway", address)
+
+
+@pytest.mark.parametrize(
+    ("host", "advertise", "expected"),
+    [
+        ("127.0.0.1", None, "127.0.0.1:7"),
+        ("0.0.0.0", None, "127.0.0.1:7"),
+        ("0.0.0.0", "node3", "node3:7"),
+        ("0.0.0.0", "node3:9", "node3:9"),
+        ("::", "fe80::1", "[fe80::1]:7"),
+        ("::", "[fe80::1]:9", "[fe80::1]:9"),
+    ],
+)
+def test_advertised_address_is_one_that_peers_can_use(
+    host: str, advertise: str | None, expected: str
+) -> None:
+    assert advertised_address(host, 7, advertise, "127.0.0.1:50051") == expected
+
+
+def test_host_id_is_stable_and_epochs_grow() -> None:
+    assert host_id() == host_id()
+    assert new_instance_epoch() < new_instance_epoch()
+
+
+def test_statuses_and_errors_translate_both_ways() -> None:
+    for error in (RequestError("x"), UnavailableError("x"), PeerTimeoutError("x")):
+        back = error_from_status(status_code(error).name, "x")
+        assert (type(back), str(back)) == (type(error), "x")
+    other = error_from_status(status_code(CheckpointError("x")).name, "x")
+    assert other.code == "FAILED_PRECONDITION"
+    assert error_from_status("UNKNOWN", "x").code == "UNKNOWN"
