@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from attn_service.engine import Engine
 from attn_service.follow import Followers, GroupTerms, follow
 from attn_service.group_experts import GroupRunner
-from attn_service.tensor_parallel import GroupRank
+from attn_service.tensor_parallel import GroupLostError, GroupRank
 from moe_core.cluster import AttentionLoad
 
 
@@ -41,13 +41,21 @@ class Leading:
         if self._followers is None:
             await self.engine.run()
         else:
-            await until_first(self.engine.run(), self._followers.lost())
+            await until_first(self.engine.run(), self._until_lost(self._followers))
 
     async def drain(self) -> None:
         """After a failure the followers' streams are left to break, so that they fail too."""
         await self.engine.drain()
         if self._followers is not None and self.engine.failure is None:
             self._followers.close()
+
+    async def _until_lost(self, followers: Followers) -> None:
+        """Sequences are told which rank is gone, not only that this one stops."""
+        try:
+            await followers.lost()
+        except GroupLostError as error:
+            self.engine.fail(error)
+            raise
 
 
 class Following:

@@ -164,8 +164,25 @@ class Engine:
                     self._changed.clear()
                     await self._changed.wait()
         except BaseException as error:
-            self._fail_all(error)
+            self.fail(error)
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """End every sequence and stream with `error`, for good; only the first call counts."""
+        if self.failure is not None:
+            return
+        cause: EpserveError = UnavailableError("this attention process is stopping")
+        if isinstance(error, EpserveError):
+            cause = error
+        elif isinstance(error, Exception):
+            cause = EpserveError(f"internal error: {type(error).__name__}: {error}")
+        self._accepting = False
+        self.failure = UnavailableError(f"the engine has stopped: {cause}")
+        self._drop_discarded()
+        self._finish_with(cause.code, str(cause), self._scheduler.sequences())
+        for stream in tuple(self._streams):
+            stream.close()
+        self._idle.set()
 
     async def drain(self) -> None:
         """Take no more sequences and wait for those under way; the caller sets the deadline."""
@@ -242,20 +259,6 @@ class Engine:
         """End those of `sequences` that are still wanted with an error."""
         wanted = [s for s in sequences if s not in self._discarded]
         self._put_out([(s, _error_output(s, code, message)) for s in wanted])
-
-    def _fail_all(self, error: BaseException) -> None:
-        cause: EpserveError = UnavailableError("this attention process is stopping")
-        if isinstance(error, EpserveError):
-            cause = error
-        elif isinstance(error, Exception):
-            cause = EpserveError(f"internal error: {type(error).__name__}: {error}")
-        self._accepting = False
-        self.failure = UnavailableError(f"the engine has stopped: {cause}")
-        self._drop_discarded()
-        self._finish_with(cause.code, str(cause), self._scheduler.sequences())
-        for stream in tuple(self._streams):
-            stream.close()
-        self._idle.set()
 
 
 def _slice(item: Scheduled) -> SequenceSlice:

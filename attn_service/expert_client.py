@@ -118,7 +118,7 @@ class ExpertClient:
         groups: Sequence[GroupDispatch],
         deadline: float,
     ) -> list[_Sent]:
-        """Post all dispatches of a layer; on failure give up those that went out."""
+        """Post all dispatches of a layer; when one fails, give up those that went out."""
         timeout_s = deadline - asyncio.get_running_loop().time()
         targets: list[tuple[ExpertLink, GroupDispatch]] = []
         posts: list[asyncio.Task[PendingCombine]] = []
@@ -127,23 +127,20 @@ class ExpertClient:
             for link in self._group_links(group.ep_rank):
                 targets.append((link, group))
                 posts.append(asyncio.create_task(link.dispatch(dispatch, timeout_s)))
-        try:
-            results = await asyncio.gather(*posts, return_exceptions=True)
-        except asyncio.CancelledError:
-            await asyncio.wait(posts)
-            await _give_up([post.result() for post in posts if _succeeded(post)])
-            raise
-        sent = []
+        answers: list[PendingCombine] = []
         failed: BaseException | None = None
-        for (link, group), result in zip(targets, results, strict=True):
+        for (link, group), result in zip(targets, await _all_ended(posts), strict=True):
             if not isinstance(result, BaseException):
-                sent.append(_Sent(link, group, result))
+                answers.append(result)
             elif failed is None:
                 failed = self.explain(result, key.layer_id, link, group)
         if failed is not None:
-            await _give_up([each.answer for each in sent])
+            await _give_up(answers)
             raise failed
-        return sent
+        return [
+            _Sent(link, group, answer)
+            for (link, group), answer in zip(targets, answers, strict=True)
+        ]
 
     def _group_links(self, ep_rank: int) -> tuple[ExpertLink, ...]:
         """The links to one EP group's processes; its TP shards all get the same rows."""
@@ -233,8 +230,17 @@ def _dispatch_of(
     return Dispatch(key, hidden[group.rows], group.physical_ids, weights[group.rows])
 
 
-def _succeeded(task: asyncio.Task[PendingCombine]) -> bool:
-    return not task.cancelled() and task.exception() is None
+async def _all_ended(
+    posts: Sequence[asyncio.Task[PendingCombine]],
+) -> list[PendingCombine | BaseException]:
+    """Every post's outcome, in order; a cancelled caller leaves no post running or unawaited."""
+    try:
+        return await asyncio.gather(*posts, return_exceptions=True)
+    except asyncio.CancelledError:
+        await asyncio.wait(posts)
+        ended = [post for post in posts if not post.cancelled() and post.exception() is None]
+        await _give_up([post.result() for post in ended])
+        raise
 
 
 async def _give_up(answers: Sequence[PendingCombine]) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from epserve.client import EpserveClient
 from epserve.layout import describe_sizes
-from moe_core.cluster import ClusterState, LinkStats, Member, MemberState
+from moe_core.cluster import ClusterState, LinkStats, Member, MemberState, Role
 
 _MEMBER_FIELDS = (
     "role",
@@ -57,7 +57,7 @@ def status(target: str, *, as_json: bool) -> None:
 
 def links(state: ClusterState) -> list[LinkStats]:
     """Every link, as the attention processes count them."""
-    return [link for member in state.members for link in member.links]
+    return [link for member in in_tier_order(state) for link in member.links]
 
 
 def status_document(state: ClusterState) -> dict[str, object]:
@@ -65,7 +65,8 @@ def status_document(state: ClusterState) -> dict[str, object]:
     return {
         "placement_epoch": state.placement.epoch,
         "members": [
-            {name: getattr(member, name) for name in _MEMBER_FIELDS} for member in state.members
+            {name: getattr(member, name) for name in _MEMBER_FIELDS}
+            for member in in_tier_order(state)
         ],
         "links": [{name: getattr(link, name) for name in _LINK_FIELDS} for link in links(state)],
     }
@@ -73,14 +74,12 @@ def status_document(state: ClusterState) -> dict[str, object]:
 
 def members_table(state: ClusterState) -> Table:
     table = Table()
-    for column in ("process", "dp", "tp", "ep", "etp", "experts", "device", "address", "pid"):
-        table.add_column(column, justify="left" if column in ("process", "address") else "right")
-    table.add_column("state")
-    for member in state.members:
-        ranks = (member.dp_rank, member.tp_rank, member.ep_rank, member.etp_rank)
+    for column in ("process", "ranks", "experts", "device", "address", "pid", "state"):
+        table.add_column(column, justify="right" if column in ("experts", "pid") else "left")
+    for member in in_tier_order(state):
         table.add_row(
-            f"{member.role} {member.rank}",
-            *("" if rank is None else str(rank) for rank in ranks),
+            member_name(member),
+            _ranks_words(member),
             str(member.experts) if member.experts else "",
             member.device,
             member.address,
@@ -88,6 +87,11 @@ def members_table(state: ClusterState) -> Table:
             _state_words(member),
         )
     return table
+
+
+def in_tier_order(state: ClusterState) -> list[Member]:
+    """Gateway, attention tier, expert tier; each in rank order."""
+    return [member for role in Role for member in state.tier(role)]
 
 
 def links_table(state: ClusterState) -> Table:
@@ -106,6 +110,18 @@ def links_table(state: ClusterState) -> Table:
             f"{link.combine_bytes:,} B",
         )
     return table
+
+
+def member_name(member: Member) -> str:
+    return "gateway" if member.role is Role.GATEWAY else f"{member.role} {member.rank}"
+
+
+def _ranks_words(member: Member) -> str:
+    if member.role is Role.ATTN:
+        return f"dp {member.dp_rank}, tp {member.tp_rank}"
+    if member.role is Role.EXPERT:
+        return f"ep {member.ep_rank}, tp {member.etp_rank}"
+    return ""
 
 
 def _state_words(member: Member) -> str:

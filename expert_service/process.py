@@ -14,14 +14,13 @@ import torch
 
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
-from expert_service.gate import ExchangeGate
+from expert_service.servicer import ExchangeGate
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.checkpoint.progress import shown_progress
 from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.exchange import link_spec
-from moe_core.pb.epserve.v1.expert_pb2_grpc import add_ExpertServiceServicer_to_server
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
@@ -67,6 +66,7 @@ class ExpertProcess:
         self._host = GrpcHost()
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None
+        self.weight_bytes_read = 0  # of the checkpoint's tensors
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError or UnavailableError."""
@@ -74,7 +74,7 @@ class ExpertProcess:
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         fingerprint = await asyncio.to_thread(checkpoint.fingerprint)
         dtype = resolve_dtype(self._settings.dtype, checkpoint.config.dtype)
-        self._host.add(add_ExpertServiceServicer_to_server, self._gate, "epserve.v1.ExpertService")
+        self._gate.add_to(self._host)
         port = await self._host.start(self._settings.host, self._settings.port)
         membership = await self._join(port, fingerprint, dtype)
         runner = await self._load(membership, checkpoint, dtype)
@@ -147,6 +147,7 @@ class ExpertProcess:
                 device=self._device,
                 progress=progress,
             )
+        self.weight_bytes_read = checkpoint.bytes_read
         log.info(
             "experts loaded",
             rank=membership.rank,

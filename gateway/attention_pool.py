@@ -24,7 +24,6 @@ from moe_core.service.grpc_channel import error_from_status, open_channel
 
 log = structlog.get_logger(__name__)
 
-CLOSE_TIMEOUT_S = 1.0
 ABORTED = "abort"
 
 
@@ -78,7 +77,7 @@ class AttentionPool:
         """Start `sequence` on `group`; a failure surfaces in the stream's `next`."""
         link = self._links.get(group.dp_rank)
         if link is None or not link.serves(group):
-            self._drop(group.dp_rank)
+            self._drop(group.dp_rank, "another process has taken its place")
             link = self._links[group.dp_rank] = _GroupLink(group)
         return link.submit(f"{sequence.request_id}/{next(self._serial)}", sequence)
 
@@ -87,17 +86,17 @@ class AttentionPool:
         epochs = {member.instance_epoch for member in state.tier(Role.ATTN)}
         gone = [rank for rank, link in self._links.items() if link.instance_epoch not in epochs]
         for dp_rank in gone:
-            self._drop(dp_rank)
+            self._drop(dp_rank, "the process has left the cluster")
 
     async def close(self) -> None:
         for dp_rank in list(self._links):
-            self._drop(dp_rank)
+            self._drop(dp_rank, "this gateway is shutting down")
         await asyncio.gather(*self._closing)
 
-    def _drop(self, dp_rank: int) -> None:
+    def _drop(self, dp_rank: int, reason: str) -> None:
         link = self._links.pop(dp_rank, None)
         if link is not None:
-            closing = asyncio.create_task(link.close(), name="close group link")
+            closing = asyncio.create_task(link.close(reason), name="close group link")
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
@@ -127,26 +126,24 @@ class _GroupLink:
             abort = pb.AbortSequence(sequence_id=sequence_id)
             self._outgoing.put_nowait(pb.EngineRequest(abort=abort))
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
+        self._fail_all(reason)
         self._reading.cancel()
         await asyncio.wait({self._reading})
-        await self._channel.close(CLOSE_TIMEOUT_S)
+        await self._channel.close()
 
     async def _requests(self) -> AsyncIterator[pb.EngineRequest]:
         while True:
             yield await self._outgoing.get()
 
     async def _read(self) -> None:
-        reason = "this gateway closed the stream"
         try:
             async for step in self._call:
                 for output in step.outputs:
                     self._deliver(output)
-            reason = "the process ended the stream"
+            self._fail_all("the process ended the stream")
         except grpc.aio.AioRpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
-        finally:
-            self._fail_all(reason)
+            self._fail_all(f"{error.code().name}: {error.details()}")
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""
@@ -161,8 +158,11 @@ class _GroupLink:
             stream.put(Delta(tuple(output.token_ids), output.finish_reason))
 
     def _fail_all(self, reason: str) -> None:
+        """The first reason counts: what follows a loss only says that it was lost."""
+        if self._lost is not None:
+            return
         self._lost = UnavailableError(f"{self._name} was lost: {reason}")
-        log.warning("a group's stream ended", group=self._name, reason=reason)
+        log.info("a group's stream ended", group=self._name, reason=reason)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put(self._lost)

@@ -175,7 +175,7 @@ class Trainer:
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load(self.checkpoint)
 
-    def run(self, report_every: int = 100, save_every: int = 500) -> DeepseekV3ForCausalLM:
+    def run(self, report_every: int = 50, save_every: int = 100) -> DeepseekV3ForCausalLM:
         """Train up to the plan's last step."""
         self.model.train()
         began, first = time.monotonic(), self.step

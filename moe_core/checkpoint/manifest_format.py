@@ -125,7 +125,7 @@ def _compare(directory: Path, recorded: Mapping[str, str], actual: Mapping[str, 
             raise CheckpointError(f"{directory / name}: is not in {MANIFEST_NAME}; {_REMEDY}")
         if name not in actual:
             raise CheckpointError(
-                f"{directory / name}: is in {MANIFEST_NAME} but not part of the checkpoint"
+                f"{directory / name}: is in {MANIFEST_NAME}, but not part of the checkpoint"
             )
         if recorded[name] != actual[name]:
             what = "header" if name.endswith(".safetensors") else "content"

@@ -114,11 +114,14 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
 def _why_not_bindable(host: str, port: int) -> str | None:
     """Asks the system before gRPC does, which would say it in five lines and no reason."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        flags = socket.AI_PASSIVE
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=flags)
         family, kind, protocol, _, where = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
+    except socket.gaierror as error:
+        raise ConfigError("host", host, f"is no address: {error.strerror}") from None
     except OSError as error:
         code = error.errno if error.errno in errno.errorcode else None
         return os.strerror(code) if code is not None else str(error)

@@ -44,7 +44,6 @@ log = structlog.get_logger(__name__)
 __all__ = ["Join", "Membership"]
 
 RETRY_S = 0.5
-CLOSE_TIMEOUT_S = 2.0
 
 
 class Membership:
@@ -133,7 +132,7 @@ class Membership:
             self._reading.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reading
-        await self._channel.close(CLOSE_TIMEOUT_S)
+        await self._channel.close()
 
     async def _join_until(self, join: Join, deadline: float, timeout_s: float) -> None:
         noted = False

@@ -11,6 +11,7 @@ either sees the flag or has its message seen.
 
 import asyncio
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from moe_core.transport.host import HostProcess
 from moe_core.transport.nixl_agent import DONE, NixlAgent
 from moe_core.transport.retired import RetiredMemory
 
+POLLS_PER_TURN = 4  # of the event loop, whose turn costs as much as a few polls
 IDLE_AFTER_S = 1.0
 IDLE_POLLS = 16  # park_poll_ms times this, once idle
 BELL_SPIN_S = 500e-6  # a bell promises a message: look for it this long
@@ -126,12 +128,12 @@ class NixlEndpoint:
         if state == DONE:
             finished(None)
             return
-        self._writes.append(Write(handle, finished, nudge, self._loop.time()))
+        self._writes.append(Write(handle, finished, nudge, time.monotonic()))
         self.spin()
 
     def spin(self, for_s: float | None = None) -> None:
         """Poll at every turn of the loop for a while (`spin_us` if not said)."""
-        now = self._loop.time()
+        now = time.monotonic()
         self._active_at = now
         self._spin_until = max(self._spin_until, now + (self._spin_s if for_s is None else for_s))
         if not self._spinning:
@@ -172,18 +174,27 @@ class NixlEndpoint:
             write.finished(error)
 
     def _nudge(self, write: Write) -> None:
-        if write.nudge is not None and self._loop.time() - write.posted_at > NUDGE_AFTER_S:
+        if write.nudge is not None and time.monotonic() - write.posted_at > NUDGE_AFTER_S:
             write.nudge()
             write.nudge = None
 
     def _spin(self) -> None:
         if self._closed:
             return
-        found = self.poll()
-        now = self._loop.time()
-        if found:
-            self._active_at = now
-            self._spin_until = max(self._spin_until, now + self._spin_s)
+        for _ in range(POLLS_PER_TURN):
+            if self.poll():
+                break
+            os.sched_yield()  # else two pollers on one core take turns of milliseconds
+        else:
+            self._spin_on()
+            return
+        now = time.monotonic()
+        self._active_at = now
+        self._spin_until = now + self._spin_s
+        self._loop.call_soon(self._spin)
+
+    def _spin_on(self) -> None:
+        now = time.monotonic()
         young = self._writes and now - self._writes[-1].posted_at < WRITE_SPIN_S
         if self._copies or young or now < self._spin_until:
             self._loop.call_soon(self._spin)
@@ -201,7 +212,7 @@ class NixlEndpoint:
     def _period(self) -> float:
         period = self.options.park_poll_ms * 1e-3
         busy = self._writes or any(receiver.busy for receiver in self._receivers.values())
-        idle = not busy and self._loop.time() - self._active_at > IDLE_AFTER_S
+        idle = not busy and time.monotonic() - self._active_at > IDLE_AFTER_S
         return period * IDLE_POLLS if idle else period
 
     def _tick(self) -> None:

@@ -54,9 +54,8 @@ class Pending:
         self._queue_us = self._compute_us = 0
         self.key = dispatch.key
         self.num_tokens = dispatch.num_tokens
-        loop = asyncio.get_running_loop()
         # Errors are results here: a dispatch that nobody waits for any more is not a mistake.
-        self._result: asyncio.Future[Combine | TransportError] = loop.create_future()
+        self._result: asyncio.Future[Combine | TransportError] = link.loop.create_future()
 
     @property
     def wanted(self) -> bool:
@@ -72,7 +71,7 @@ class Pending:
 
     async def _wait(self, timeout_s: float) -> None:
         self._link.about_to_wait()
-        expiry = asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
+        expiry = self._link.loop.call_later(timeout_s, self._expire, timeout_s)
         try:
             await self._result
         finally:
@@ -123,6 +122,7 @@ class ChunkedLink(ExpertLink):
         self._in_flight: dict[int, InFlight] = {}
         self._sequence = 0
         self._lost_because: str | None = None
+        self.loop = asyncio.get_running_loop()
 
     @property
     def lost_because(self) -> str | None:
@@ -138,7 +138,7 @@ class ChunkedLink(ExpertLink):
 
     async def dispatch(self, dispatch: Dispatch, timeout_s: float) -> Pending:
         check_shapes(dispatch, self.spec)
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        deadline = self.loop.time() + timeout_s
         parts = split(dispatch, self._chunk_tokens)
         pending = Pending(self, dispatch, len(parts))
         try:
@@ -165,13 +165,12 @@ class ChunkedLink(ExpertLink):
         slot = self._slots.take()
         if slot is not None:
             return slot
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = self.loop.time()
         try:
             return await self._slots.wait(deadline - started)
         except TimeoutError:
             phase = f"queue: all {self.spec.slot_count} slots are in flight"
-            raise self.timeout_error(part, loop.time() - started, phase) from None
+            raise self.timeout_error(part, self.loop.time() - started, phase) from None
 
     def _claim(self, slot: int, sequence: int) -> InFlight | None:
         """Whom an answer belongs to; None, and counted, when it matches nothing."""

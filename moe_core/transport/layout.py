@@ -9,6 +9,7 @@ contiguous copy moves exactly the bytes in use:
     combine   partial [n, hidden_size]
 """
 
+from ctypes import memmove
 from dataclasses import dataclass
 
 import torch
@@ -49,33 +50,65 @@ class SlotLayout:
         return align(max(self.payload_bytes(self.spec.slot_tokens), 1))
 
 
-class SlotViews:
-    """Typed views into slots that lie one after another in `memory` [bytes] uint8.
+class SlotMemory:
+    """Typed access to slots that lie one after another in `memory` [bytes] uint8.
 
-    as_strided makes each view in one operation, whatever `num_tokens` is.
+    Decode sends one size for long, so the views of a slot's last size are kept. On the CPU, copies
+    of a row-major tensor are plain memory moves: a third of what a torch copy of a few rows costs.
     """
 
     def __init__(self, memory: torch.Tensor, spec: LinkSpec, slot_bytes: int) -> None:
         self._layout = SlotLayout(spec)
         self._slot_bytes = slot_bytes
+        self._base = memory.data_ptr()
+        self._movable = not memory.is_cuda
         self._values = memory.view(spec.dtype)
         self._ids = memory.view(torch.int32)
         self._weights = memory.view(torch.float32)
+        self._payloads: dict[int, torch.Tensor] = {}
+        self._routings: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def payload(self, slot: int, num_tokens: int) -> torch.Tensor:
         """[num_tokens, hidden_size] at the front of `slot`."""
-        spec = self._layout.spec
-        offset = slot * self._slot_bytes // spec.dtype.itemsize
-        return torch.as_strided(
-            self._values, (num_tokens, spec.hidden_size), (spec.hidden_size, 1), offset
-        )
+        known = self._payloads.get(slot)
+        if known is None or known.shape[0] != num_tokens:
+            spec = self._layout.spec
+            offset = slot * self._slot_bytes // spec.dtype.itemsize
+            shape, strides = (num_tokens, spec.hidden_size), (spec.hidden_size, 1)
+            known = torch.as_strided(self._values, shape, strides, offset)
+            self._payloads[slot] = known
+        return known
 
     def routing(self, slot: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """physical_ids int32 and topk_weights float32, [num_tokens, num_columns] each."""
-        columns = self._layout.spec.num_columns
-        start = slot * self._slot_bytes + align(self._layout.payload_bytes(num_tokens))
-        offset = start // INDEX_BYTES
-        shape, strides = (num_tokens, columns), (columns, 1)
-        ids = torch.as_strided(self._ids, shape, strides, offset)
-        weights = torch.as_strided(self._weights, shape, strides, offset + num_tokens * columns)
-        return ids, weights
+        known = self._routings.get(slot)
+        if known is None or known[0].shape[0] != num_tokens:
+            columns = self._layout.spec.num_columns
+            start = slot * self._slot_bytes + align(self._layout.payload_bytes(num_tokens))
+            offset = start // INDEX_BYTES
+            shape, strides = (num_tokens, columns), (columns, 1)
+            ids = torch.as_strided(self._ids, shape, strides, offset)
+            offset += num_tokens * columns
+            known = ids, torch.as_strided(self._weights, shape, strides, offset)
+            self._routings[slot] = known
+        return known
+
+    def store_payload(self, slot: int, values: torch.Tensor) -> None:
+        """`values` [num_tokens, hidden_size] to the front of `slot`."""
+        if not (self._movable and values.is_cpu and values.is_contiguous()):
+            self.payload(slot, values.shape[0]).copy_(values)
+            return
+        memmove(self._base + slot * self._slot_bytes, values.data_ptr(), values.nbytes)
+
+    def store_routing(self, slot: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """[num_tokens, num_columns] each, behind a payload of as many tokens."""
+        both_plain = ids.is_contiguous() and weights.is_contiguous()
+        if not (self._movable and ids.is_cpu and weights.is_cpu and both_plain):
+            slot_ids, slot_weights = self.routing(slot, ids.shape[0])
+            slot_ids.copy_(ids)
+            slot_weights.copy_(weights)
+            return
+        size = ids.nbytes
+        start = align(self._layout.payload_bytes(ids.shape[0])) + slot * self._slot_bytes
+        memmove(self._base + start, ids.data_ptr(), size)
+        memmove(self._base + start + size, weights.data_ptr(), size)

@@ -11,14 +11,13 @@ from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.transport.base import Dispatch, Identity, LinkSpec
 from moe_core.transport.endpoint import BELL_SPIN_S, NixlEndpoint
 from moe_core.transport.flow import ChunkedLink
-from moe_core.transport.layout import SlotLayout, SlotViews
+from moe_core.transport.layout import SlotLayout, SlotMemory
 from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.stream import ExchangeStream
 from moe_core.transport.tags import (
     COMBINE,
     DISPATCH,
     PROBE,
-    Tag,
     pack_dispatch,
     pack_probe,
     read_tag,
@@ -51,8 +50,8 @@ class NixlLink(ChunkedLink):
         self._endpoint = endpoint
         self._owns_endpoint = owns_endpoint
         self._path = path
-        self._out = SlotViews(path.outgoing, spec, self._layout.dispatch_slot_bytes)
-        self._in = SlotViews(path.incoming, spec, self._layout.combine_slot_bytes)
+        self._out = SlotMemory(path.outgoing, spec, self._layout.dispatch_slot_bytes)
+        self._in = SlotMemory(path.incoming, spec, self._layout.combine_slot_bytes)
         self._probed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closed = False
 
@@ -83,11 +82,9 @@ class NixlLink(ChunkedLink):
 
     async def _post(self, slot: int, sequence: int, chunk: Dispatch, deadline: float) -> None:
         num_tokens = chunk.num_tokens
-        self._out.payload(slot, num_tokens).copy_(chunk.hidden_states)
-        ids, weights = self._out.routing(slot, num_tokens)
-        ids.copy_(chunk.physical_ids)
-        weights.copy_(chunk.topk_weights)
-        tag = Tag(DISPATCH, slot, num_tokens, self._path.link_id, self._epoch, sequence)
+        self._out.store_payload(slot, chunk.hidden_states)
+        self._out.store_routing(slot, chunk.physical_ids, chunk.topk_weights)
+        tag = (DISPATCH, slot, num_tokens, self._path.link_id, self._epoch, sequence)
         num_bytes = self._layout.dispatch_bytes(num_tokens)
         if self._path.write(slot, num_bytes, pack_dispatch(tag, chunk.key)):
             return
@@ -109,27 +106,17 @@ class NixlLink(ChunkedLink):
 
     def received(self, note: bytes) -> None:
         """A notification of the peer's agent; its data lies in the slot that it names."""
-        tag = read_tag(note)
-        if tag is None or not self._ours(tag):
-            self.counters.dropped += 1
-        elif tag.kind == PROBE:
+        kind, slot, num_tokens, link_id, epoch, sequence = read_tag(note)
+        ours = link_id == self._path.link_id and epoch == self._epoch
+        spec = self.spec
+        if ours and kind == COMBINE and slot < spec.slot_count and num_tokens <= spec.slot_tokens:
+            queue_us, compute_us = read_times(note)
+            partial = self._in.payload(slot, num_tokens)
+            self._answered(slot, sequence, partial, queue_us, compute_us)
+        elif ours and kind == PROBE:
             self._end_probe()
         else:
-            times = read_times(note)
-            if times is None:
-                self.counters.dropped += 1
-                return
-            partial = self._in.payload(tag.slot, tag.num_tokens)
-            self._answered(tag.slot, tag.sequence, partial, *times)
-
-    def _ours(self, tag: Tag) -> bool:
-        return (
-            tag.kind in (PROBE, COMBINE)
-            and tag.link_id == self._path.link_id
-            and tag.instance_epoch == self._epoch
-            and tag.slot < self.spec.slot_count
-            and tag.num_tokens <= self.spec.slot_tokens
-        )
+            self.counters.dropped += 1
 
     def _end_probe(self) -> None:
         if not self._probed.done():

@@ -14,7 +14,7 @@ from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.transport.base import Dispatch, DispatchHandler, LinkSpec
 from moe_core.transport.endpoint import BELL_SPIN_S, NixlEndpoint
 from moe_core.transport.grpc_link import failure_response
-from moe_core.transport.layout import SlotLayout, SlotViews
+from moe_core.transport.layout import SlotLayout, SlotMemory
 from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.session import PeerSession, SlotReply
 from moe_core.transport.stream import MessageWriter
@@ -22,7 +22,6 @@ from moe_core.transport.tags import (
     COMBINE,
     DISPATCH,
     PROBE,
-    Tag,
     pack_combine,
     pack_probe,
     read_key,
@@ -56,8 +55,8 @@ class NixlSession(PeerSession):
         self._epoch = hello.instance_epoch
         self._sequences = [0] * spec.slot_count
         self._path = NixlPath(endpoint, peer, spec.slot_count, incoming, outgoing)
-        self._in = SlotViews(self._path.incoming, spec, incoming)
-        self._out = SlotViews(self._path.outgoing, spec, outgoing)
+        self._in = SlotMemory(self._path.incoming, spec, incoming)
+        self._out = SlotMemory(self._path.outgoing, spec, outgoing)
         self.grant = self._path.grant(hello.nixl.link_id)
         try:
             self._path.open(hello.nixl, self._ring_stream, self.counters)
@@ -80,44 +79,38 @@ class NixlSession(PeerSession):
 
     def received(self, note: bytes) -> None:
         """A notification of the peer's agent; its data lies in the slot that it names."""
-        tag = read_tag(note)
-        if tag is None or not self._current(tag):
+        kind, slot, num_tokens, link_id, epoch, sequence = read_tag(note)
+        if self._gone or link_id != self._path.link_id or epoch != self._epoch:
             self.counters.dropped += 1
-        elif tag.kind == PROBE:
-            self._path.write(0, 0, pack_probe(self._path.link_id, self._epoch))
-        else:
+        elif kind == DISPATCH:
             try:
-                self._receive_dispatch(tag, note)
+                self._receive_dispatch(slot, num_tokens, sequence, note)
             except ProtocolError as error:
                 self._on_error(error)
+        elif kind == PROBE:
+            self._path.write(0, 0, pack_probe(link_id, epoch))
+        else:
+            self.counters.dropped += 1
 
-    def _current(self, tag: Tag) -> bool:
-        return (
-            not self._gone
-            and tag.kind in (PROBE, DISPATCH)
-            and tag.link_id == self._path.link_id
-            and tag.instance_epoch == self._epoch
-        )
-
-    def _receive_dispatch(self, tag: Tag, note: bytes) -> None:
-        self.check_declared(tag.slot, tag.num_tokens)
+    def _receive_dispatch(self, slot: int, num_tokens: int, sequence: int, note: bytes) -> None:
+        self.check_declared(slot, num_tokens)
         key = read_key(note)
         if key is None:
             raise self._violation(f"a dispatch header of {len(note)} bytes")
-        if tag.sequence <= self._sequences[tag.slot]:
+        if sequence <= self._sequences[slot]:
             self.counters.dropped += 1
             return
-        self._sequences[tag.slot] = tag.sequence
-        hidden_states = self._in.payload(tag.slot, tag.num_tokens)
-        ids, weights = self._in.routing(tag.slot, tag.num_tokens)
-        self.deliver(tag.slot, tag.sequence, Dispatch(key, hidden_states, ids, weights))
+        self._sequences[slot] = sequence
+        hidden_states = self._in.payload(slot, num_tokens)
+        ids, weights = self._in.routing(slot, num_tokens)
+        self.deliver(slot, sequence, Dispatch(key, hidden_states, ids, weights))
 
     def _send_combine(
         self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
     ) -> None:
         slot, num_tokens = reply.slot, reply.num_tokens
-        self._out.payload(slot, num_tokens).copy_(partial)
-        tag = Tag(COMBINE, slot, num_tokens, self._path.link_id, self._epoch, reply.sequence)
+        self._out.store_payload(slot, partial)
+        tag = (COMBINE, slot, num_tokens, self._path.link_id, self._epoch, reply.sequence)
         note = pack_combine(tag, queue_us, compute_us)
         self._path.write(slot, self._layout.payload_bytes(num_tokens), note)
         if self._path.failure is not None:

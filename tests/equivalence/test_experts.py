@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_core.model.experts import NO_EXPERT, run_experts, run_experts_by_loop
 from moe_core.model.weights import ExpertLayerWeights, MlpWeights
+from support.patience import patient
 
 HIDDEN, WIDTH = 16, 12
 # bfloat16: products are rounded to 8 bits, and a matrix of one row may be summed otherwise.
@@ -38,7 +39,7 @@ def make_batch(local_ids: list[list[int]], columns: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@settings(deadline=None)
+@patient
 @given(data=st.data())
 def test_grouped_equals_loop(dtype: torch.dtype, data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(0, 6))

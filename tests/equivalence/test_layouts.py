@@ -7,7 +7,7 @@ import pytest
 from support.layouts import Case, check, pairwise_cover
 
 
-@pytest.mark.parametrize("case", pairwise_cover(), ids=str)
+@pytest.mark.parametrize("case", tuple(pairwise_cover()), ids=str)
 def test_layout_gives_the_tokens_of_transformers(case: Case, checkpoints, rank_pool) -> None:
     check(
         case,

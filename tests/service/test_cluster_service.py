@@ -7,8 +7,6 @@ import time
 import grpc
 import grpc.aio
 import pytest
-from support.fake_attention import FakeAttention, FakeWorker
-from support.small_gateway import FINGERPRINT, SmallGateway
 
 from moe_core.cluster import LinkStats, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
@@ -16,7 +14,8 @@ from moe_core.errors import RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2
 from moe_core.service.addresses import new_instance_epoch
 from moe_core.service.cluster_codec import cluster_from_pb, role_to_pb
-from moe_core.service.membership import Membership
+from support.fake_attention import FakeAttention, FakeWorker
+from support.small_gateway import FINGERPRINT, SmallGateway
 
 PARALLEL = ParallelConfig(attn_devices=4, dp_size=2, expert_devices=2, ep_size=2)
 

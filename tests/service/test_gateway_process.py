@@ -11,7 +11,6 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.fake_attention import FakeAttention, FakeWorker
 
 from gateway.process import GatewayService, GatewaySettings
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from moe_core.pb.epserve.v1 import gateway_pb2 as pb
 from moe_core.pb.epserve.v1 import gateway_pb2_grpc
 from moe_core.service.cluster_codec import cluster_from_pb
 from moe_core.service.grpc_channel import open_channel
+from support.fake_attention import FakeAttention, FakeWorker
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "epserve" / "tiny_model"
@@ -48,7 +48,7 @@ async def channel(gateway: GatewayService) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
 
 
-async def next_status(statuses: Any, expected: int) -> None:
+async def next_status(statuses: AsyncIterator[Any], expected: int) -> None:
     async with asyncio.timeout(10):
         while (await anext(statuses)).status != expected:
             pass

@@ -28,7 +28,7 @@ def count_up(prompt: Sequence[int]) -> list[int]:
     return [prompt[-1] + step for step in range(1, 6)]
 
 
-def request(ids: Sequence[int] = (5, 6), **sampling: Any) -> pb.GenerateRequest:
+def request(ids: Sequence[int] = (5, 6), **sampling: object) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         request_id="r1",
         token_ids=pb.TokenIds(ids=ids),

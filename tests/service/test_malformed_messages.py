@@ -1,16 +1,14 @@
 """Every method of every epserve service answers bytes that do not parse with a clean status."""
 
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
-from support.fake_attention import FakeAttention
-from support.small_gateway import make_registry
 
 from gateway.admission import ServedModel
 from gateway.attention_pool import AttentionPool
@@ -29,8 +27,12 @@ from moe_core.pb.epserve.v1 import (
 )
 from moe_core.service.grpc_channel import open_channel
 from moe_core.service.grpc_host import GrpcHost
+from support.fake_attention import FakeAttention
 from support.moe_configs import moe_model
+from support.small_gateway import make_registry
 
+Stub: TypeAlias = gateway_pb2_grpc.GatewayStub
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 GARBAGE = b"\xff\xff\xff not protobuf"
 PROTOS = (attention_pb2, cluster_pb2, expert_pb2, gateway_pb2, health_pb2, reflection_pb2)
 METHODS = [
@@ -42,13 +44,13 @@ METHODS = [
 
 
 class EchoingExchange(expert_pb2_grpc.ExpertServiceServicer):
-    async def Exchange(self, requests: AsyncIterator[Any], context: Any) -> None:
+    async def Exchange(self, requests: AsyncIterator[Any], context: Context) -> None:
         while await context.read() is not grpc.aio.EOF:
             await context.write(expert_pb2.ExchangeResponse())
 
 
 class Following(FakeAttention):
-    async def Follow(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def Follow(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         async for _ in requests:
             yield attention_pb2.StepPlan()
 
@@ -77,14 +79,14 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
     await host.stop(0)
 
 
-async def send(channel: grpc.aio.Channel, method: MethodDescriptor, data: bytes) -> Any:
+async def send(channel: grpc.aio.Channel, method: MethodDescriptor, data: bytes) -> list[bytes]:
     path = f"/{method.containing_service.full_name}/{method.name}"
     if method.client_streaming:
         call: Any = channel.stream_stream(path)(iter([data]), timeout=5)
     elif method.server_streaming:
         call = channel.unary_stream(path)(data, timeout=5)
     else:
-        return await channel.unary_unary(path)(data, timeout=5)
+        return [await channel.unary_unary(path)(data, timeout=5)]
     return [answer async for answer in call]
 
 
@@ -102,13 +104,13 @@ async def test_garbage_is_an_invalid_argument_that_names_the_message_type(
 
 
 class Failing(gateway_pb2_grpc.GatewayServicer):
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def Generate(self, request: object, context: Context) -> AsyncIterator[Any]:
         yield gateway_pb2.GenerateResponse(text="first")
         raise UnavailableError("group 3 is gone")
 
     # ListModels is left to the generated base class.
 
-    async def Abort(self, request: Any, context: Any) -> Any:
+    async def Abort(self, request: object, context: Context) -> object:
         raise KeyError("a secret")
 
 
@@ -122,7 +124,9 @@ async def failing() -> AsyncIterator[Any]:
     await host.stop(0)
 
 
-async def test_error_in_mid_stream_keeps_its_status_and_what_was_sent(failing: Any) -> None:
+async def test_error_in_mid_stream_keeps_its_status_and_what_was_sent(
+    failing: Stub,
+) -> None:
     answers = aiter(failing.Generate(gateway_pb2.GenerateRequest(), timeout=5))
     assert (await anext(answers)).text == "first"
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -132,7 +136,7 @@ async def test_error_in_mid_stream_keeps_its_status_and_what_was_sent(failing: A
 
 
 async def test_unexpected_exception_is_internal_and_tells_nothing(
-    failing: Any, capsys: pytest.CaptureFixture[str]
+    failing: Stub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await failing.Abort(gateway_pb2.AbortRequest(), timeout=5)
@@ -142,7 +146,9 @@ async def test_unexpected_exception_is_internal_and_tells_nothing(
     assert "a secret" in "".join(capsys.readouterr())
 
 
-async def test_method_that_is_not_there_is_unimplemented(failing: Any) -> None:
+async def test_method_that_is_not_there_is_unimplemented(
+    failing: Stub,
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await failing.ListModels(gateway_pb2.ListModelsRequest(), timeout=5)
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -158,8 +164,6 @@ async def test_port_in_use_is_a_config_error_naming_it() -> None:
 
 
 async def test_health_follows_set_ready_and_ends_not_serving() -> None:
-    from grpc_health.v1 import health_pb2_grpc
-
     host = GrpcHost()
     port = await host.start("127.0.0.1", 0)
     async with open_channel(f"127.0.0.1:{port}") as channel:

@@ -7,6 +7,7 @@ which the tests against transformers hold to account.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,7 +115,7 @@ def edit_tensors(directory: Path, edit: Callable[[Tensors], object]) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-def edit_weight_map(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
+def edit_weight_map(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite the index with what `edit` makes of its weight_map."""
     index = json.loads((directory / INDEX).read_text())
     edit(index["weight_map"])

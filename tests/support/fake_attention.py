@@ -7,7 +7,9 @@ the prompt; what it was asked is recorded.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+import grpc.aio
 
 from moe_core.cluster import AttentionLoad, Join, MemberState, Role
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
@@ -16,6 +18,7 @@ from moe_core.service.addresses import host_id, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.membership import Membership
 
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Script = Callable[[Sequence[int]], Sequence[int]]
 
 
@@ -32,7 +35,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self._abort_seen = asyncio.Event()
         self._writing = asyncio.Lock()
 
-    async def Serve(self, requests: AsyncIterator[Any], context: Any) -> None:
+    async def Serve(self, requests: AsyncIterator[Any], context: Context) -> None:
         try:
             async for request in requests:
                 if request.HasField("abort"):
@@ -54,7 +57,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self._running.pop(sequence_id).cancel()
         self._abort_seen.set()
 
-    async def _answer(self, add: Any, context: Any) -> None:
+    async def _answer(self, add: pb.AddSequence, context: Context) -> None:
         tokens = list(self.script(add.prompt_ids))
         for index, token in enumerate(tokens):
             await asyncio.sleep(self.step_s)

@@ -47,7 +47,7 @@ class Running:
         own = psutil.Process(self.pid)
         return [own, *own.children(recursive=True)]
 
-    def wait_for(self, words: str, timeout_s: float = 60.0) -> str:
+    def wait_for(self, words: str, timeout_s: float = 120.0) -> str:
         """The next line of either stream that holds `words`."""
         deadline = time.monotonic() + timeout_s
         while True:

@@ -4,7 +4,7 @@ import pytest
 from support.layouts import Case, check, full_product
 
 
-@pytest.mark.parametrize("case", full_product(), ids=str)
+@pytest.mark.parametrize("case", tuple(full_product()), ids=str)
 def test_layout_gives_the_tokens_of_transformers(case: Case, checkpoints, rank_pool) -> None:
     check(
         case,

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from moe_core.checkpoint.attention_loader import load_attention_weights
+from moe_core.checkpoint.checkpoint import Checkpoint
+from moe_core.errors import CheckpointError
 from support.checkpoint_files import (
     CPU,
     Tensors,
@@ -17,10 +21,6 @@ from support.checkpoint_files import (
     random_tensors,
     write_checkpoint,
 )
-
-from moe_core.checkpoint.attention_loader import load_attention_weights
-from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.errors import CheckpointError
 
 NORM = "model.layers.1.input_layernorm.weight"
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -225,7 +225,7 @@ def test_a_tensor_in_two_files_is_named(sharded: Path) -> None:
     ],
 )
 def test_an_index_that_points_elsewhere_is_refused(sharded: Path, file: object) -> None:
-    edit_weight_map(sharded, lambda m: m.update({NORM: file}))  # type: ignore[dict-item]
+    edit_weight_map(sharded, lambda m: m.update({NORM: file}))
     assert f"tensor {NORM}: {file!r} must be the plain name" in refusal(sharded)
 
 

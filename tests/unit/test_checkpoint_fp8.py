@@ -6,6 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_core.checkpoint.attention_loader import load_attention_weights
+from moe_core.checkpoint.checkpoint import Checkpoint
+from moe_core.checkpoint.expert_loader import load_expert_weights
+from moe_core.checkpoint.fp8 import dequantise
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import CheckpointError
+from moe_core.placement import ExpertPlacement
 from support.checkpoint_files import (
     CPU,
     Json,
@@ -16,15 +25,6 @@ from support.checkpoint_files import (
     specs,
     write_checkpoint,
 )
-from torch import Tensor
-
-from moe_core.checkpoint.attention_loader import load_attention_weights
-from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.checkpoint.expert_loader import load_expert_weights
-from moe_core.checkpoint.fp8 import dequantise
-from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import CheckpointError
-from moe_core.placement import ExpertPlacement
 
 BLOCK = 128
 PROJECTION = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"

@@ -70,14 +70,10 @@ def test_refuses_whatever_the_library_refuses(
     path = tmp_path / "x.safetensors"
     path.write_bytes(damaged)
     try:
-        read_header(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
-        return
-    try:
         deserialize(damaged)
-    except SafetensorError as error:
-        pytest.fail(f"accepted what safetensors refuses: {error}")
+    except SafetensorError:
+        with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+            read_header(path)
 
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 1 << 62, 2**64 - 1])

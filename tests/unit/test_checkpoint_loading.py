@@ -4,17 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoint_files import (
-    CPU,
-    Json,
-    Tensors,
-    deepseek_config,
-    fused,
-    qwen_config,
-    random_tensors,
-    specs,
-    write_checkpoint,
-)
 from torch import Tensor
 
 from moe_core.checkpoint.attention_loader import load_attention_weights
@@ -32,6 +21,17 @@ from moe_core.model.weights import (
     MlpWeights,
 )
 from moe_core.placement import ExpertPlacement
+from support.checkpoint_files import (
+    CPU,
+    Json,
+    Tensors,
+    deepseek_config,
+    fused,
+    qwen_config,
+    random_tensors,
+    specs,
+    write_checkpoint,
+)
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -82,8 +82,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(root: Path, config: Json) -> tuple[Checkpoint, Tensors]:
     tensors = random_tensors(config)
-    directory = write_checkpoint(root / str(abs(hash(str(config)))), config, tensors, num_files=2)
-    return Checkpoint.open(directory), tensors
+    directory = root / f"made-{len(list(root.iterdir()))}"
+    return Checkpoint.open(write_checkpoint(directory, config, tensors, num_files=2)), tensors
 
 
 @pytest.fixture
@@ -169,10 +169,8 @@ def test_kv_heads_are_cut_or_replicated(root: Path, tp: int, kv_heads: list[list
             bias = tensors[f"{stem}.{name}_proj.bias"].view(2, 8)[heads].flatten()
             assert torch.equal(getattr(weights, f"{name}_proj"), rows)
             assert torch.equal(getattr(weights, f"{name}_bias"), bias)
-            assert torch.equal(
-                getattr(weights, f"{name}_norm" if name == "k" else "q_norm"),
-                tensors[f"{stem}.{'k' if name == 'k' else 'q'}_norm.weight"],
-            )
+        for name in ("q_norm", "k_norm"):
+            assert torch.equal(getattr(weights, name), tensors[f"{stem}.{name}.weight"])
     for name, dim in (("q_proj", 0), ("o_proj", 1)):
         whole = joined([getattr(weights, name) for weights in held], dim)
         assert torch.equal(whole, tensors[f"{stem}.{name}.weight"])

@@ -18,6 +18,7 @@ from attn_service.dispatch_plan import (
 from moe_core.config.parallel import ParallelConfig
 from moe_core.placement import ExpertPlacement, LayerPlacement
 from support.moe_configs import moe_model
+from support.patience import patient
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(layer, ep_size, level, draw(st.booleans()), topk_ids, draw(st.integers(0, 99)))
 
 
+@patient
 @given(cases())
 def test_every_chosen_expert_is_computed_exactly_once(case: Case) -> None:
     """The shared expert counts as one more that every token has chosen."""
@@ -76,6 +78,7 @@ def test_every_chosen_expert_is_computed_exactly_once(case: Case) -> None:
     assert computed == Counter(chosen)
 
 
+@patient
 @given(cases())
 def test_a_column_keeps_its_weight(case: Case) -> None:
     """Column c of physical_ids is expert c of the router's choice, wherever it is computed."""
@@ -92,6 +95,7 @@ def test_a_column_keeps_its_weight(case: Case) -> None:
                     assert logical == case.topk_ids[token, column]
 
 
+@patient
 @given(cases())
 def test_below_level_2_every_group_gets_every_row(case: Case) -> None:
     if case.level == 2 or case.topk_ids.shape[0] == 0:
@@ -101,6 +105,7 @@ def test_below_level_2_every_group_gets_every_row(case: Case) -> None:
     assert all(len(case.tokens_of(group)) == case.topk_ids.shape[0] for group in plan)
 
 
+@patient
 @given(cases())
 def test_at_level_2_rows_go_once_to_groups_that_compute_them_and_nowhere_else(case: Case) -> None:
     if case.level != 2:
@@ -115,6 +120,7 @@ def test_at_level_2_rows_go_once_to_groups_that_compute_them_and_nowhere_else(ca
         assert tokens == sorted(set(tokens))
 
 
+@patient
 @given(cases())
 def test_at_level_2_the_shared_expert_adds_no_row(case: Case) -> None:
     if case.level != 2:

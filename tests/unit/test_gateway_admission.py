@@ -3,12 +3,12 @@
 from typing import Any
 
 import pytest
-from support.moe_configs import moe_model
-from support.words import WORDS, word_tokenizer
 
 from gateway.admission import ServedModel, admit
 from gateway.requests import GenerationRequest, Sampling, Sequence
 from moe_core.errors import NotFoundError, RequestError
+from support.moe_configs import moe_model
+from support.words import WORDS, word_tokenizer
 
 MODEL = ServedModel("small", moe_model(), word_tokenizer())
 WITHOUT_TOKENIZER = ServedModel("small", moe_model(), None)
@@ -17,7 +17,10 @@ NAN = float("nan")
 
 
 def admitted(
-    prompt: Any = (5, 6), model: ServedModel = MODEL, kv_tokens: int = KV_TOKENS, **sampling: Any
+    prompt: str | tuple[int, ...] | None = (5, 6),
+    model: ServedModel = MODEL,
+    kv_tokens: int = KV_TOKENS,
+    **sampling: object,
 ) -> Sequence:
     request = GenerationRequest("", "", prompt, Sampling(**sampling))
     return admit(request, model, kv_tokens)
@@ -55,7 +58,7 @@ def test_bad_sampling_value_is_refused_by_name(sampling: dict[str, Any], message
 
 
 @pytest.mark.parametrize("prompt", [None, (), ""])
-def test_empty_prompt_is_refused(prompt: Any) -> None:
+def test_empty_prompt_is_refused(prompt: str | tuple[int, ...] | None) -> None:
     with pytest.raises(RequestError, match="prompt: must have at least one token"):
         admitted(prompt)
 
@@ -66,9 +69,9 @@ def test_token_id_out_of_range_is_refused_by_value() -> None:
 
 
 def test_prompt_longer_than_the_model_or_the_pool_is_refused_naming_which() -> None:
-    with pytest.raises(RequestError, match="128 tokens .* max_position_embeddings=128"):
+    with pytest.raises(RequestError, match=r"128 tokens .* max_position_embeddings=128"):
         admitted((5,) * 128, kv_tokens=1000)
-    with pytest.raises(RequestError, match="97 tokens .* KV pool, of 96 tokens"):
+    with pytest.raises(RequestError, match=r"97 tokens .* KV pool, of 96 tokens"):
         admitted((5,) * 97)
 
 
@@ -79,7 +82,7 @@ def test_longest_prompt_leaves_one_token() -> None:
 
 def test_other_models_name_is_not_found() -> None:
     request = GenerationRequest("", "large", (5,), Sampling())
-    with pytest.raises(NotFoundError, match="model='large'.*'small'"):
+    with pytest.raises(NotFoundError, match=r"model='large'.*'small'"):
         admit(request, MODEL, KV_TOKENS)
 
 
@@ -92,7 +95,7 @@ def test_priority_is_refused_until_engines_know_it() -> None:
 def test_text_and_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(RequestError, match=r"text: .*no tokenizer\.json"):
         admitted("hello", WITHOUT_TOKENIZER)
-    with pytest.raises(RequestError, match="stop: .*no tokenizer"):
+    with pytest.raises(RequestError, match=r"stop: .*no tokenizer"):
         admitted((5,), WITHOUT_TOKENIZER, stop=("x",))
 
 

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from support.small_gateway import FINGERPRINT, make_registry
 
 from gateway.balancer import Balancer, Group, require_groups, usable_groups
 from moe_core.cluster import AttentionLoad, Join, Member, MemberState, Role, StatusReport
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
+from support.small_gateway import FINGERPRINT, make_registry
 
 LEADER = Member(Role.ATTN, 0, 1, "h:1", "cpu", MemberState.READY, 1, "here", 0, 0)
 

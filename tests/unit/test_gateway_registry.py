@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from support.small_gateway import FINGERPRINT, make_registry
 
 from moe_core.cluster import AttentionLoad, Join, LinkStats, MemberState, Role, StatusReport
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import NotFoundError, RequestError
+from support.small_gateway import FINGERPRINT, make_registry
 
 PARALLEL = ParallelConfig(attn_devices=2, dp_size=2, expert_devices=2)
 

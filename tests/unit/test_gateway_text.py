@@ -2,11 +2,11 @@
 
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.words import word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.attention_pool import Delta
@@ -15,6 +15,7 @@ from gateway.requests import Sequence
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
 from moe_core.errors import ConfigError
+from support.words import word_tokenizer
 
 
 @cache
@@ -142,7 +143,7 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     assert (chunk.text, chunk.token_ids) == ("", (2, 3))
 
 
-def test_unreadable_tokenizer_is_a_config_error_naming_the_file(tmp_path) -> None:
+def test_unreadable_tokenizer_is_a_config_error_naming_the_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         TextTokenizer.from_directory(tmp_path)

@@ -11,6 +11,7 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from support.moe_configs import deepseek_v3_model, moe_model
+from support.patience import patient
 
 SETTINGS = {field.name for field in fields(ParallelConfig)}
 
@@ -59,6 +60,7 @@ def what_was_known(settings: dict[str, object], model: ModelConfig | None) -> Mo
     return model if refusal(settings, None) is None else None
 
 
+@patient
 @given(settings=any_settings, model=st.none() | models)
 def test_every_configuration_builds_or_names_one_setting_and_values_that_do_better(
     settings: dict[str, object], model: ModelConfig | None
@@ -80,6 +82,7 @@ def test_every_configuration_builds_or_names_one_setting_and_values_that_do_bett
     assert refusal(settings, model) is None
 
 
+@patient
 @given(settings=any_settings, model=st.none() | models)
 def test_suggestions_all_build_if_one_does(
     settings: dict[str, object], model: ModelConfig | None
@@ -92,12 +95,14 @@ def test_suggestions_all_build_if_one_does(
         assert all(remaining) or not any(remaining)
 
 
+@patient
 @given(settings=any_settings)
 def test_without_a_model_there_is_always_a_suggestion(settings: dict[str, object]) -> None:
     error = refusal(settings, None)
     assert error is None or error.nearest
 
 
+@patient
 @given(settings=any_settings, model=models)
 def test_a_settled_configuration_has_no_open_setting_and_settles_to_itself(
     settings: dict[str, object], model: ModelConfig
@@ -111,6 +116,7 @@ def test_a_settled_configuration_has_no_open_setting_and_settles_to_itself(
     assert settled.with_model(model) == settled
 
 
+@patient
 @given(settings=any_settings)
 def test_ranks_count_through_groups_whose_tp_is_contiguous(settings: dict[str, object]) -> None:
     try:

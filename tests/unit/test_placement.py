@@ -12,6 +12,7 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement, LayerPlacement
 from support.moe_configs import moe_model
+from support.patience import patient
 
 
 @st.composite
@@ -30,6 +31,7 @@ def held_by(layer: LayerPlacement, ep_size: int) -> list[tuple[int, ...]]:
     return [layer.logical_experts(rank) for rank in range(ep_size)]
 
 
+@patient
 @given(placements())
 def test_slots_per_process_differ_by_at_most_one(
     drawn: tuple[ExpertPlacement, ParallelConfig],
@@ -41,6 +43,7 @@ def test_slots_per_process_differ_by_at_most_one(
         assert sum(counts) == placement.num_logical_experts + parallel.num_redundant_experts
 
 
+@patient
 @given(placements())
 def test_every_expert_is_held_and_its_copies_are_on_different_groups(
     drawn: tuple[ExpertPlacement, ParallelConfig],
@@ -53,6 +56,7 @@ def test_every_expert_is_held_and_its_copies_are_on_different_groups(
         assert max(copies.values()) - min(copies.values()) <= 1
 
 
+@patient
 @given(placements())
 def test_lookups_agree_with_the_tables(drawn: tuple[ExpertPlacement, ParallelConfig]) -> None:
     placement, parallel = drawn

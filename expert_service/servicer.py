@@ -8,7 +8,10 @@ from typing import Any
 
 from moe_core.errors import UnavailableError
 from moe_core.pb.epserve.v1 import expert_pb2_grpc
+from moe_core.service.grpc_host import GrpcHost
 from moe_core.transport.servicer import ExchangeServicer
+
+SERVICE_NAME = "epserve.v1.ExpertService"
 
 
 class ExchangeGate(expert_pb2_grpc.ExpertServiceServicer):
@@ -16,6 +19,9 @@ class ExchangeGate(expert_pb2_grpc.ExpertServiceServicer):
 
     def __init__(self) -> None:
         self._servicer: ExchangeServicer | None = None
+
+    def add_to(self, host: GrpcHost) -> None:
+        host.add(expert_pb2_grpc.add_ExpertServiceServicer_to_server, self, SERVICE_NAME)
 
     def open(self, servicer: ExchangeServicer) -> None:
         self._servicer = servicer

@@ -1,0 +1,220 @@
+"""Whole expert processes' lives, in one event loop with a real gateway's registry, over gRPC."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import epserve
+from attn_service.expert_client import ExpertClient
+from attn_service.experts import StepKey
+from expert_service.process import ExpertProcess, ExpertSettings
+from expert_service.servicer import ExchangeGate
+from gateway.process import GatewayService, GatewaySettings
+from moe_core.checkpoint.checkpoint import Checkpoint
+from moe_core.checkpoint.expert_loader import load_expert_weights
+from moe_core.cluster import ClusterState, Join, Role
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError, PeerLostError, TransportError, UnavailableError
+from moe_core.exchange import link_spec
+from moe_core.model.experts import run_experts_by_loop
+from moe_core.model.tensor_parallel import NoTensorParallel
+from moe_core.placement import ExpertPlacement
+from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.membership import Membership
+from moe_core.transport.base import Identity, LinkSpec, TransportOptions
+from moe_core.transport.connect import connect_link
+from support.expert_tier import CPU, Routing, random_routing
+
+MODEL_DIR = Path(epserve.__file__).parent / "tiny_model"
+OPTIONS = TransportOptions(transport="grpc")
+TIMEOUT_S = 60.0
+
+LAYOUTS = {
+    "off_etp2": ParallelConfig(expert_devices=2),
+    "level2_redundant_shared": ParallelConfig(
+        expert_devices=2,
+        ep_size=2,
+        expert_parallel_degree=2,
+        num_redundant_experts=2,
+        shared_experts="expert",
+    ),
+}
+
+
+@asynccontextmanager
+async def running_gateway(parallel: ParallelConfig) -> AsyncIterator[str]:
+    gateway = GatewayService(GatewaySettings(MODEL_DIR, "127.0.0.1", 0, parallel))
+    await gateway.startup()
+    serving = asyncio.create_task(gateway.serve())
+    try:
+        yield f"127.0.0.1:{gateway.port}"
+    finally:
+        serving.cancel()
+        await asyncio.wait({serving})
+        await gateway.drain()
+
+
+@asynccontextmanager
+async def running_expert(gateway: str, **changes: object) -> AsyncIterator[ExpertProcess]:
+    settings = {"device": "cpu", "dtype": "float64", "transport": "grpc", "threads": 1, **changes}
+    process = ExpertProcess(ExpertSettings(gateway=gateway, model=MODEL_DIR, **settings))
+    try:
+        await process.startup()
+        yield process
+    finally:
+        await process.drain()
+
+
+async def join_as_attention(gateway: str, checkpoint: Checkpoint) -> Membership:
+    join = Join(
+        role=Role.ATTN,
+        address="127.0.0.1:1",
+        device="cpu",
+        pid=1,
+        model_fingerprint=checkpoint.fingerprint(),
+        instance_epoch=1,
+        dtype="float64",
+        host_id="here",
+    )
+    return await Membership.join(gateway, join, timeout_s=TIMEOUT_S)
+
+
+@asynccontextmanager
+async def connected_client(
+    state: ClusterState, checkpoint: Checkpoint
+) -> AsyncIterator[ExpertClient]:
+    parallel = state.parallel
+    spec = link_spec(
+        checkpoint.config,
+        parallel,
+        model_fingerprint=checkpoint.fingerprint(),
+        dtype=torch.float64,
+        spare_slots=OPTIONS.spare_slots,
+    )
+    async with AsyncExitStack() as stack:
+        links = []
+        for member in state.tier(Role.EXPERT):
+            peer = Identity(member.rank, parallel.expert_devices, member.instance_epoch)
+            link = await connect_link(member.address, spec, Identity(0, 1, 1), peer, OPTIONS)
+            stack.push_async_callback(link.close)
+            links.append(link)
+        yield ExpertClient(
+            links,
+            parallel,
+            state.placement,
+            NoTensorParallel(),
+            expert_wait_s=TIMEOUT_S,
+            device=CPU,
+        )
+
+
+def expected(checkpoint: Checkpoint, layer_id: int, routing: Routing, shared: bool) -> torch.Tensor:
+    """One process that holds every expert, one token and one expert at a time."""
+    config = checkpoint.config
+    alone = ParallelConfig().with_model(config)
+    weights = load_expert_weights(
+        checkpoint,
+        placement=ExpertPlacement.initial(config, alone),
+        ep_rank=0,
+        etp_rank=0,
+        etp_size=1,
+        shared_expert=shared,
+        dtype=torch.float64,
+        device=CPU,
+    )[layer_id]
+    ids, scale = routing.topk_ids, routing.topk_weights
+    if shared:
+        ids = torch.nn.functional.pad(ids, (0, 1), value=config.moe.num_experts)
+        scale = torch.nn.functional.pad(scale, (0, 1), value=1.0)
+    return run_experts_by_loop(weights, routing.hidden, ids, scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_expert_processes_serve_what_one_process_would_compute(layout: str) -> None:
+    checkpoint = Checkpoint.open(MODEL_DIR)
+    layer_id = checkpoint.config.moe_layer_ids[-1]
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(running_gateway(LAYOUTS[layout]))
+        for rank in (1, 0):
+            await stack.enter_async_context(running_expert(gateway, rank=rank))
+        membership = await join_as_attention(gateway, checkpoint)
+        stack.push_async_callback(membership.close)
+        state = await membership.wait_until(
+            lambda state: not state.missing(Role.EXPERT), TIMEOUT_S, "all expert processes"
+        )
+        client = await stack.enter_async_context(connected_client(state, checkpoint))
+        routing = random_routing(checkpoint.config, 5, torch.float64, 1)
+        pending = await client.dispatch(
+            StepKey(0, 0), layer_id, routing.hidden, routing.topk_ids, routing.topk_weights
+        )
+        total = await pending.combine()
+        alone = expected(checkpoint, layer_id, routing, state.parallel.shared_on_experts)
+        torch.testing.assert_close(total, alone, rtol=1e-12, atol=1e-12)
+
+
+async def test_a_process_reads_only_its_own_experts() -> None:
+    """Two EP groups without copies read half of the experts' bytes each."""
+    config = Checkpoint.open(MODEL_DIR).config
+    parallel = ParallelConfig(expert_devices=2, ep_size=2)
+    async with running_gateway(parallel) as gateway, running_expert(gateway) as process:
+        read = process.weight_bytes_read
+    per_expert = 3 * config.hidden_size * config.moe.moe_intermediate_size
+    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    whole = len(config.moe_layer_ids) * config.moe.num_experts * per_expert * itemsize
+    assert read == whole // 2
+
+
+async def test_whoever_comes_before_the_weights_are_loaded_is_told_so() -> None:
+    host = GrpcHost()
+    ExchangeGate().add_to(host)
+    port = await host.start("127.0.0.1", 0)
+    spec = LinkSpec("f", torch.float32, 8, 2, 4, 1)
+    try:
+        with pytest.raises(TransportError, match="still loading"):
+            await connect_link(
+                f"127.0.0.1:{port}", spec, Identity(0, 1, 1), Identity(0, 1, 1), OPTIONS
+            )
+    finally:
+        await host.stop(0)
+
+
+async def test_a_process_that_is_drained_ends_its_exchanges_and_leaves_the_cluster() -> None:
+    checkpoint = Checkpoint.open(MODEL_DIR)
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(running_gateway(ParallelConfig()))
+        membership = await join_as_attention(gateway, checkpoint)
+        stack.push_async_callback(membership.close)
+        async with running_expert(gateway):
+            state = await membership.wait_until(
+                lambda state: not state.missing(Role.EXPERT), TIMEOUT_S, "the expert process"
+            )
+            client = await stack.enter_async_context(connected_client(state, checkpoint))
+        await membership.wait_until(
+            lambda state: not state.tier(Role.EXPERT), TIMEOUT_S, "the expert's leaving"
+        )
+        routing = random_routing(checkpoint.config, 1, torch.float64, 1)
+        layer_id = checkpoint.config.moe_layer_ids[0]
+        with pytest.raises(PeerLostError, match=f"expert 0 .*layer {layer_id}, experts"):
+            await client.dispatch(
+                StepKey(0, 0), layer_id, routing.hidden, routing.topk_ids, routing.topk_weights
+            )
+
+
+async def test_a_process_whose_gateway_is_lost_ends_with_an_error() -> None:
+    async with AsyncExitStack() as outer:
+        async with running_gateway(ParallelConfig()) as gateway:
+            process = await outer.enter_async_context(running_expert(gateway))
+            serving = asyncio.create_task(process.serve())
+            await asyncio.sleep(0)
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(serving, TIMEOUT_S)
+
+
+def test_a_device_that_is_not_here_is_one_error() -> None:
+    settings = ExpertSettings("127.0.0.1:1", MODEL_DIR, device="cuda:77")
+    with pytest.raises(ConfigError, match="device='cuda:77'"):
+        ExpertProcess(settings)
