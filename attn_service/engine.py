@@ -11,13 +11,13 @@ when the step is over, since the step still writes to its KV blocks.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from collections.abc import Sequence as Many
 from typing import Protocol
 
 import structlog
 import torch
 
+from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.sampler import NO_TOKEN, SamplingRow, sample
 from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
@@ -27,7 +27,6 @@ from attn_service.sequence import (
     SequenceOutput,
     SequenceRequest,
     SequenceSlice,
-    StepOutput,
     StepPlan,
 )
 from moe_core.cluster import AttentionLoad
@@ -40,70 +39,6 @@ class StepRunner(Protocol):
     async def execute(self, plan: StepPlan) -> torch.Tensor:
         """Logits [slices that need them, vocab_size] of the last token of each such slice, in
         the plan's order. Raises TransportError when the experts fail the step."""
-
-
-class EngineStream:
-    """One requester's sequences and their outputs; ids are the requester's own."""
-
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
-        self._sequences: dict[str, Sequence] = {}
-        self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
-        self._wants_more = True
-
-    def add(self, request: SequenceRequest) -> None:
-        """Queue a sequence. Raises RequestError for one that cannot be served, UnavailableError
-        when the engine is stopping."""
-        if request.sequence_id in self._sequences:
-            raise RequestError(
-                f"sequence_id={request.sequence_id!r}: already running on this stream"
-            )
-        self._sequences[request.sequence_id] = self._engine._add(self, request)
-
-    def abort(self, sequence_id: str) -> None:
-        """End a sequence early. One that has ended already is no error: the two may cross."""
-        sequence = self._sequences.pop(sequence_id, None)
-        if sequence is None:
-            return
-        self._engine._discard(sequence)
-        self.refuse(SequenceOutput(sequence_id, finish_reason=FinishReason.ABORT))
-
-    def refuse(self, output: SequenceOutput) -> None:
-        """Put an output that belongs to no step in line."""
-        self._outputs.put_nowait(StepOutput(self._engine.step, (output,)))
-        self._end_if_idle()
-
-    def end_of_requests(self) -> None:
-        """No request will come; `outputs` ends after the last sequence has ended."""
-        self._wants_more = False
-        self._end_if_idle()
-
-    def close(self) -> None:
-        """Abort all that is left; nothing more is put out."""
-        for sequence in self._sequences.values():
-            self._engine._discard(sequence)
-        self._sequences.clear()
-        self._engine._forget(self)
-        self._outputs.put_nowait(None)
-
-    async def outputs(self) -> AsyncIterator[StepOutput]:
-        """One StepOutput per step that has news for this stream. Raises UnavailableError after
-        the last one if the engine has failed."""
-        while (output := await self._outputs.get()) is not None:
-            yield output
-        if self._engine.failure is not None:
-            raise self._engine.failure
-
-    def _deliver(self, step: int, outputs: Many[SequenceOutput]) -> None:
-        for output in outputs:
-            if output.finish_reason is not None:
-                del self._sequences[output.sequence_id]
-        self._outputs.put_nowait(StepOutput(step, tuple(outputs)))
-        self._end_if_idle()
-
-    def _end_if_idle(self) -> None:
-        if not self._sequences and not self._wants_more:
-            self._outputs.put_nowait(None)
 
 
 class Engine:
@@ -180,17 +115,18 @@ class Engine:
         self.failure = UnavailableError(f"the engine has stopped: {cause}")
         self._drop_discarded()
         self._finish_with(cause.code, str(cause), self._scheduler.sequences())
-        for stream in tuple(self._streams):
-            stream.close()
+        self._close_streams()
         self._idle.set()
 
     async def drain(self) -> None:
-        """Take no more sequences and wait for those under way; the caller sets the deadline."""
+        """Take no more sequences, wait for those under way, and end the streams in order. The
+        caller sets the deadline."""
         self._accepting = False
-        if self.failure is None:
-            await self._idle.wait()
+        await self._idle.wait()
+        self._close_streams()
 
-    def _add(self, stream: EngineStream, request: SequenceRequest) -> Sequence:
+    def add(self, stream: EngineStream, request: SequenceRequest) -> Sequence:
+        """Called by a stream, see `EngineStream.add`."""
         if not self._accepting:
             raise UnavailableError("this attention process is draining and takes no new sequences")
         wrong = next((t for t in request.prompt_ids if not 0 <= t < self._vocab_size), None)
@@ -205,11 +141,17 @@ class Engine:
         self._changed.set()
         return sequence
 
-    def _discard(self, sequence: Sequence) -> None:
+    def discard(self, sequence: Sequence) -> None:
+        """Called by a stream: nobody wants this sequence any more."""
         self._discarded.add(sequence)
         self._changed.set()
 
-    def _forget(self, stream: EngineStream) -> None:
+    def _close_streams(self) -> None:
+        for stream in tuple(self._streams):
+            stream.close()
+
+    def forget(self, stream: EngineStream) -> None:
+        """Called by a stream that is closed."""
         self._streams.discard(stream)
 
     def _drop_discarded(self) -> None:
@@ -253,7 +195,7 @@ class Engine:
             if output.finish_reason is not None:
                 self._remove(sequence)
         for stream, outputs in by_stream.items():
-            stream._deliver(self.step, outputs)
+            stream.deliver(self.step, outputs)
 
     def _finish_with(self, code: str, message: str, sequences: Many[Sequence]) -> None:
         """End those of `sequences` that are still wanted with an error."""

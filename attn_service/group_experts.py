@@ -43,6 +43,7 @@ class GroupExperts:
         self._experts = experts
         self._tensor_parallel = tensor_parallel
         self._failure: TransportError | None = None
+        self._device = torch.device("cpu")  # of the step's tensors: NCCL takes no others
 
     async def dispatch(
         self,
@@ -53,6 +54,7 @@ class GroupExperts:
         topk_weights: Tensor,
     ) -> PendingExperts:
         """See `Experts.dispatch`; raises no TransportError, `settle` does."""
+        self._device = hidden_states.device
         inner: PendingExperts | None = None
         if self._failure is None:
             try:
@@ -76,11 +78,11 @@ class GroupExperts:
     def settle(self) -> None:
         """Once per step, on every rank. Raises AgreedTransportError on all or on none."""
         failure, self._failure = self._failure, None
-        failed = torch.tensor([0.0 if failure is None else 1.0])  # [1]
+        failed = torch.tensor([0.0 if failure is None else 1.0], device=self._device)  # [1]
         if self._tensor_parallel.all_reduce(failed).item() == 0:
             return
         parts = self._tensor_parallel.all_gather(
-            _encode(failure), [1] * self._tensor_parallel.size
+            _encode(failure).to(self._device), [1] * self._tensor_parallel.size
         )  # [tp_size, MESSAGE_BYTES]
         raise next(error for error in map(_decode, parts) if error is not None)
 

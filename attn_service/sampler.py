@@ -9,7 +9,8 @@ drawn by inverting the cumulative distribution in token order, in float64.
 
 Filters apply in this order, each to what the one before has kept: temperature, top_k, top_p
 (the smallest set of most likely tokens whose probability reaches top_p), min_p (a share of
-the most likely token's probability).
+the most likely token's probability). Each is a smallest probability that stays, so tokens that
+are exactly as likely stay or go together.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ from attn_service.sequence import Sampling
 
 Tensor = torch.Tensor
 
+MIN_TEMPERATURE = 1e-30  # below it float32 divides by 0, and only the best token is left anyway
+FIRST_ORDERED = 64
 NO_TOKEN = -1
 """Stands for a row whose logits are not finite: there is no honest choice."""
 
@@ -50,7 +53,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     best, tokens = logits.max(dim=-1)  # [num_rows], [num_rows]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+        tokens[drawn] = _draw(logits[drawn], best[drawn], [rows[i] for i in drawn])
     return torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
 
 
@@ -70,42 +73,52 @@ def _without_early_stops(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [m, vocab_size] -> tokens [m] int64."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(1)
-
+def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits [m, vocab_size] and their row maxima [m] -> tokens [m] int64."""
     settings = [row.sampling for row in rows]
-    scaled = logits.double() / column([s.temperature for s in settings])  # [m, vocab_size]
-    probs = scaled.softmax(dim=-1)
-    filtered = [i for i, s in enumerate(settings) if s.top_k > 0 or s.top_p < 1 or s.min_p > 0]
-    if filtered:
-        probs[filtered] = _filter(probs[filtered], [settings[i] for i in filtered])
-    cumulative = probs.cumsum(dim=-1)
-    draws = column([uniform(r.sampling.seed, r.sampling.index, r.position) for r in rows])
-    # right=True skips tokens of probability 0. Rounding in u · total must not reach past the
-    # last token that has any probability.
-    tokens = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-    last = (cumulative < cumulative[:, -1:]).sum(dim=-1, keepdim=True)
+    temperatures = [max(s.temperature, MIN_TEMPERATURE) for s in settings]
+    scaled = (logits - best[:, None]) / _column(temperatures, logits)  # [m, vocab_size], <= 0
+    weights = scaled.float().exp()  # of the best token 1
+    cuts = [_cut(row, s) for row, s in zip(weights, settings, strict=True)]
+    weights = weights.masked_fill(weights < _column(cuts, weights), 0.0)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    draws = _column([uniform(r.sampling.seed, r.sampling.index, r.position) for r in rows], total)
+    # right=True skips tokens of weight 0. Rounding in u · total must not reach past the last
+    # token that has any weight.
+    tokens = torch.searchsorted(cumulative, draws * total, right=True)
+    last = (cumulative < total).sum(dim=-1, keepdim=True)
     return torch.minimum(tokens, last).squeeze(1)
 
 
-def _filter(probs: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """Zeroes what top_k, top_p and min_p cut off; rows are not normalised again."""
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=probs.device).unsqueeze(1)
 
-    vocab_size = probs.shape[-1]
-    ordered, order = probs.sort(dim=-1, descending=True, stable=True)  # [m, vocab_size]
-    ranks = torch.arange(vocab_size, device=probs.device)  # [vocab_size]
-    ordered = ordered * (ranks < column([s.top_k or vocab_size for s in settings]))
-    before = ordered.cumsum(dim=-1) - ordered  # probability of the more likely tokens
-    total = ordered.sum(dim=-1, keepdim=True)
-    # top_p of 1 is off, whatever rounding makes of the sums.
-    top_p = column([s.top_p if s.top_p < 1 else torch.inf for s in settings])
-    keep = (before < top_p * total) & (
-        ordered >= column([s.min_p for s in settings]) * ordered[:, :1]
-    )
-    return torch.zeros_like(probs).scatter(-1, order, ordered * keep)
+def _cut(weights: Tensor, sampling: Sampling) -> float:
+    """The smallest of one row's weights [vocab_size] that all its filters keep."""
+    top_k = sampling.top_k if 0 < sampling.top_k < weights.shape[0] else 0
+    if sampling.top_p < 1:
+        return max(sampling.min_p, _nucleus_cut(weights, sampling.top_p, top_k))
+    if top_k:
+        return max(sampling.min_p, weights.topk(top_k).values[-1].item())
+    return sampling.min_p
+
+
+def _nucleus_cut(weights: Tensor, top_p: float, top_k: int) -> float:
+    """The weight with which the most likely tokens' sum reaches top_p of the total.
+
+    Few tokens reach it as a rule, so ever more are ordered until they do; what has been ordered
+    before stays as it was, so the outcome does not depend on where this began.
+    """
+    limit = top_k or weights.shape[0]
+    kept = weights.topk(top_k).values if top_k else weights
+    wanted = top_p * kept.sum(dtype=torch.float64)
+    count = min(FIRST_ORDERED, limit)
+    while True:
+        ordered = weights.topk(count).values  # [count], descending
+        cumulative = ordered.cumsum(dim=0, dtype=torch.float64)
+        if count == limit or cumulative[-1] >= wanted:
+            reached = torch.searchsorted(cumulative, wanted).item()
+            return ordered[min(int(reached), count - 1)].item()
+        count = min(8 * count, limit)

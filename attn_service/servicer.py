@@ -10,7 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from attn_service.engine import Engine, EngineStream
+from attn_service.engine import Engine
+from attn_service.engine_stream import EngineStream
 from attn_service.follow import Followers
 from attn_service.sequence import (
     FinishReason,

@@ -28,20 +28,19 @@ from epserve.layout import LEVELS, layout_table
 from epserve.local_cluster import LocalCluster, running_cluster
 from epserve.status import links
 from epserve.stop_signals import run_until_signalled
-from moe_core.cluster import LinkStats
+from moe_core.cluster import ClusterState, LinkStats, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import EpserveError, UnavailableError
 
 PROMPT = "Return a list of"
-SAMPLING = Sampling(max_tokens=96, temperature=0.7, seed=7, ignore_eos=True)
+SAMPLING = Sampling(max_tokens=96, temperature=0.3, top_p=0.9, seed=1, ignore_eos=True)
 WARM_UP = Sampling(max_tokens=8, ignore_eos=True)
 BATCH_SIZE = 16
 EXPERT_PROCESSES = 4
 READY_TIMEOUT_S = 120.0
 STOP_GRACE_S = 10.0
-COUNTERS_TIMEOUT_S = 5.0
+COUNTERS_TIMEOUT_S = 20.0
 COUNTERS_POLL_S = 0.1
-STABLE_POLLS = 10  # attention processes report their counters about twice a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +91,9 @@ def _introduce(console: Console, plan: LaunchPlan) -> None:
         f"{model.moe.num_experts_per_tok} experts; the token's {model.hidden_size} values are "
         "dispatched to them, and their weighted sums are combined.\n"
     )
+    console.print(
+        "It is tiny and learned from Python's documentation: expect its tone, not its sense.\n"
+    )
     console.print(layout_table(plan.places))
     console.print()
 
@@ -120,7 +122,7 @@ async def _run_level(console: Console, plan: LaunchPlan, *, show_text: bool) -> 
 async def _measure(console: Console, cluster: LocalCluster, show_text: bool) -> LevelResult:
     client, parallel = cluster.client, cluster.plan.parallel
     await _complete(client, WARM_UP)  # the first transfer to each peer sets up its connection
-    before = await _settled_links(client)
+    before = await _counted_links(client)
     if show_text:
         console.print(f"\n[bold]{PROMPT}[/]", end="")
     completion = await _complete(
@@ -128,7 +130,7 @@ async def _measure(console: Console, cluster: LocalCluster, show_text: bool) -> 
     )
     if show_text:
         console.print("\n")
-    after = await _settled_links(client, before)
+    after = await _counted_links(client, before)
     started = time.monotonic()
     batch = [_complete(client, replace(SAMPLING, seed=seed)) for seed in range(BATCH_SIZE)]
     batch_tokens = sum(len(done.token_ids) for done in await asyncio.gather(*batch))
@@ -159,28 +161,36 @@ async def _complete(
     return Completion(prompt_tokens, tuple(token_ids), last - first)
 
 
-async def _settled_links(
+async def _counted_links(
     client: EpserveClient, before: Sequence[LinkStats] = ()
 ) -> tuple[LinkStats, ...]:
-    """The links' counters once they have moved past `before` and then stood still.
+    """The links' counters once the work that came after `before` is all in them.
 
-    Attention processes report them from time to time. Raises UnavailableError when they do not
-    settle in COUNTERS_TIMEOUT_S seconds.
+    An attention process reports its load and its counters together, from time to time: a report
+    of an idle process whose counters have grown is complete. Raises UnavailableError when there
+    is none in COUNTERS_TIMEOUT_S seconds.
     """
-    latest = tuple(before)
-    unchanged = 0
     try:
         async with asyncio.timeout(COUNTERS_TIMEOUT_S):
-            while unchanged < STABLE_POLLS or latest == tuple(before):
-                seen = tuple(links(await client.cluster()))
-                unchanged = unchanged + 1 if seen == latest else 0
-                latest = seen
+            while True:
+                state = await client.cluster()
+                counted = tuple(links(state))
+                if _is_idle(state) and _dispatches(counted) > _dispatches(before):
+                    return counted
                 await asyncio.sleep(COUNTERS_POLL_S)
     except TimeoutError:
         raise UnavailableError(
-            f"the links' counters at {client.target} did not settle in {COUNTERS_TIMEOUT_S:g} s"
+            f"{client.target} reported no new link counters in {COUNTERS_TIMEOUT_S:g} s"
         ) from None
-    return latest
+
+
+def _is_idle(state: ClusterState) -> bool:
+    loads = [member.attention_load for member in state.tier(Role.ATTN)]
+    return all(load and not load.num_running and not load.num_waiting for load in loads)
+
+
+def _dispatches(counted: Sequence[LinkStats]) -> int:
+    return sum(link.dispatches for link in counted)
 
 
 def _report(console: Console, plan: LaunchPlan, results: Sequence[LevelResult]) -> None:

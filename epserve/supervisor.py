@@ -22,6 +22,7 @@ from moe_core.errors import EpserveError
 _TAIL_LINES = 20
 _QUOTED_LINES = 3
 _MAX_LINE_BYTES = 16_384
+_GRACE_AFTER_FAILURE_S = 5.0
 _Result = TypeVar("_Result")
 
 LineSink = Callable[[str, str], None]
@@ -106,6 +107,8 @@ class Supervisor:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if isinstance(error, ProcessEndedError):  # what is left cannot finish its work
+            self._grace_s = min(self._grace_s, _GRACE_AFTER_FAILURE_S)
         await self.stop()
 
     async def guard(self, work: Coroutine[None, None, _Result]) -> _Result:

@@ -130,7 +130,7 @@ class _GroupLink:
         self._fail_all(reason)
         self._reading.cancel()
         await asyncio.wait({self._reading})
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _requests(self) -> AsyncIterator[pb.EngineRequest]:
         while True:
@@ -144,6 +144,8 @@ class _GroupLink:
             self._fail_all("the process ended the stream")
         except grpc.aio.AioRpcError as error:
             self._fail_all(f"{error.code().name}: {error.details()}")
+        finally:
+            self._fail_all("this gateway stopped reading")
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""

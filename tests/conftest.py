@@ -4,33 +4,11 @@ the worker processes of the layout suite. Both are made when first asked for, on
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
+
 from support.rank_pool import RankPool
-from support.tiny_checkpoints import Reference, prompts, references, tiny_checkpoint
-
-from moe_core.config.model import ModelConfig
-
-
-@dataclass
-class Checkpoints:
-    """The tiny checkpoints below `root`, in float32, and what transformers computes for the
-    fixed prompts."""
-
-    root: Path
-    _references: dict[str, list[Reference]] = field(default_factory=dict)
-
-    def directory(self, name: str) -> Path:
-        return tiny_checkpoint(name, self.root)
-
-    def references(self, name: str) -> list[Reference]:
-        if name not in self._references:
-            directory = self.directory(name)
-            vocab_size = ModelConfig.from_hf(directory).vocab_size
-            self._references[name] = references(directory, prompts(vocab_size))
-        return self._references[name]
+from support.tiny_checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="session")

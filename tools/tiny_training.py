@@ -58,7 +58,7 @@ class TrainingPlan:
     """Everything that decides the weights, apart from the text and the machine's arithmetic."""
 
     shape: ModelShape = field(default_factory=ModelShape)
-    steps: int = 8000
+    steps: int = 4500
     seed: int = 0
     tokens_per_step: int = 1024
     sequence_lengths: tuple[int, ...] = (*(256,) * 7, 1024)
@@ -171,21 +171,20 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, betas=(0.9, 0.95), weight_decay=self.plan.weight_decay
         )
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load(self.checkpoint)
 
     def run(self, report_every: int = 50, save_every: int = 100) -> DeepseekV3ForCausalLM:
         """Train up to the plan's last step."""
         self.model.train()
-        began, first = time.monotonic(), self.step
         while self.step < self.plan.steps:
+            began = time.monotonic()
             loss = self.take_step()
+            self.seconds += time.monotonic() - began
             if self.step % report_every == 0 or self.step == self.plan.steps:
-                tokens = (self.step - first) * self.plan.tokens_per_step
-                speed = tokens / (time.monotonic() - began)
-                balance = self.balancer.imbalance()
-                step = self.step
+                step, balance = self.step, self.balancer.imbalance()
+                speed = step * self.plan.tokens_per_step / self.seconds
                 print(f"{step=} {loss=:.3f} {balance=:.2f} {speed=:.0f}", flush=True)
             if self.checkpoint is not None and self.step % save_every == 0:
                 self._save(self.checkpoint)
@@ -210,12 +209,17 @@ class Trainer:
 
     def _save(self, path: Path) -> None:
         unfinished = path.with_suffix(".unfinished")
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        torch.save({"step": self.step, "model": model, "optimizer": optimizer}, unfinished)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(state, unfinished)
         unfinished.replace(path)
 
     def _load(self, path: Path) -> None:
         state = torch.load(path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]

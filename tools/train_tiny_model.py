@@ -14,7 +14,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,10 +114,9 @@ def samples_section(model: DeepseekV3ForCausalLM, tokenizer: Tokenizer) -> str:
     return "\n\n".join(parts)
 
 
-def write_card(
-    folder: Path, plan: TrainingPlan, corpus: Corpus, tokenizer: Tokenizer, minutes: float
-) -> None:
+def write_card(folder: Path, trainer: Trainer, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """Judge the files in `folder` and fill in the model card."""
+    plan = trainer.plan
     exact = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rounded = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     loss = held_out_loss(exact, tokenizer, corpus.held_out)
@@ -134,7 +132,7 @@ def write_card(
         held_out_documents=len(corpus.held_out),
         held_out_bytes=tiny_corpus.size_in_bytes(corpus.held_out),
         trained_tokens=plan.steps * plan.tokens_per_step,
-        minutes=minutes,
+        minutes=trainer.seconds / 60,
         loss=loss,
         bf16_loss=held_out_loss(rounded, tokenizer, corpus.held_out),
         samples=samples_section(exact, tokenizer),
@@ -170,17 +168,15 @@ def main() -> None:
     corpus = tiny_corpus.collect(library)
     texts = texts_of(corpus.train)
     tokenizer = train_tokenizer(texts, plan.shape.vocab_size)
-    began = time.monotonic()
     trainer = Trainer(plan, token_stream(tokenizer, texts), arguments.checkpoint)
     model = trainer.run()
-    minutes = (time.monotonic() - began) / 60
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as temporary:
         folder = Path(temporary)
         save_weights(model, folder)
         save_tokenizer(tokenizer, folder, plan.shape.max_position_embeddings)
         shutil.copyfile(library / "LICENSE.txt", folder / "LICENSE.txt")
-        write_card(folder, plan, corpus, tokenizer, minutes)
+        write_card(folder, trainer, corpus, tokenizer)
         publish(folder, arguments.out)
 
 

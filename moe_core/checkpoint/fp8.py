@@ -17,7 +17,7 @@ def dequantise(
     """A slice of an FP8 weight in `dtype`; multiplied in float32, or float64 where asked for.
 
     weight [rows, columns] float8_e4m3fn begins at (first_row, first_column) of its tensor;
-    scale_inv [⌈all rows / 128⌉, ⌈all columns / 128⌉] float32 belongs to the whole tensor.
+    scale_inv [⌈all rows / 128⌉, ⌈all columns / 128⌉] belongs to the whole tensor.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     rows = (first_row + torch.arange(weight.shape[0])) // FP8_BLOCK

@@ -35,8 +35,9 @@ def parse_object(content: bytes, where: str) -> dict[str, object]:
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values = dict(pairs)
+    keys = [key for key, _ in pairs]
+    "".join(keys).encode()  # raises ValueError for half of a surrogate pair, which is no text
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
         twice = next(key for position, key in enumerate(keys) if key in keys[:position])
         raise ValueError(f"the key {twice!r} occurs twice")
     return values

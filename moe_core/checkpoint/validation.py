@@ -15,6 +15,7 @@ from moe_core.config.parallel import FP8_BLOCK
 from moe_core.errors import CheckpointError
 
 FP8_DTYPE = "F8_E4M3"
+_SCALE_DTYPES = ("F32", "BF16")  # as DeepSeek and as Qwen publish them
 _SHOWN_NAMES = 3
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _RECOMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -65,10 +66,10 @@ def _check_scale(entry: TensorEntry, table: Mapping[str, TensorEntry]) -> None:
             f"{entry}: is {entry.dtype}, but there is no {entry.name}{SCALE_SUFFIX}"
         )
     blocks = tuple(-(-size // FP8_BLOCK) for size in entry.shape)
-    if scale.shape != blocks or scale.dtype != "F32":
+    if scale.shape != blocks or scale.dtype not in _SCALE_DTYPES:
         raise CheckpointError(
-            f"{scale}: is {scale.dtype} {list(scale.shape)}; must be F32 {list(blocks)}, one "
-            f"scale for each {FP8_BLOCK}×{FP8_BLOCK} block of {list(entry.shape)}"
+            f"{scale}: is {scale.dtype} {list(scale.shape)}; must be F32 or BF16 {list(blocks)}, "
+            f"one scale for each {FP8_BLOCK}×{FP8_BLOCK} block of {list(entry.shape)}"
         )
 
 

@@ -49,9 +49,7 @@ class ConfigReader:
         self._read.add(key)
         return self.integer(key) if self.has(key) else None
 
-    def either(
-        self, key: str, other: str, default: int | None = None, *, minimum: int = 1
-    ) -> int:
+    def either(self, key: str, other: str, default: int | None = None, *, minimum: int = 1) -> int:
         """A whole number that has two names; where both are there they must agree."""
         if self.has(other):
             default = self.integer(other, minimum=minimum)

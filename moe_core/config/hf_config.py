@@ -24,15 +24,23 @@ from moe_core.config.hf_rope import read_rope
 from moe_core.config.model import MlaConfig, ModelConfig, MoeConfig
 from moe_core.errors import ConfigError
 
-# They describe training, tokens that the caller chooses, or transformers itself.
+# Keys that cannot change what a forward pass of the whole sequence computes.
 _HARMLESS = frozenset(
-    """architectures transformers_version auto_map _name_or_path name_or_path use_cache
-    attention_dropout initializer_range pretraining_tp ep_size
-    pad_token_id bos_token_id unk_token_id sep_token_id decoder_start_token_id
-    output_router_logits output_attentions output_hidden_states return_dict
-    router_aux_loss_coef router_jitter_noise router_z_loss_coef aux_loss_alpha seq_aux
-    id2label label2id problem_type chunk_size_feed_forward torchscript
-    _attn_implementation_autoset max_window_layers""".split()
+    {
+        # what made the file
+        *("architectures", "transformers_version", "auto_map", "_name_or_path", "name_or_path"),
+        # training and dropout
+        *("attention_dropout", "initializer_range", "pretraining_tp", "ep_size", "aux_loss_alpha"),
+        *("seq_aux", "router_aux_loss_coef", "router_jitter_noise", "router_z_loss_coef"),
+        # tokens that the caller chooses
+        *("pad_token_id", "bos_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id"),
+        # what transformers returns and how it runs
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+        *("output_router_logits", "id2label", "label2id", "problem_type", "torchscript"),
+        *("chunk_size_feed_forward", "_attn_implementation_autoset"),
+        # read only where sliding_window is in use, which is refused
+        "max_window_layers",
+    }
 )
 # Kimi-K2 publishes the DeepSeek-V3 architecture under a name of its own.
 _ALIASES = {"kimi_k2": "deepseek_v3"}

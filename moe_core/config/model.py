@@ -171,7 +171,9 @@ class ModelConfig:
         rotary = self.rotary_dim
         _require(rotary > 0 and rotary % 2 == 0, "rotary dimensions", rotary, "must be even")
         ids = self.moe_layer_ids
-        inside = all(0 <= i < self.num_hidden_layers for i in ids) and ids == tuple(sorted(set(ids)))
+        inside = all(0 <= i < self.num_hidden_layers for i in ids) and ids == tuple(
+            sorted(set(ids))
+        )
         rule = f"must be ascending layer numbers below {self.num_hidden_layers}"
         _require(inside, "moe_layer_ids", ids, rule)
 

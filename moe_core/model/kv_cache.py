@@ -78,9 +78,7 @@ class KvCache:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def bytes_per_token(
-    config: ModelConfig, enable_mla: bool, tp_size: int, dtype: torch.dtype
-) -> int:
+def bytes_per_token(config: ModelConfig, enable_mla: bool, tp_size: int, dtype: torch.dtype) -> int:
     """Cache bytes of one token over all layers, on one attention process."""
     shapes = _shapes_per_token(config, enable_mla, tp_size)
     values = sum(shape.numel() for shape in shapes)

@@ -23,10 +23,11 @@ def decode_attention(
     queries [b, heads, d], keys [b, t, kv_heads, d], values [b, t, kv_heads, v], mask [b, t]
     True where a token is. Returns [b, heads, v].
     """
-    grouped = queries.view(queries.shape[0], keys.shape[2], -1, queries.shape[2]) * scale  # [b, kv_heads, group, d]
-    scores = grouped @ keys.permute(0, 2, 3, 1)  # [b, kv_heads, group, t]
+    grouped = queries.view(queries.shape[0], keys.shape[2], -1, queries.shape[2])
+    products = grouped @ keys.permute(0, 2, 3, 1)  # [b, kv_heads, group, t]
+    scores = products.to(precise_dtype(queries.dtype)) * scale
     scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
-    weights = scores.softmax(dim=-1, dtype=precise_dtype(queries.dtype)).to(queries.dtype)
+    weights = scores.softmax(dim=-1).to(queries.dtype)
     mixed: Tensor = weights @ values.transpose(1, 2)  # [b, kv_heads, group, v]
     return mixed.flatten(1, 2)
 
@@ -48,7 +49,9 @@ def prefill_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: floa
         rows = torch.arange(total - num_new, total, device=queries.device)
         mask = torch.arange(total, device=queries.device) <= rows[:, None]  # [s, t]
     out = functional.scaled_dot_product_attention(
-        queries.view(num_new, kv_heads, group, key_dim).permute(1, 2, 0, 3),  # [kv_heads, group, s, d]
+        queries.view(num_new, kv_heads, group, key_dim).permute(
+            1, 2, 0, 3
+        ),  # [kv_heads, group, s, d]
         keys.transpose(0, 1)[:, None].expand(-1, group, -1, -1),  # [kv_heads, group, t, d]
         values.transpose(0, 1)[:, None].expand(-1, group, -1, -1),
         attn_mask=mask,

@@ -132,7 +132,7 @@ class Membership:
             self._reading.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reading
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def _join_until(self, join: Join, deadline: float, timeout_s: float) -> None:
         noted = False

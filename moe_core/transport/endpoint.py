@@ -233,7 +233,9 @@ class NixlEndpoint:
         self.spin(max(self._spin_s, BELL_SPIN_S))
 
     def close(self) -> None:
-        """After all links have been closed."""
+        """After all links have been closed; a second call does nothing."""
+        if self._closed:
+            return
         self._closed = True
         self._unpark()
         self._loop.remove_reader(self.doorbell.fileno())

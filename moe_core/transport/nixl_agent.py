@@ -14,7 +14,15 @@ import torch
 
 from moe_core.errors import ProtocolError, TransportError
 
-DONE, IN_PROGRESS = "DONE", "PROC"
+DONE = "DONE"
+UCX_ENVIRONMENT = {
+    # Notifications through shared memory, and still a word when a peer dies.
+    "UCX_MM_ERROR_HANDLING": "y",
+    # stdout belongs to the program's output.
+    "UCX_LOG_FILE": "stderr",
+    # Where UCX_TLS leaves shared memory out, the first of these is unused, and that is fine.
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+}
 
 
 class NixlUnavailable(Exception):
@@ -79,7 +87,7 @@ class NixlAgent:
             raise TransportError(f"NIXL cannot write to {peer}: {error}") from None
 
     def post(self, handle: Any, note: bytes) -> str:  # noqa: ANN401
-        """Start the write; `note` follows it. DONE, or IN_PROGRESS. Raises one of `failures`."""
+        """Start the write; `note` follows it. Returns DONE or not. Raises one of `failures`."""
         state: str = self._agent.transfer(handle, note)
         return state
 
@@ -125,9 +133,8 @@ class Registration:
 
 
 def _load() -> Any:  # noqa: ANN401 - a module
-    # Notifications through shared memory, and still a word when a peer dies; read when the agent
-    # is made.
-    os.environ.setdefault("UCX_MM_ERROR_HANDLING", "y")
+    for name, value in UCX_ENVIRONMENT.items():  # read when UCX loads
+        os.environ.setdefault(name, value)
     try:
         api = importlib.import_module("nixl._api")
     except ImportError as error:

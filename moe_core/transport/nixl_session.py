@@ -93,13 +93,13 @@ class NixlSession(PeerSession):
             self.counters.dropped += 1
 
     def _receive_dispatch(self, slot: int, num_tokens: int, sequence: int, note: bytes) -> None:
+        if slot < self.spec.slot_count and sequence <= self._sequences[slot]:
+            self.counters.dropped += 1
+            return
         self.check_declared(slot, num_tokens)
         key = read_key(note)
         if key is None:
             raise self._violation(f"a dispatch header of {len(note)} bytes")
-        if sequence <= self._sequences[slot]:
-            self.counters.dropped += 1
-            return
         self._sequences[slot] = sequence
         hidden_states = self._in.payload(slot, num_tokens)
         ids, weights = self._in.routing(slot, num_tokens)

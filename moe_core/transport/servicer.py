@@ -52,6 +52,11 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         """The connected attention processes, by rank: `peer`, `transport`, `counters`."""
         return tuple(self._exchanges[rank].session for rank in sorted(self._exchanges))
 
+    @property
+    def retired_bytes(self) -> int:
+        """Memory held back for peers that left without a word and may still be alive."""
+        return 0 if self._endpoint is None else self._endpoint.retired.num_bytes
+
     async def Exchange(self, request_iterator: Any, context: Context) -> None:  # noqa: ANN401
         try:
             await self._exchange(context)

@@ -15,14 +15,13 @@ from support.exchange_ends import (
     LATE,
     LATE_S,
     SILENT,
+    SPEC,
     Ends,
     answer_to,
     make_dispatch,
     spec_of,
     until,
 )
-
-SPEC = spec_of()
 
 
 @pytest.fixture(params=["local", "grpc", "nixl"])
@@ -257,9 +256,7 @@ async def test_tensors_that_do_not_fit_the_link_are_refused_before_anything_is_s
     good = make_dispatch(2, SPEC)
     wide = torch.zeros(2, SPEC.hidden_size + 1)
     with pytest.raises(ValueError, match=r"hidden_states is torch.float32 \[2, 25\].*\[2, 24\]"):
-        await link.dispatch(
-            Dispatch(good.key, wide, good.physical_ids, good.topk_weights), 1.0
-        )
+        await link.dispatch(Dispatch(good.key, wide, good.physical_ids, good.topk_weights), 1.0)
     with pytest.raises(ValueError, match=r"physical_ids is torch.int64"):
         await link.dispatch(
             Dispatch(good.key, good.hidden_states, good.physical_ids.long(), good.topk_weights), 1.0

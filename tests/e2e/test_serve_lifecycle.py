@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import time
 
 import psutil
 import pytest
@@ -24,6 +25,19 @@ def test_ctrl_c_stops_every_process_and_frees_the_port():
         assert not any("Traceback" in line for line in serve.err)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", int(target.rpartition(":")[2])))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_running_requests():
+    with serving(*SMALL) as (serve, target):
+        request = ("--prompt-ids", "5,6,7", "--max-tokens", "900", "--ignore-eos")
+        with started("generate", "--target", target, *request):
+            _wait_until_running(target)
+            family = serve.family()
+            serve.send(signal.SIGINT)
+            serve.wait_for("Ctrl-C again stops at once")
+            serve.send(signal.SIGINT)
+            assert still_alive(family, timeout_s=5) == []
+        assert serve.wait() == 0
 
 
 def test_a_killed_serve_leaves_no_orphan():
@@ -66,9 +80,19 @@ def test_sigterm_while_loading_stops_every_process():
         assert still_alive(family) == []
 
 
+def _status(target: str) -> dict[str, list[dict[str, object]]]:
+    return json.loads(epserve("status", "--target", target, "--json").stdout)
+
+
+def _wait_until_running(target: str) -> None:
+    deadline = time.monotonic() + 30
+    while not any(link["dispatches"] for link in _status(target)["links"]):
+        assert time.monotonic() < deadline, "no dispatch was counted"
+
+
 def _pid_of(target: str, name: str) -> int:
     role, rank = name.split()
-    members = json.loads(epserve("status", "--target", target, "--json").stdout)["members"]
+    members = _status(target)["members"]
     (pid,) = [m["pid"] for m in members if (m["role"], m["rank"]) == (role, int(rank))]
     assert psutil.pid_exists(pid)
     return pid

@@ -1,7 +1,6 @@
 """The engine, with both tiers in one process, against transformers' greedy tokens."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,20 +8,14 @@ import torch
 from attn_service.sequence import Sampling, SequenceRequest
 from moe_core.config.parallel import ParallelConfig
 from support.local_engine import Generated, local_engine
-from support.tiny_checkpoints import Reference, prompts, references, tiny_checkpoint
+from support.tiny_checkpoints import Checkpoints, Reference, prompts
 
 NUM_TOKENS = 12
-TIMEOUT_S = 60.0
 LEVEL_0 = ParallelConfig()
 LEVEL_1 = ParallelConfig(expert_devices=4, ep_size=2)
 LEVEL_2 = ParallelConfig(
     expert_devices=2, ep_size=2, expert_parallel_degree=2, shared_experts="expert"
 )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
 
 
 def greedy(references: list[Reference], num_tokens: int = NUM_TOKENS) -> list[SequenceRequest]:
@@ -39,19 +32,19 @@ def expected(references: list[Reference]) -> dict[str, Generated]:
 @pytest.mark.parametrize("parallel", [LEVEL_0, LEVEL_1, LEVEL_2], ids=["ep0", "ep1-etp2", "ep2"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe-norm", "mixtral"])
 async def test_a_mixed_batch_gives_the_tokens_of_transformers(
-    root: Path, name: str, parallel: ParallelConfig
+    checkpoints: Checkpoints, name: str, parallel: ParallelConfig
 ) -> None:
-    directory = tiny_checkpoint(name, root)
-    wanted = references(directory, prompts(127), NUM_TOKENS)
+    directory = checkpoints.directory(name)
+    wanted = checkpoints.references(name)
     if name != "deepseek_v3" and parallel.shared_on_experts:
         parallel = ParallelConfig(expert_devices=2, ep_size=2, expert_parallel_degree=2)
     async with local_engine(directory, parallel, dtype=torch.float64, max_step_tokens=24) as local:
         assert await local.generate(greedy(wanted)) == expected(wanted)
 
 
-async def test_prompts_in_chunks_and_few_blocks_change_no_token(root: Path) -> None:
-    directory = tiny_checkpoint("deepseek_v3", root)
-    wanted = references(directory, prompts(127), NUM_TOKENS)
+async def test_prompts_in_chunks_and_few_blocks_change_no_token(checkpoints: Checkpoints) -> None:
+    directory = checkpoints.directory("deepseek_v3")
+    wanted = checkpoints.references("deepseek_v3")
     async with local_engine(
         directory,
         LEVEL_2,
@@ -65,9 +58,11 @@ async def test_prompts_in_chunks_and_few_blocks_change_no_token(root: Path) -> N
     assert load.free_kv_blocks == load.total_kv_blocks == 4
 
 
-async def test_a_lost_expert_process_ends_requests_with_its_name_and_layer(root: Path) -> None:
-    directory = tiny_checkpoint("deepseek_v3", root)
-    wanted = references(directory, prompts(127), NUM_TOKENS)
+async def test_a_lost_expert_process_ends_requests_with_its_name_and_layer(
+    checkpoints: Checkpoints,
+) -> None:
+    directory = checkpoints.directory("deepseek_v3")
+    wanted = checkpoints.references("deepseek_v3")
     async with local_engine(directory, LEVEL_1, dtype=torch.float32) as local:
         await local.links[2].close()
         results = await local.generate(greedy(wanted))
@@ -78,8 +73,10 @@ async def test_a_lost_expert_process_ends_requests_with_its_name_and_layer(root:
     assert load.free_kv_blocks == load.total_kv_blocks
 
 
-async def test_a_sampled_sequence_is_the_same_alone_and_in_a_batch(root: Path) -> None:
-    directory = tiny_checkpoint("deepseek_v3", root)
+async def test_a_sampled_sequence_is_the_same_alone_and_in_a_batch(
+    checkpoints: Checkpoints,
+) -> None:
+    directory = checkpoints.directory("deepseek_v3")
     sampling = Sampling(max_tokens=NUM_TOKENS, temperature=1.0, top_p=0.9, seed=17)
     requests = [SequenceRequest(str(i), prompt, sampling) for i, prompt in enumerate(prompts(127))]
     async with local_engine(directory, LEVEL_0, dtype=torch.float64) as local:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.decode_loop import Generation, Sequences, generate, run_ranks
-from support.tiny_checkpoints import CASES, Reference
 
 from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -23,6 +21,8 @@ from moe_core.model.kv_cache import KvCache
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights, ExpertLayerWeights
 from moe_core.placement import ExpertPlacement
+from support.decode_loop import Generation, Sequences, generate, run_ranks
+from support.tiny_checkpoints import CASES, Checkpoints, Reference
 
 CPU = torch.device("cpu")
 LOGIT_TOLERANCE = 1e-4  # float32
@@ -90,15 +90,13 @@ class Case:
 
 
 def assert_same(result: Generation, chosen: list[Reference]) -> None:
-    for logits, tokens, reference in zip(
-        result.first_logits, result.tokens, chosen, strict=True
-    ):
+    for logits, tokens, reference in zip(result.first_logits, result.tokens, chosen, strict=True):
         torch.testing.assert_close(logits, reference.logits, rtol=0, atol=LOGIT_TOLERANCE)
         assert tuple(tokens) == reference.tokens
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def case(request: pytest.FixtureRequest, checkpoints) -> Case:
+def case(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Case:
     directory = checkpoints.directory(request.param)
     config = ModelConfig.from_hf(directory)
     return Case(request.param, directory, config, checkpoints.references(request.param))
@@ -148,9 +146,7 @@ def test_float64_caches_agree_beyond_float32(case: Case) -> None:
     ]
     for result in results:
         assert result.first_logits.dtype == torch.float64
-        torch.testing.assert_close(
-            result.first_logits, results[0].first_logits, rtol=0, atol=1e-11
-        )
+        torch.testing.assert_close(result.first_logits, results[0].first_logits, rtol=0, atol=1e-11)
         assert result.tokens == results[0].tokens
 
 
@@ -172,5 +168,5 @@ def test_reference_masks_groups_with_minus_infinity(case: Case) -> None:
         if layer.router is not None:
             bias = layer.router.e_score_correction_bias
             assert bias is not None
-            assert -4 <= bias.min()
+            assert bias.min() >= -4
             assert bias.max() <= -1.5

@@ -13,8 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_core.checkpoint.attention_loader import load_attention_weights
+from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expected import TensorSpec, expected_tensors
+from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
+from moe_core.model.weights import AttentionTierWeights, ExpertLayerWeights, MlpWeights
+from moe_core.placement import ExpertPlacement
 
 Json = dict[str, object]
 Tensors = dict[str, Tensor]
@@ -108,6 +114,13 @@ def write_checkpoint(
     return directory
 
 
+def made(root: Path, config: Json) -> tuple[Checkpoint, Tensors]:
+    """A new sharded checkpoint below `root`, opened, and what was written into it."""
+    tensors = random_tensors(config)
+    directory = root / f"made-{len(list(root.iterdir()))}"
+    return Checkpoint.open(write_checkpoint(directory, config, tensors, num_files=2)), tensors
+
+
 def edit_tensors(directory: Path, edit: Callable[[Tensors], object]) -> None:
     """Rewrite model.safetensors with what `edit` makes of its tensors."""
     tensors = load_file(directory / "model.safetensors")
@@ -136,3 +149,56 @@ def fused(tensors: Tensors, config: ModelConfig) -> Tensors:
         result[f"{stem}.gate_up_proj"] = torch.stack(gate_up)
         result[f"{stem}.down_proj"] = torch.stack(down)
     return result
+
+
+def check_gated_mlp(parts: list[MlpWeights | None], tensors: Tensors, stem: str) -> None:
+    """The ranks' slices of a gated MLP are the stored tensors below `stem`."""
+    for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+        whole = torch.cat([getattr(part, name) for part in parts], dim)
+        assert torch.equal(whole, tensors[f"{stem}.{name}.weight"])
+
+
+def routed_bytes(tensors: Tensors) -> int:
+    """Of all routed experts together."""
+    return sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+
+
+def load_attention(
+    checkpoint: Checkpoint,
+    rank: int = 0,
+    size: int = 1,
+    *,
+    shared: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> AttentionTierWeights:
+    """What attention TP rank `rank` of `size` holds."""
+    return load_attention_weights(
+        checkpoint, tp_rank=rank, tp_size=size, shared_expert=shared, dtype=dtype, device=CPU
+    )
+
+
+def load_experts(
+    checkpoint: Checkpoint,
+    rank: int = 0,
+    *,
+    ep: int = 1,
+    etp: int = 1,
+    redundant: int = 0,
+    shared: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, ExpertLayerWeights]:
+    """What process `rank` of an expert tier of ep · etp holds under the first placement."""
+    parallel = ParallelConfig(
+        expert_devices=ep * etp, ep_size=ep, num_redundant_experts=redundant
+    ).with_model(checkpoint.config)
+    ep_rank, etp_rank = parallel.expert_ranks(rank)
+    return load_expert_weights(
+        checkpoint,
+        placement=ExpertPlacement.initial(checkpoint.config, parallel),
+        ep_rank=ep_rank,
+        etp_rank=etp_rank,
+        etp_size=etp,
+        shared_expert=shared,
+        dtype=dtype,
+        device=CPU,
+    )

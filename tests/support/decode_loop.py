@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from moe_core.model.kv_cache import KvCache
 from moe_core.model.weights import ExpertLayerWeights
 
 Experts = dict[int, ExpertLayerWeights]
+Result = TypeVar("Result")
 
 
 @torch.no_grad()
@@ -134,10 +136,10 @@ class ThreadedTensorParallel:
         return torch.cat(parts)
 
 
-def run_ranks(work: Callable[[ThreadedTensorParallel], Generation], size: int) -> list[Generation]:
+def run_ranks(work: Callable[[ThreadedTensorParallel], Result], size: int) -> list[Result]:
     """`work` once per rank, in threads; the first failure breaks the barrier and is raised."""
     ranks = ThreadedTensorParallel.group(size)
-    results: list[Generation | None] = [None] * size
+    results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
     def run(tp: ThreadedTensorParallel) -> None:
@@ -154,4 +156,4 @@ def run_ranks(work: Callable[[ThreadedTensorParallel], Generation], size: int) -
         thread.join(timeout=120.0)
     if errors:
         raise errors[0]
-    return [result for result in results if result is not None]
+    return [results[rank] for rank in range(size)]

@@ -1,5 +1,5 @@
-"""Both ends of an exchange for the contract tests: a handler whose answer depends on every input, and
-links to it over each transport. The layer says how the handler behaves."""
+"""Both ends of an exchange for the contract tests: a handler whose answer depends on every input,
+and links to it over each transport. The layer says how the handler behaves."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -35,6 +35,9 @@ PEER = Identity(rank=1, world=4, instance_epoch=0)
 
 def spec_of(dtype: torch.dtype = torch.float32) -> LinkSpec:
     return LinkSpec("fingerprint", dtype, 24, 3, 8, 3)
+
+
+SPEC = spec_of()
 
 
 def answer_to(dispatch: Dispatch) -> torch.Tensor:

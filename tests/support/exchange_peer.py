@@ -2,6 +2,7 @@
 PORT EPOCH [HOST]` prints its port and serves until its stdin ends. `PeerProcess` runs one."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,23 @@ import torch
 import uvloop
 
 from moe_core.transport.base import Identity
-from support.exchange_ends import EXPERT, serve, spec_of
+from support.exchange_ends import EXPERT, SPEC, serve
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 class PeerProcess:
     """Use it as a context manager: nothing of it is left afterwards."""
 
     def __init__(
-        self, transport: str, *, port: int = 0, epoch: int = 22, host: str = "127.0.0.1", wrapper: tuple[str, ...] = ()
+        self,
+        transport: str,
+        *,
+        port: int = 0,
+        epoch: int = 22,
+        host: str = "127.0.0.1",
+        wrapper: tuple[str, ...] = (),
     ) -> None:
         command = [*wrapper, sys.executable, "-m", "support.exchange_peer"]
         command += [transport, str(port), str(epoch), host]
@@ -29,10 +37,14 @@ class PeerProcess:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT / "tests",
-            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+            env=ENVIRONMENT,
         )
         assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
+        first = self.process.stdout.readline()
+        if not first.strip().isdigit():
+            self.__exit__()
+            raise RuntimeError(f"the expert end said {first!r} where its port was expected")
+        self.port = int(first)
         self.address = f"{host}:{self.port}"
 
     def __enter__(self) -> "PeerProcess":
@@ -49,7 +61,7 @@ class PeerProcess:
 
 async def main(transport: str, port: int, epoch: int, host: str = "127.0.0.1") -> None:
     identity = Identity(EXPERT.rank, EXPERT.world, epoch)
-    async with serve(spec_of(), transport, identity=identity, port=port, host=host) as expert:
+    async with serve(SPEC, transport, identity=identity, port=port, host=host) as expert:
         print(expert.address.rpartition(":")[2], flush=True)
         ended = asyncio.Event()
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ended.set)

@@ -14,7 +14,8 @@ import torch
 
 from attn_service.assembly import Site, make_duty
 from attn_service.duties import Leading
-from attn_service.engine import Engine, EngineStream
+from attn_service.engine import Engine
+from attn_service.engine_stream import EngineStream
 from attn_service.expert_client import ExpertClient
 from attn_service.sequence import SequenceRequest
 from attn_service.settings import AttnSettings

@@ -14,6 +14,7 @@ import psutil
 
 TINY_MODEL = Path(__file__).parents[2] / "epserve" / "tiny_model"
 EPSERVE = (sys.executable, "-P", "-m", "epserve")
+_END_OF_OUTPUT = "\0"
 
 
 class Running:
@@ -57,6 +58,7 @@ class Running:
                 raise AssertionError(f"no {words!r} within {timeout_s} s in:\n{self}") from None
             if words in line:
                 return line
+            assert line != _END_OF_OUTPUT, f"ended before it printed {words!r}:\n{self}"
 
     def wait(self, timeout_s: float = 30.0) -> int:
         """The exit status."""
@@ -84,6 +86,7 @@ class Running:
             into.append(line.rstrip("\n"))
             self._lines.put(into[-1])
         stream.close()
+        self._lines.put(_END_OF_OUTPUT)
 
 
 @contextmanager

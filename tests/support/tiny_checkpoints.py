@@ -16,15 +16,15 @@ import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from support.plain_router import plain_route
 from torch import Tensor
 
 from moe_core.config.model import ModelConfig, MoeConfig
+from support.plain_router import plain_route
 
 if TYPE_CHECKING:
     import transformers
@@ -39,6 +39,7 @@ _BASE: Options = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-2,  # far from the 1e-6 that MLA's inner norms have
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,
@@ -91,7 +92,10 @@ CASES: Mapping[str, tuple[str, Options]] = {
     "deepseek_v3": ("DeepseekV3Config", _V3),
     "deepseek_v3-yarn-qlora": (
         "DeepseekV3Config",
-        {**_V3, "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=0.7, beta_fast=4)},
+        {
+            **_V3,
+            "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=0.7, beta_fast=1.0, beta_slow=0.02),
+        },
     ),
     "deepseek_v3-noqlora-ungrouped-raw-shared0": (
         "DeepseekV3Config",
@@ -166,6 +170,9 @@ CASES: Mapping[str, tuple[str, Options]] = {
     ),
 }
 
+# Where seed 0 draws a near tie.
+SEEDS: Mapping[str, int] = {"deepseek_v2-grouped-yarn-qlora-shared2": 1, "mixtral": 1}
+
 
 def tiny_checkpoint(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The checkpoint `name` of CASES in a directory below `root`, made if it is not there."""
@@ -195,7 +202,7 @@ def _random_model(name: str) -> "transformers.PreTrainedModel":
         # Without shared experts transformers builds an MLP of width 0.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEEDS.get(name, 0))
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
             tensor.copy_(_draw(key, tensor.shape, generator))
@@ -284,3 +291,22 @@ def _router_margin(gate: torch.nn.Module, logits: Tensor, moe: MoeConfig) -> flo
     plain_bias = None if bias is None else bias.double().tolist()
     rows = logits.double().view(-1, moe.num_experts).tolist()
     return min(plain_route(row, plain_bias, moe).margin for row in rows)
+
+
+@dataclass
+class Checkpoints:
+    """The tiny checkpoints below `root`, in float32, and what transformers computes for the
+    fixed prompts."""
+
+    root: Path
+    _references: dict[str, list[Reference]] = field(default_factory=dict)
+
+    def directory(self, name: str) -> Path:
+        return tiny_checkpoint(name, self.root)
+
+    def references(self, name: str) -> list[Reference]:
+        if name not in self._references:
+            directory = self.directory(name)
+            vocab_size = ModelConfig.from_hf(directory).vocab_size
+            self._references[name] = references(directory, prompts(vocab_size))
+        return self._references[name]

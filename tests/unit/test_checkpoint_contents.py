@@ -9,15 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError
 from support.checkpoint_files import (
-    CPU,
     Tensors,
     deepseek_config,
     edit_tensors,
     edit_weight_map,
+    load_attention,
     random_tensors,
     write_checkpoint,
 )
@@ -144,18 +143,14 @@ def test_a_value_that_is_no_number_stops_the_load(single: Path, name: str, value
     edit_tensors(single, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
     checkpoint = Checkpoint.open(single)
     with pytest.raises(CheckpointError, match=rf"{name}: holds (NaN|infinity)"):
-        load_attention_weights(
-            checkpoint, tp_rank=0, tp_size=1, shared_expert=True, dtype=torch.float32, device=CPU
-        )
+        load_attention(checkpoint)
 
 
 def test_a_value_beyond_the_chosen_type_stops_the_load(single: Path) -> None:
     edit_tensors(single, lambda tensors: tensors[NORM].fill_(1e30))
     checkpoint = Checkpoint.open(single)
     with pytest.raises(CheckpointError, match="holds infinity as float16"):
-        load_attention_weights(
-            checkpoint, tp_rank=0, tp_size=1, shared_expert=True, dtype=torch.float16, device=CPU
-        )
+        load_attention(checkpoint, dtype=torch.float16)
 
 
 def test_a_file_cut_after_it_was_opened_stops_the_load(single: Path) -> None:
@@ -163,9 +158,7 @@ def test_a_file_cut_after_it_was_opened_stops_the_load(single: Path) -> None:
     file = single / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="the file ends at byte"):
-        load_attention_weights(
-            checkpoint, tp_rank=0, tp_size=1, shared_expert=True, dtype=torch.float32, device=CPU
-        )
+        load_attention(checkpoint)
 
 
 def test_a_directory_without_weights_is_refused(single: Path) -> None:

@@ -8,18 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.checkpoint.expert_loader import load_expert_weights
-from moe_core.config.parallel import ParallelConfig
 from moe_core.model.weights import (
     AttentionTierWeights,
     ExpertLayerWeights,
     GqaWeights,
     MlaWeights,
 )
-from moe_core.placement import ExpertPlacement
-from support.checkpoint_files import CPU
+from support.checkpoint_files import load_attention, load_experts
 from support.tiny_checkpoints import CASES
 
 PROJECTIONS = {
@@ -70,21 +66,7 @@ def state_of(directory: Path) -> dict[str, Tensor]:
 
 def load(directory: Path) -> tuple[AttentionTierWeights, dict[int, ExpertLayerWeights]]:
     checkpoint = Checkpoint.open(directory)
-    placement = ExpertPlacement.initial(checkpoint.config, ParallelConfig())
-    attention = load_attention_weights(
-        checkpoint, tp_rank=0, tp_size=1, shared_expert=True, dtype=torch.float32, device=CPU
-    )
-    experts = load_expert_weights(
-        checkpoint,
-        placement=placement,
-        ep_rank=0,
-        etp_rank=0,
-        etp_size=1,
-        shared_expert=True,
-        dtype=torch.float32,
-        device=CPU,
-    )
-    return attention, experts
+    return load_attention(checkpoint), load_experts(checkpoint)
 
 
 def named(

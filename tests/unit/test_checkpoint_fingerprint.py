@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.manifest import write_manifest
 from support.checkpoint_files import (
-    CPU,
     deepseek_config,
     edit_tensors,
+    load_attention,
     random_tensors,
     write_checkpoint,
 )
@@ -39,9 +38,7 @@ def test_the_same_files_elsewhere_have_the_same_fingerprint(directory: Path) -> 
 
 def test_loading_a_part_does_not_change_it(directory: Path) -> None:
     checkpoint = Checkpoint.open(directory)
-    load_attention_weights(
-        checkpoint, tp_rank=1, tp_size=2, shared_expert=False, dtype=torch.float64, device=CPU
-    )
+    load_attention(checkpoint, 1, 2, shared=False, dtype=torch.float64)
     assert checkpoint.fingerprint() == fingerprint(directory)
 
 

@@ -8,19 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.checkpoint.fp8 import dequantise
-from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import CheckpointError
-from moe_core.placement import ExpertPlacement
+from moe_core.model.weights import MlaWeights
 from support.checkpoint_files import (
-    CPU,
     Json,
     Tensors,
     deepseek_config,
     edit_tensors,
+    load_attention,
+    load_experts,
     random_tensors,
     specs,
     write_checkpoint,
@@ -113,23 +111,25 @@ def test_attention_ranks_load_the_values_that_blocks_stand_for(
     published: tuple[Path, Tensors], tp: int, dtype: torch.dtype
 ) -> None:
     directory, meant = published
-    parts = [
-        load_attention_weights(
-            Checkpoint.open(directory),
-            tp_rank=rank,
-            tp_size=tp,
-            shared_expert=True,
-            dtype=dtype,
-            device=CPU,
-        ).layers[1]
-        for rank in range(tp)
-    ]
+    checkpoint = Checkpoint.open(directory)
+    parts = [load_attention(checkpoint, rank, tp, dtype=dtype).layers[1] for rank in range(tp)]
     stem = "model.layers.1.self_attn"
     for name, dim in (("q_b_proj", 0), ("kv_b_proj", 0), ("o_proj", 1)):
         whole = torch.cat([getattr(part.attention, name) for part in parts], dim)
         assert torch.equal(whole, meant[f"{stem}.{name}.weight"].to(dtype))
     for part in parts:
+        assert isinstance(part.attention, MlaWeights)
         assert torch.equal(part.attention.kv_a_proj_with_mqa, meant[PROJECTION].to(dtype))
+
+
+def test_scales_may_be_bfloat16(tmp_path: Path) -> None:
+    stored, _ = quantised(CONFIG)
+    scale = stored[f"{PROJECTION}_scale_inv"] = stored[f"{PROJECTION}_scale_inv"].bfloat16()
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "qwen", CONFIG, stored))
+    attention = load_attention(checkpoint).layers[1].attention
+    assert isinstance(attention, MlaWeights)
+    expected = block_values(stored[PROJECTION], scale.float())
+    assert torch.equal(attention.kv_a_proj_with_mqa, expected)
 
 
 @pytest.mark.parametrize("etp", [1, 2])
@@ -138,20 +138,7 @@ def test_expert_ranks_load_the_values_that_blocks_stand_for(
 ) -> None:
     directory, meant = published
     checkpoint = Checkpoint.open(directory)
-    parallel = ParallelConfig(expert_devices=etp).with_model(checkpoint.config)
-    parts = [
-        load_expert_weights(
-            checkpoint,
-            placement=ExpertPlacement.initial(checkpoint.config, parallel),
-            ep_rank=0,
-            etp_rank=rank,
-            etp_size=etp,
-            shared_expert=True,
-            dtype=torch.float32,
-            device=CPU,
-        )[1]
-        for rank in range(etp)
-    ]
+    parts = [load_experts(checkpoint, rank, etp=etp, shared=True)[1] for rank in range(etp)]
     for expert in range(4):
         stem = f"model.layers.1.mlp.experts.{expert}"
         gates, ups = zip(*(part.w13[expert].chunk(2) for part in parts), strict=True)
@@ -179,8 +166,8 @@ def damaged(tmp_path: Path, name: str, tensor: Tensor | None) -> Path:
     ("name", "tensor", "words"),
     [
         (f"{PROJECTION}_scale_inv", None, f"there is no {PROJECTION}_scale_inv"),
-        (f"{PROJECTION}_scale_inv", torch.ones(1, 2), r"must be F32 \[2, 2\]"),
-        (f"{PROJECTION}_scale_inv", torch.ones(2, 2).bfloat16(), r"is BF16 \[2, 2\]; must be F32"),
+        (f"{PROJECTION}_scale_inv", torch.ones(1, 2), r"must be F32 or BF16 \[2, 2\]"),
+        (f"{PROJECTION}_scale_inv", torch.ones(2, 2).half(), r"is F16 \[2, 2\]; must be F32"),
         (PROJECTION, torch.ones(148, 192).to(torch.float8_e5m2), "is F8_E5M2"),
         (
             "model.layers.1.mlp.gate.weight",
@@ -211,9 +198,7 @@ def test_scales_and_blocks_that_are_no_numbers_stop_the_load(
 ) -> None:
     checkpoint = Checkpoint.open(damaged(tmp_path, name, tensor))
     with pytest.raises(CheckpointError, match=f"{name}: holds"):
-        load_attention_weights(
-            checkpoint, tp_rank=0, tp_size=1, shared_expert=True, dtype=torch.bfloat16, device=CPU
-        )
+        load_attention(checkpoint, dtype=torch.bfloat16)
 
 
 def test_fp8_in_a_model_that_is_not_quantised_is_refused(tmp_path: Path) -> None:

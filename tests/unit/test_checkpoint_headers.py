@@ -133,6 +133,7 @@ def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a": 1}', "must be an object"),
         (b"\xff\xfe", "not valid JSON"),
+        (b'{"\\ud800": {}}', "not valid JSON"),
         (b'{"__metadata__": {"a": 1}}', "__metadata__"),
     ],
 )

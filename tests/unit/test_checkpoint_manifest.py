@@ -11,20 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.checkpoint.manifest import write_manifest
 from moe_core.config.model import ModelConfig
-from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import CheckpointError
-from moe_core.placement import ExpertPlacement
 from support.checkpoint_files import (
-    CPU,
     Json,
     deepseek_config,
     edit_tensors,
     fused,
+    load_attention,
+    load_experts,
     random_tensors,
     write_checkpoint,
 )
@@ -35,36 +32,10 @@ NORM = "model.layers.1.input_layernorm.weight"
 CONFIG: Json = deepseek_config(hidden_size=256, moe_intermediate_size=256)
 
 
-def load_experts(checkpoint: Checkpoint, ep: int, etp: int, rank: int = 0) -> None:
-    parallel = ParallelConfig(expert_devices=ep * etp, ep_size=ep).with_model(checkpoint.config)
-    ep_rank, etp_rank = parallel.expert_ranks(rank)
-    load_expert_weights(
-        checkpoint,
-        placement=ExpertPlacement.initial(checkpoint.config, parallel),
-        ep_rank=ep_rank,
-        etp_rank=etp_rank,
-        etp_size=etp,
-        shared_expert=False,
-        dtype=torch.float32,
-        device=CPU,
-    )
-
-
-def load_attention(checkpoint: Checkpoint, tp_rank: int = 0, tp_size: int = 1) -> None:
-    load_attention_weights(
-        checkpoint,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        shared_expert=True,
-        dtype=torch.float32,
-        device=CPU,
-    )
-
-
 def load_everything(directory: Path) -> None:
     checkpoint = Checkpoint.open(directory)
     load_attention(checkpoint)
-    load_experts(checkpoint, 1, 1)
+    load_experts(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +117,12 @@ def test_a_flipped_bit_in_an_expert_stops_only_the_processes_that_hold_it(covere
     entry = Checkpoint.open(covered).tensors["model.layers.2.mlp.experts.5.down_proj.weight"]
     flip(entry.file, entry.offset + entry.nbytes - 1, 0)
     try:
-        load_experts(Checkpoint.open(covered), ep=4, etp=1, rank=1)
+        load_experts(Checkpoint.open(covered), 1, ep=4, etp=1)
         with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.experts\.5\.down_proj"):
-            load_experts(Checkpoint.open(covered), ep=4, etp=1, rank=2)
-        load_experts(Checkpoint.open(covered), ep=4, etp=2, rank=4)  # holds its left half
+            load_experts(Checkpoint.open(covered), 2, ep=4, etp=1)
+        load_experts(Checkpoint.open(covered), 4, ep=4, etp=2)  # holds its left half
         with pytest.raises(CheckpointError, match=r"experts\.5\.down_proj"):
-            load_experts(Checkpoint.open(covered), ep=4, etp=2, rank=5)
+            load_experts(Checkpoint.open(covered), 5, ep=4, etp=2)
     finally:
         flip(entry.file, entry.offset + entry.nbytes - 1, 0)
 
@@ -237,7 +208,7 @@ def test_digests_that_do_not_cover_a_tensor_are_refused(small: Path, digests: ob
     assert f"tensor {NORM}" in refusal(small)
 
 
-def routed_bytes(directory: Path) -> int:
+def stored_routed_bytes(directory: Path) -> int:
     tensors = Checkpoint.open(directory).tensors.items()
     return sum(entry.nbytes for name, entry in tensors if ".experts." in name)
 
@@ -246,14 +217,14 @@ def routed_bytes(directory: Path) -> int:
 def test_checking_reads_no_more_where_slices_are_whole_parts(covered: Path, etp: int) -> None:
     for rank in range(4 * etp):
         checkpoint = Checkpoint.open(covered)
-        load_experts(checkpoint, ep=4, etp=etp, rank=rank)
-        assert checkpoint.bytes_read * 4 * etp == routed_bytes(covered)
+        load_experts(checkpoint, rank, ep=4, etp=etp)
+        assert checkpoint.bytes_read * 4 * etp == stored_routed_bytes(covered)
 
 
 def test_checking_reads_the_parts_that_a_finer_slice_touches(covered: Path) -> None:
     checkpoint = Checkpoint.open(covered)
     load_experts(checkpoint, ep=1, etp=8)  # half of one of four parts
-    assert checkpoint.bytes_read * 4 == routed_bytes(covered)
+    assert checkpoint.bytes_read * 4 == stored_routed_bytes(covered)
 
 
 def test_fused_experts_are_checked_one_by_one(tmp_path: Path) -> None:
@@ -261,13 +232,13 @@ def test_fused_experts_are_checked_one_by_one(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "fused", CONFIG, tensors)
     write_manifest(directory)
     checkpoint = Checkpoint.open(directory)
-    load_experts(checkpoint, ep=4, etp=1, rank=1)
-    assert checkpoint.bytes_read * 4 == routed_bytes(directory)
+    load_experts(checkpoint, 1, ep=4)
+    assert checkpoint.bytes_read * 4 == stored_routed_bytes(directory)
     entry = checkpoint.tensors["model.layers.1.mlp.experts.gate_up_proj"].at(3)
     flip(entry.file, entry.offset, 7)
-    load_experts(Checkpoint.open(directory), ep=4, etp=1, rank=2)
+    load_experts(Checkpoint.open(directory), 2, ep=4, etp=1)
     with pytest.raises(CheckpointError, match=r"gate_up_proj\[3\]: part 0 of 1"):
-        load_experts(Checkpoint.open(directory), ep=4, etp=1, rank=1)
+        load_experts(Checkpoint.open(directory), 1, ep=4, etp=1)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -278,15 +249,7 @@ def test_checked_slices_hold_the_same_values(covered: Path, tmp_path: Path, tp: 
         (plain / name).symlink_to(covered / name)
     for rank in range(tp):
         unchecked, checked = (
-            load_attention_weights(
-                Checkpoint.open(directory),
-                tp_rank=rank,
-                tp_size=tp,
-                shared_expert=True,
-                dtype=torch.float32,
-                device=CPU,
-            )
-            for directory in (plain, covered)
+            load_attention(Checkpoint.open(directory), rank, tp) for directory in (plain, covered)
         )
         assert torch.equal(unchecked.embed_tokens, checked.embed_tokens)
         assert checked.embed_tokens.untyped_storage().nbytes() == checked.embed_tokens.nbytes

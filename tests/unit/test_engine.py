@@ -4,7 +4,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from attn_service.engine import Engine, EngineStream
+from attn_service.engine import Engine
+from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.scheduler import SchedulerConfig
 from attn_service.sequence import FinishReason, Sampling, SequenceRequest

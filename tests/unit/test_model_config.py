@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from moe_core.config.model import GroupScore, ModelConfig, RouterScoring
+from moe_core.errors import ConfigError
 from support.published_configs import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
@@ -15,9 +18,6 @@ from support.published_configs import (
     PUBLISHED,
     QWEN3_30B_A3B,
 )
-
-from moe_core.config.model import GroupScore, ModelConfig, RouterScoring
-from moe_core.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
@@ -98,9 +98,7 @@ def test_old_and_new_keys_read_the_same(name: str) -> None:
         ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, tuple(range(5, 48, 3))),
     ],
 )
-def test_qwen_layers_with_experts(
-    changes: Mapping[str, object], expected: tuple[int, ...]
-) -> None:
+def test_qwen_layers_with_experts(changes: Mapping[str, object], expected: tuple[int, ...]) -> None:
     assert ModelConfig.from_hf({**QWEN3_30B_A3B, **changes}).moe_layer_ids == expected
 
 

@@ -124,7 +124,19 @@ def test_a_row_that_is_not_finite_has_no_token(temperature: float) -> None:
     assert tokens[1:] == [NO_TOKEN, NO_TOKEN]
 
 
+def test_a_nucleus_of_many_tokens_is_found_whole() -> None:
+    """Flat logits: the most likely 90% are far more tokens than are ordered at first."""
+    vocab = 1000
+    logits = torch.linspace(1.0, 0.0, vocab)
+    probs = logits.double().softmax(-1)
+    size = int((probs.cumsum(0) < 0.9).sum()) + 1
+    rows = [row(position, temperature=1.0, top_p=0.9) for position in range(DRAWS)]
+    tokens = sample(logits.expand(DRAWS, -1), rows)
+    assert size - 10 < max(tokens) < size
+
+
 def test_extreme_temperatures_keep_to_the_vocabulary() -> None:
     logits = logits_row().unsqueeze(0)
-    assert sample(logits, [row(temperature=1e-30)]) == [int(logits.argmax())]
+    for temperature in (1e-30, 1e-300):
+        assert sample(logits, [row(temperature=temperature)]) == [int(logits.argmax())]
     assert 0 <= sample(logits, [row(temperature=1e30)])[0] < VOCAB
