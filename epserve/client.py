@@ -70,7 +70,7 @@ class EpserveClient:
     def __init__(self, target: str) -> None:
         self.target = target
         self._channel = open_channel(target)
-        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)
+        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def __aenter__(self) -> "EpserveClient":
         return self

@@ -24,6 +24,7 @@ from moe_core.transport.host import HostProcess
 from moe_core.transport.nixl_agent import DONE, NixlAgent
 from moe_core.transport.retired import RetiredMemory
 
+CLOSE_SPINS = 10  # arrivals within so many times `spin_us` of each other are close
 POLLS_PER_TURN = 4  # of the event loop, whose turn costs as much as a few polls
 IDLE_AFTER_S = 1.0
 IDLE_POLLS = 16  # park_poll_ms times this, once idle
@@ -77,6 +78,7 @@ class NixlEndpoint:
         self._peers: Counter[str] = Counter()
         self._closed = False
         self._spin_s = options.spin_us * 1e-6
+        self._spin_for = self._spin_s  # never less
         self._spin_until = 0.0
         self._spinning = False
         self._active_at = 0.0
@@ -133,9 +135,8 @@ class NixlEndpoint:
 
     def spin(self, for_s: float | None = None) -> None:
         """Poll at every turn of the loop for a while (`spin_us` if not said)."""
-        now = time.monotonic()
-        self._active_at = now
-        self._spin_until = max(self._spin_until, now + (self._spin_s if for_s is None else for_s))
+        wanted = time.monotonic() + (self._spin_for if for_s is None else for_s)
+        self._spin_until = max(self._spin_until, wanted)
         if not self._spinning:
             self._unpark()
             self._spinning = True
@@ -188,10 +189,18 @@ class NixlEndpoint:
         else:
             self._spin_on()
             return
-        now = time.monotonic()
-        self._active_at = now
-        self._spin_until = now + self._spin_s
+        self._expect_another()
         self._loop.call_soon(self._spin)
+
+    def _expect_another(self) -> None:
+        """Spin on after an arrival: longer than `spin_us` where arrivals follow one another so
+        closely that the next one will most likely come while we do."""
+        now = time.monotonic()
+        gap = now - self._active_at
+        close = gap < CLOSE_SPINS * self._spin_s
+        self._spin_for = max(self._spin_s, 2 * gap) if close else self._spin_s
+        self._active_at = now
+        self._spin_until = now + self._spin_for
 
     def _spin_on(self) -> None:
         now = time.monotonic()
@@ -205,6 +214,7 @@ class NixlEndpoint:
         self._spinning = False
         self.doorbell.set_parked(True)
         if self.poll():
+            self._expect_another()
             self.spin()
         elif self._timer is None:
             self._timer = self._loop.call_later(self._period(), self._tick)
@@ -218,6 +228,7 @@ class NixlEndpoint:
     def _tick(self) -> None:
         self._timer = None
         if self.poll():
+            self._expect_another()
             self.spin()
         elif self._receivers or self._writes:
             self._timer = self._loop.call_later(self._period(), self._tick)

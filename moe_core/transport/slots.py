@@ -10,15 +10,16 @@ from moe_core.errors import TransportError
 
 
 class SlotPool:
-    """Free slots, handed out in the order in which they were asked for."""
+    """Free slots, handed out in the order in which they were asked for; the slot that was free
+    last goes first, since its memory is still in the caches."""
 
     def __init__(self, slot_count: int) -> None:
-        self._free = deque(range(slot_count))
+        self._free = list(range(slot_count))
         self._waiters: deque[asyncio.Future[int]] = deque()
 
     def take(self) -> int | None:
         """A free slot at once, unless there is none or others wait for one."""
-        return self._free.popleft() if self._free and not self._waiters else None
+        return self._free.pop() if self._free and not self._waiters else None
 
     async def wait(self, timeout_s: float) -> int:
         """The next free slot. Raises TimeoutError, or what `fail` was given."""
