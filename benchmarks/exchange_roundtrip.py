@@ -36,7 +36,7 @@ from moe_core.transport.base import (
 )
 from moe_core.transport.connect import connect_link
 from moe_core.transport.layout import SlotLayout
-from moe_core.transport.nixl_agent import DONE, NixlAgent
+from moe_core.transport.nixl_agent import NixlAgent
 from moe_core.transport.servicer import ExchangeServicer
 
 HIDDEN_SIZE, TOP_K = 7168, 8
@@ -96,9 +96,9 @@ class Bare:
         return self.agent.prepare_write(source, (self.target, 0, "DRAM"), self.peer)
 
     def send(self, handle: Any) -> None:  # noqa: ANN401
-        state = self.agent.post(handle, b"x")
-        while state != DONE:
-            state = self.agent.check(handle)
+        done = self.agent.post(handle, b"x")
+        while not done:
+            done = self.agent.done(handle)
 
     def receive(self) -> None:
         while not self.agent.notifications():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 import uvloop
-from decode_rate import DecodeRate, random_prompts
 
 from attn_service.sequence import Sampling, SequenceRequest
+from decode_rate import DecodeRate, random_prompts
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from support.local_engine import LocalEngine, local_engine

@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 from decode_rate import DecodeRate, random_prompts
-
 from epserve.client import EpserveClient, Sampling
 from epserve.launch_plan import ClusterSettings, make_plan
 from epserve.local_cluster import running_cluster

@@ -11,6 +11,12 @@ from support.rank_pool import RankPool
 from support.tiny_checkpoints import Checkpoints
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", help="where the layout suite puts both tiers, e.g. cuda"
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     base = tmp_path_factory.getbasetemp()
@@ -20,7 +26,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 
 @pytest.fixture(scope="session")
-def rank_pool() -> Iterator[RankPool]:
-    pool = RankPool()
+def rank_pool(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    pool = RankPool(request.config.getoption("--device"))
     yield pool
     pool.close()

@@ -21,7 +21,7 @@ import torch
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.doorbell import Doorbell
 from moe_core.transport.host import HostProcess
-from moe_core.transport.nixl_agent import DONE, NixlAgent
+from moe_core.transport.nixl_agent import NixlAgent
 from moe_core.transport.retired import RetiredMemory
 
 CLOSE_SPINS = 10  # arrivals within so many times `spin_us` of each other are close
@@ -33,7 +33,7 @@ WRITE_SPIN_S = 20e-3  # large writes make progress only while polled
 NUDGE_AFTER_S = 500e-6  # and some (over TCP) only while their target polls
 
 Finished = Callable[[Exception | None], None]
-Nudge = Callable[[], object]
+Action = Callable[[], object]
 
 
 class Receiver(Protocol):
@@ -52,10 +52,10 @@ class Write:
 
     __slots__ = ("finished", "handle", "nudge", "posted_at")
 
-    def __init__(self, handle: Any, finished: Finished, nudge: Nudge, posted_at: float) -> None:  # noqa: ANN401
+    def __init__(self, handle: Any, finished: Finished, nudge: Action, posted_at: float) -> None:  # noqa: ANN401
         self.handle = handle
         self.finished = finished
-        self.nudge: Nudge | None = nudge
+        self.nudge: Action | None = nudge
         self.posted_at = posted_at
 
 
@@ -74,7 +74,7 @@ class NixlEndpoint:
         self._loop = asyncio.get_running_loop()
         self._receivers: dict[str, Receiver] = {}
         self._writes: list[Write] = []
-        self._copies: list[tuple[Any, Callable[[], None]]] = []
+        self._copies: list[tuple[Any, Action]] = []
         self._peers: Counter[str] = Counter()
         self._closed = False
         self._spin_s = options.spin_us * 1e-6
@@ -109,29 +109,22 @@ class NixlEndpoint:
             del self._peers[name]
             self.agent.remove_peer(name)
 
-    def after_copies(self, action: Callable[[], None]) -> None:
+    def after_copies(self, action: Action) -> None:
         """Call `action` once what the current CUDA stream holds by now has been done."""
         event: Any = torch.Event(self.options.devices[0])
         event.record()
         self._copies.append((event, action))
         self.spin()
 
-    def post(self, handle: Any, note: bytes, finished: Finished, nudge: Nudge) -> None:  # noqa: ANN401
-        """Start a write and poll it to its end. `finished(None)` may be called before this
-        returns, `finished(error)` where NIXL says that the peer is gone. `nudge` wakes the
-        target, should it have to take part."""
-        try:
-            state = self.agent.post(handle, note)
-            if state != DONE:
-                state = self.agent.check(handle)
-        except self.agent.failures as error:
-            finished(error)
-            return
-        if state == DONE:
-            finished(None)
-            return
+    def follow(self, handle: Any, finished: Finished, nudge: Action) -> None:  # noqa: ANN401
+        """Poll a posted write to its end: `finished(None)`, or `finished(error)` where NIXL says
+        that the peer is gone. `nudge` wakes the target, should it have to take part."""
         self._writes.append(Write(handle, finished, nudge, time.monotonic()))
         self.spin()
+
+    def forget(self, handle: Any) -> None:  # noqa: ANN401
+        """The handle is about to be released."""
+        self._writes = [write for write in self._writes if write.handle is not handle]
 
     def spin(self, for_s: float | None = None) -> None:
         """Poll at every turn of the loop for a while (`spin_us` if not said)."""
@@ -166,7 +159,7 @@ class NixlEndpoint:
         for write in tuple(self._writes):
             error: Exception | None = None
             try:
-                if self.agent.check(write.handle) != DONE:
+                if not self.agent.done(write.handle):
                     self._nudge(write)
                     continue
             except self.agent.failures as failure:

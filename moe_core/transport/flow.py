@@ -50,7 +50,10 @@ class Pending:
     def __init__(self, link: "ChunkedLink", dispatch: Dispatch, chunks: int) -> None:
         self._link = link
         self._chunks_left = chunks
-        self._partial = torch.empty_like(dispatch.hidden_states)
+        hidden_states = dispatch.hidden_states
+        self._partial = torch.empty(
+            hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device
+        )
         self._queue_us = self._compute_us = 0
         self.key = dispatch.key
         self.num_tokens = dispatch.num_tokens
@@ -91,7 +94,8 @@ class Pending:
 
     def take(self, rows: slice, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         """One chunk's rows, copied out of the slot."""
-        self._partial[rows].copy_(partial)
+        whole = partial.shape[0] == self.num_tokens
+        (self._partial if whole else self._partial[rows]).copy_(partial)
         self._queue_us = max(self._queue_us, queue_us)
         self._compute_us += compute_us
         self._chunks_left -= 1

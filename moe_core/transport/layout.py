@@ -10,7 +10,7 @@ contiguous copy moves exactly the bytes in use:
 """
 
 from ctypes import memmove
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,14 +29,21 @@ class SlotLayout:
     """The formulas, for one LinkSpec. All sizes are bytes."""
 
     spec: LinkSpec
+    payload_row: int = field(init=False)
+    index_row: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        payload_row = self.spec.hidden_size * self.spec.dtype.itemsize
+        object.__setattr__(self, "payload_row", payload_row)
+        object.__setattr__(self, "index_row", self.spec.num_columns * INDEX_BYTES)
 
     def payload_bytes(self, num_tokens: int) -> int:
         """Of hidden_states or of a partial: tokens · hidden_size · itemsize."""
-        return num_tokens * self.spec.hidden_size * self.spec.dtype.itemsize
+        return num_tokens * self.payload_row
 
     def index_bytes(self, num_tokens: int) -> int:
         """Of physical_ids, and of topk_weights as well."""
-        return num_tokens * self.spec.num_columns * INDEX_BYTES
+        return num_tokens * self.index_row
 
     def dispatch_bytes(self, num_tokens: int) -> int:
         return align(self.payload_bytes(num_tokens)) + 2 * self.index_bytes(num_tokens)

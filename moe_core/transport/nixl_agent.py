@@ -49,6 +49,8 @@ class NixlAgent:
             if isinstance(value, type) and issubclass(value, Exception)
         )
         self.name = name
+        self._transfer = self._agent.transfer
+        self._check = self._agent.check_xfer_state
         self._get_notifs = self._agent.get_new_notifs
 
     def register(self, memory: torch.Tensor) -> "Registration":
@@ -86,14 +88,13 @@ class NixlAgent:
         except self.failures as error:
             raise TransportError(f"NIXL cannot write to {peer}: {error}") from None
 
-    def post(self, handle: Any, note: bytes) -> str:  # noqa: ANN401
-        """Start the write; `note` follows it. Returns DONE or not. Raises one of `failures`."""
-        state: str = self._agent.transfer(handle, note)
-        return state
+    def post(self, handle: Any, note: bytes) -> bool:  # noqa: ANN401
+        """Start the write; `note` follows it. True if it is done. Raises one of `failures`."""
+        return bool(self._transfer(handle, note) == DONE or self._check(handle) == DONE)
 
-    def check(self, handle: Any) -> str:  # noqa: ANN401
-        state: str = self._agent.check_xfer_state(handle)
-        return state
+    def done(self, handle: Any) -> bool:  # noqa: ANN401
+        """Whether the posted write is done; asking makes progress. Raises one of `failures`."""
+        return bool(self._check(handle) == DONE)
 
     def release(self, handle: Any) -> bool:  # noqa: ANN401
         """False when NIXL still needs the handle."""

@@ -6,13 +6,14 @@ the link ends. Knows no tensor and no dispatch.
 
 import asyncio
 import os
+from functools import partial
 from typing import Any
 
 from moe_core.errors import ProtocolError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.transport.base import LinkCounters
 from moe_core.transport.doorbell import Bell, LocalBell, StreamBell
-from moe_core.transport.endpoint import NixlEndpoint, Nudge
+from moe_core.transport.endpoint import Action, NixlEndpoint
 from moe_core.transport.host import HostProcess
 from moe_core.transport.layout import ALIGNMENT
 
@@ -76,7 +77,7 @@ class NixlPath:
             ),
         )
 
-    def open(self, grant: pb.NixlGrant, ring_stream: Nudge, counters: LinkCounters) -> None:
+    def open(self, grant: pb.NixlGrant, ring_stream: Action, counters: LinkCounters) -> None:
         """Write to what the peer grants from now on. Raises ProtocolError naming the value that
         cannot be."""
         self._check(grant)
@@ -111,7 +112,7 @@ class NixlPath:
                     f"{self._slot_count} slots of {size} bytes, link {self.link_id}"
                 )
 
-    def _bell_of(self, process: pb.HostProcess, ring_stream: Nudge) -> Bell:
+    def _bell_of(self, process: pb.HostProcess, ring_stream: Action) -> Bell:
         if process.host_id == self._endpoint.process.host_id:
             try:
                 return LocalBell(process.doorbell, process.pid, process.parked_fd)
@@ -132,15 +133,25 @@ class NixlPath:
         """Write the first `num_bytes` of `slot`, then deliver `note`. True if it is done already;
         otherwise `written` says when."""
         handle = self._handle(slot, max(num_bytes, ALIGNMENT))
+        if not self.outgoing.is_cuda:
+            return self._post(slot, handle, note)
         self._unfinished[slot] = None
-        if self.outgoing.is_cuda:
-            self._endpoint.after_copies(lambda: self._post(slot, handle, note))
-        else:
-            self._post(slot, handle, note)
-        return slot not in self._unfinished
+        self._endpoint.after_copies(lambda: self._post(slot, handle, note))
+        return False
 
-    def _post(self, slot: int, handle: Any, note: bytes) -> None:  # noqa: ANN401
-        self._endpoint.post(handle, note, lambda error: self._finished(slot, error), self._ring)
+    def _post(self, slot: int, handle: Any, note: bytes) -> bool:  # noqa: ANN401
+        self._unfinished.setdefault(slot)
+        error: Exception | None = None
+        try:
+            done = self._endpoint.agent.post(handle, note)
+        except self._endpoint.agent.failures as failure:
+            done, error = False, failure
+        if done or error is not None:
+            self._finished(slot, error)
+        else:
+            finished = partial(self._finished, slot)
+            self._endpoint.follow(handle, finished, self._ring)
+        return done
 
     def _handle(self, slot: int, num_bytes: int) -> Any:  # noqa: ANN401
         """A finished handle can be posted again, so long as the size stays what it was."""
@@ -209,6 +220,7 @@ class NixlPath:
     def _release(self) -> None:
         for known in self._handles:
             if known is not None:
+                self._endpoint.forget(known[1])
                 self._endpoint.agent.release(known[1])
         self._handles.clear()
         if self._grant is not None:

@@ -234,8 +234,10 @@ async def test_a_cancelled_dispatch_leaves_the_link_in_order(ends: Ends):
 async def test_an_answer_to_something_else_is_dropped_and_counted(ends: Ends):
     link = await ends.link(SPEC)
     pending = await link.dispatch(make_dispatch(2, SPEC, layer=LATE), 5.0)
-    link._answered(0, 10**6, torch.zeros(2, SPEC.hidden_size), 0, 0)
-    link._answered(2, 1, torch.zeros(2, SPEC.hidden_size), 0, 0)
+    ((slot, in_flight),) = link._in_flight.items()
+    free = (slot + 1) % SPEC.slot_count
+    link._answered(slot, 10**6, torch.zeros(2, SPEC.hidden_size), 0, 0)
+    link._answered(free, in_flight.sequence, torch.zeros(2, SPEC.hidden_size), 0, 0)
     assert link.counters.dropped == 2
     wanted = answer_to(make_dispatch(2, SPEC, layer=LATE))
     assert torch.equal((await pending.wait(5.0)).partial, wanted)

@@ -168,5 +168,5 @@ def test_every_biased_score_is_negative(case: Case) -> None:
         if layer.router is not None:
             bias = layer.router.e_score_correction_bias
             assert bias is not None
-            assert -4 <= bias.min()
+            assert bias.min() >= -4
             assert bias.max() <= -1.5

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support.rank_pool import Batch, RankPool
-from support.tiny_checkpoints import CASES, Reference
-
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from support.rank_pool import Batch, RankPool
+from support.tiny_checkpoints import CASES, Reference
 
 TRANSPORTS = ("local", "grpc", "nixl")
 # Of the last prompt token's logits, in float32.

@@ -15,13 +15,6 @@ from pathlib import Path
 
 import torch
 import uvloop
-from support.layout_rank import (
-    GreedyBatch,
-    Layout,
-    build_batcher,
-    build_runner,
-    num_blocks,
-)
 
 from attn_service import tensor_parallel
 from moe_core.config.parallel import ParallelConfig
@@ -32,6 +25,13 @@ from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.local import LocalLink
 from moe_core.transport.servicer import ExchangeServicer
+from support.layout_rank import (
+    GreedyBatch,
+    Layout,
+    build_batcher,
+    build_runner,
+    num_blocks,
+)
 
 HOST = "127.0.0.1"
 COLLECTIVE_TIMEOUT_S = 60.0
