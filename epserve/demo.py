@@ -32,8 +32,8 @@ from moe_core.cluster import ClusterState, LinkStats, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import EpserveError, UnavailableError
 
-PROMPT = "Return a list of"
-SAMPLING = Sampling(max_tokens=96, temperature=0.3, top_p=0.9, seed=1, ignore_eos=True)
+PROMPT = "If the argument is"
+SAMPLING = Sampling(max_tokens=96, temperature=0.6, top_p=0.9, seed=5, ignore_eos=True)
 WARM_UP = Sampling(max_tokens=8, ignore_eos=True)
 BATCH_SIZE = 16
 EXPERT_PROCESSES = 4

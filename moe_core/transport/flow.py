@@ -43,17 +43,15 @@ class Pending:
     """One dispatch of a caller: one or more chunks, one combine."""
 
     __slots__ = (
-        "_chunks_left", "_compute_us", "_link", "_partial", "_queue_us", "_result", "key",
-        "num_tokens",
+        "_chunks_left", "_compute_us", "_device", "_link", "_partial", "_queue_us", "_result",
+        "key", "num_tokens",
     )  # fmt: skip
 
     def __init__(self, link: "ChunkedLink", dispatch: Dispatch, chunks: int) -> None:
         self._link = link
         self._chunks_left = chunks
-        hidden_states = dispatch.hidden_states
-        self._partial = torch.empty(
-            hidden_states.shape, dtype=hidden_states.dtype, device=hidden_states.device
-        )
+        self._device = dispatch.hidden_states.device
+        self._partial: torch.Tensor | None = None
         self._queue_us = self._compute_us = 0
         self.key = dispatch.key
         self.num_tokens = dispatch.num_tokens
@@ -94,8 +92,14 @@ class Pending:
 
     def take(self, rows: slice, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         """One chunk's rows, copied out of the slot."""
-        whole = partial.shape[0] == self.num_tokens
-        (self._partial if whole else self._partial[rows]).copy_(partial)
+        if partial.shape[0] == self.num_tokens:
+            same_device = partial.device == self._device
+            self._partial = partial.clone() if same_device else partial.to(self._device)
+        else:
+            if self._partial is None:
+                shape = (self.num_tokens, *partial.shape[1:])
+                self._partial = torch.empty(shape, dtype=partial.dtype, device=self._device)
+            self._partial[rows].copy_(partial)
         self._queue_us = max(self._queue_us, queue_us)
         self._compute_us += compute_us
         self._chunks_left -= 1

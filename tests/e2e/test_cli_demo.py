@@ -6,13 +6,15 @@ import pytest
 
 from support.processes import epserve
 
+from epserve.demo import PROMPT
+
 
 @pytest.mark.timeout(240)
 def test_demo_shows_a_completion_and_what_it_cost():
     done = epserve("demo", timeout_s=220)
     assert done.returncode == 0, done
     assert done.stderr == ""
-    for words in ("Level 1", "Level 2", "tokens/s", "Return a list of", "KV cache per token"):
+    for words in ("Level 1", "Level 2", "tokens/s", PROMPT, "KV cache per token"):
         assert words in done.stdout
     assert "640 bytes with MLA, 2,560 without" in done.stdout
     counted = _row(done.stdout, "bytes dispatched per layer, counted")
