@@ -54,7 +54,7 @@ class GrpcHost:
         self._options = (*SERVER_OPTIONS, *size_options(max_message_bytes))
         self._additions: list[Callable[[Any], None]] = []
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # stubs lack it
+        self._health = health.aio.HealthServicer()
         self._health_updates: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
 
@@ -74,7 +74,7 @@ class GrpcHost:
             add(strict)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, strict)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-            reflection.aio.ReflectionServicer(service_names=self._names),  # type: ignore[attr-defined]  # stubs lack it
+            reflection.aio.ReflectionServicer(service_names=self._names),
             strict,
         )
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)

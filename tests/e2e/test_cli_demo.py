@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from support.processes import epserve
-
 from epserve.demo import PROMPT
+from support.processes import epserve
 
 
 @pytest.mark.timeout(240)
