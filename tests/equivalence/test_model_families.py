@@ -22,7 +22,8 @@ from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights, ExpertLayerWeights
 from moe_core.placement import ExpertPlacement
 from support.decode_loop import Generation, Sequences, generate, run_ranks
-from support.tiny_checkpoints import CASES, Checkpoints, Reference
+from support.tiny_cases import CASES
+from support.tiny_checkpoints import Checkpoints, Reference
 
 CPU = torch.device("cpu")
 LOGIT_TOLERANCE = 1e-4  # float32

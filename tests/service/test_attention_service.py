@@ -108,6 +108,8 @@ async def test_abort_over_the_stream_frees_the_blocks(service: Service) -> None:
     while not service.runner.plans:
         await asyncio.sleep(0.005)
     await call.write(abort("a"))
+    while not service.engine._discarded:
+        await asyncio.sleep(0.005)
     service.runner.gate.set()
     await call.done_writing()
     assert (await outputs_of(call))["a"] == ([], "abort")

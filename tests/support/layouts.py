@@ -11,7 +11,8 @@ from pathlib import Path
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from support.rank_pool import Batch, RankPool
-from support.tiny_checkpoints import CASES, Reference
+from support.tiny_cases import CASES
+from support.tiny_checkpoints import Reference
 
 TRANSPORTS = ("local", "grpc", "nixl")
 # Of the last prompt token's logits, in float32.

@@ -16,7 +16,7 @@ from moe_core.model.weights import (
     MlaWeights,
 )
 from support.checkpoint_files import load_attention, load_experts
-from support.tiny_checkpoints import CASES
+from support.tiny_cases import CASES
 
 PROJECTIONS = {
     MlaWeights: (

@@ -29,7 +29,12 @@ class Work:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_cancels_the_work_and_lets_it_clean_up(number: signal.Signals):
     work, told = Work(), []
-    assert await run_until_signalled(work.run(number), lambda: told.append("stopping"))
+    # Whoever started the tests may have told them to ignore it, as nohup does SIGHUP.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        assert await run_until_signalled(work.run(number), lambda: told.append("stopping"))
+    finally:
+        signal.signal(number, before)
     assert work.cleaned_up
     assert told == ["stopping"]
 
