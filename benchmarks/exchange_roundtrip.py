@@ -156,8 +156,9 @@ def spawn(what: str) -> "subprocess.Popen[str]":
 
 
 def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Of all threads, from the scheduler's nanoseconds."""
+    stats = (task / "schedstat" for task in Path(f"/proc/{pid}/task").iterdir())
+    return sum(int(stat.read_text().split()[0]) for stat in stats) / 1e9
 
 
 async def idle_cpu(pids: dict[str, int]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from moe_core.transport.base import (
     LinkSpec,
 )
 from moe_core.transport.chunks import check_shapes, split
-from moe_core.transport.layout import SlotLayout
+from moe_core.transport.layout import SlotLayout, copy_values
 from moe_core.transport.slots import SlotPool
 
 
@@ -92,14 +92,11 @@ class Pending:
 
     def take(self, rows: slice, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         """One chunk's rows, copied out of the slot."""
-        if partial.shape[0] == self.num_tokens:
-            same_device = partial.device == self._device
-            self._partial = partial.clone() if same_device else partial.to(self._device)
-        else:
-            if self._partial is None:
-                shape = (self.num_tokens, *partial.shape[1:])
-                self._partial = torch.empty(shape, dtype=partial.dtype, device=self._device)
-            self._partial[rows].copy_(partial)
+        if self._partial is None:
+            shape = (self.num_tokens, *partial.shape[1:])
+            self._partial = torch.empty(shape, dtype=partial.dtype, device=self._device)
+        whole = partial.shape[0] == self.num_tokens
+        copy_values(self._partial if whole else self._partial[rows], partial)
         self._queue_us = max(self._queue_us, queue_us)
         self._compute_us += compute_us
         self._chunks_left -= 1

@@ -60,15 +60,12 @@ class SlotLayout:
 class SlotMemory:
     """Typed access to slots that lie one after another in `memory` [bytes] uint8.
 
-    Decode sends one size for long, so the views of a slot's last size are kept. On the CPU, copies
-    of a row-major tensor are plain memory moves: a third of what a torch copy of a few rows costs.
+    Decode sends one size for long, so the views of a slot's last size are kept.
     """
 
     def __init__(self, memory: torch.Tensor, spec: LinkSpec, slot_bytes: int) -> None:
         self._layout = SlotLayout(spec)
         self._slot_bytes = slot_bytes
-        self._base = memory.data_ptr()
-        self._movable = not memory.is_cuda
         self._values = memory.view(spec.dtype)
         self._ids = memory.view(torch.int32)
         self._weights = memory.view(torch.float32)
@@ -102,20 +99,22 @@ class SlotMemory:
 
     def store_payload(self, slot: int, values: torch.Tensor) -> None:
         """`values` [num_tokens, hidden_size] to the front of `slot`."""
-        if not (self._movable and values.is_cpu and values.is_contiguous()):
-            self.payload(slot, values.shape[0]).copy_(values)
-            return
-        memmove(self._base + slot * self._slot_bytes, values.data_ptr(), values.nbytes)
+        copy_values(self.payload(slot, values.shape[0]), values)
 
     def store_routing(self, slot: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """[num_tokens, num_columns] each, behind a payload of as many tokens."""
-        both_plain = ids.is_contiguous() and weights.is_contiguous()
-        if not (self._movable and ids.is_cpu and weights.is_cpu and both_plain):
-            slot_ids, slot_weights = self.routing(slot, ids.shape[0])
-            slot_ids.copy_(ids)
-            slot_weights.copy_(weights)
-            return
-        size = ids.nbytes
-        start = align(self._layout.payload_bytes(ids.shape[0])) + slot * self._slot_bytes
-        memmove(self._base + start, ids.data_ptr(), size)
-        memmove(self._base + start + size, weights.data_ptr(), size)
+        slot_ids, slot_weights = self.routing(slot, ids.shape[0])
+        copy_values(slot_ids, ids)
+        copy_values(slot_weights, weights)
+
+
+def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
+    """`target.copy_(source)`, shapes and dtypes being equal and `target` row-major.
+
+    On the CPU a plain memory move: for a few rows a third of what a torch copy costs, and for many
+    it wakes no thread pool, whose workers would then spin beside the process that we wait for.
+    """
+    if target.is_cpu and source.is_cpu and source.is_contiguous():
+        memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    else:
+        target.copy_(source)
