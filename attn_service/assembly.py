@@ -5,7 +5,7 @@ nothing that waits; process.py does.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,7 @@ from moe_core.model.weights import AttentionTierWeights
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
+from moe_core.transport.endpoint import NixlEndpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,10 @@ class Site:
         return GroupRank(*self.parallel.attention_ranks(self.rank), self.parallel.tp_size)
 
     @property
+    def identity(self) -> Identity:
+        return Identity(self.rank, self.parallel.attn_devices, self.instance_epoch)
+
+    @property
     def own_terms(self) -> GroupTerms:
         """What this process leads with, if it is tp_rank 0."""
         return GroupTerms(
@@ -66,10 +71,14 @@ class Site:
 
 
 def make_links(
-    site: Site, tensor_parallel: TensorParallel, options: TransportOptions
+    site: Site,
+    tensor_parallel: TensorParallel,
+    options: TransportOptions,
+    endpoint: NixlEndpoint | None,
 ) -> ExpertLinks:
-    """Links to all expert processes; none is connected yet."""
-    identity = Identity(site.rank, site.parallel.attn_devices, site.instance_epoch)
+    """Links to all expert processes, over one `endpoint` (None: grpc); none is connected yet."""
+    if endpoint is None:
+        options = replace(options, transport="grpc")
     spec = link_spec(
         site.model,
         site.parallel,
@@ -80,7 +89,7 @@ def make_links(
 
     async def connect(member: Member) -> ExpertLink:
         peer = Identity(member.rank, site.parallel.expert_devices, member.instance_epoch)
-        return await connect_link(member.address, spec, identity, peer, options)
+        return await connect_link(member.address, spec, site.identity, peer, options, endpoint)
 
     def make_experts(links: Sequence[ExpertLink]) -> Experts:
         return ExpertClient(

@@ -7,8 +7,8 @@ Invariants:
 * A layer's dispatches are all posted, and their bytes gone, before any combine is awaited.
 * Partials are summed in ascending rank order, in fp32 (fp64 for float64), and only when every
   one is there; a token's sum is complete or the layer raises.
-* Every dispatch that was posted is waited for or given up, so no slot stays taken by a layer
-  that failed.
+* Every dispatch that was posted is released, whatever became of it, so no slot stays taken by
+  a layer that failed.
 
 Weights travel as float32, as every transport carries them, whatever the model's dtype.
 
@@ -41,13 +41,18 @@ from moe_core.transport.base import Dispatch, DispatchKey, ExpertLink, PendingCo
 _MAX_EXPERTS_IN_ERRORS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sent:
-    """One posted dispatch: to whom, which rows, and the answer to come."""
+    """What one expert process is sent of a layer, and the answer to come once it is on its way."""
 
     link: ExpertLink
     group: GroupDispatch
-    answer: PendingCombine
+    dispatch: Dispatch
+    answer: PendingCombine | None = None
+
+    def release(self) -> None:
+        if self.answer is not None:
+            self.answer.release()
 
 
 class ExpertClient:
@@ -108,7 +113,7 @@ class ExpertClient:
         hidden = hidden_states[own]
         weights = with_shared_weight(topk_weights[own].float(), self._parallel.shared_on_experts)
         sent = await self._post(wire_key, hidden, weights, groups, deadline)
-        return PendingLayer(self, layer_id, hidden, sizes, sent, deadline)
+        return PendingLayer(self, hidden, sizes, sent, deadline)
 
     async def _post(
         self,
@@ -119,42 +124,48 @@ class ExpertClient:
         deadline: float,
     ) -> list[_Sent]:
         """Post all dispatches of a layer; when one fails, give up those that went out."""
-        timeout_s = deadline - asyncio.get_running_loop().time()
-        targets: list[tuple[ExpertLink, GroupDispatch]] = []
-        posts: list[asyncio.Task[PendingCombine]] = []
-        for group in groups:
-            dispatch = _dispatch_of(key, hidden, weights, group)
-            for link in self._group_links(group.ep_rank):
-                targets.append((link, group))
-                posts.append(asyncio.create_task(link.dispatch(dispatch, timeout_s)))
-        answers: list[PendingCombine] = []
-        failed: BaseException | None = None
-        for (link, group), result in zip(targets, await _all_ended(posts), strict=True):
-            if not isinstance(result, BaseException):
-                answers.append(result)
-            elif failed is None:
-                failed = self.explain(result, key.layer_id, link, group)
-        if failed is not None:
-            await _give_up(answers)
-            raise failed
-        return [
-            _Sent(link, group, answer)
-            for (link, group), answer in zip(targets, answers, strict=True)
+        sent = [
+            _Sent(link, group, dispatch)
+            for group in groups
+            for dispatch in [_dispatch_of(key, hidden, weights, group)]
+            for link in self._group_links(group.ep_rank)
         ]
+        try:
+            for each in sent:
+                each.answer = each.link.try_dispatch(each.dispatch)
+            # Those that have to wait for a slot wait together.
+            slow = [each for each in sent if each.answer is None]
+            if slow:
+                await _all([asyncio.create_task(self._depart(each, deadline)) for each in slow])
+            for each in sent:
+                await self._depart(each, deadline)
+        except BaseException:
+            for each in sent:
+                each.release()
+            raise
+        return sent
+
+    async def _depart(self, sent: _Sent, deadline: float) -> None:
+        """Until its bytes have left."""
+        timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        try:
+            if sent.answer is None:
+                sent.answer = await sent.link.dispatch(sent.dispatch, timeout_s)
+            else:
+                await sent.answer.left(timeout_s)
+        except TransportError as error:
+            raise self.explain(error, sent) from error
 
     def _group_links(self, ep_rank: int) -> tuple[ExpertLink, ...]:
         """The links to one EP group's processes; its TP shards all get the same rows."""
         etp_size = self._parallel.etp_size
         return self._links[ep_rank * etp_size : (ep_rank + 1) * etp_size]
 
-    def explain(
-        self, error: BaseException, layer_id: int, link: ExpertLink, group: GroupDispatch
-    ) -> BaseException:
-        """The same transport error, saying also which experts were needed from that peer."""
-        if not isinstance(error, TransportError):
-            return error
+    def explain(self, error: TransportError, sent: _Sent) -> TransportError:
+        """The same error, saying also which experts were needed from that peer."""
+        layer_id, physical_ids = sent.dispatch.key.layer_id, sent.group.physical_ids
         placement = self._placement.layer(layer_id)
-        physical = torch.unique(group.physical_ids[group.physical_ids >= 0]).tolist()
+        physical = torch.unique(physical_ids[physical_ids >= 0]).tolist()
         logical = placement.physical_to_logical
         names = [str(logical[p]) if p < placement.num_physical else "shared" for p in physical]
         shown = ", ".join(dict.fromkeys(names[:_MAX_EXPERTS_IN_ERRORS]))
@@ -174,14 +185,12 @@ class PendingLayer:
     def __init__(
         self,
         client: ExpertClient,
-        layer_id: int,
         hidden: Tensor,
         sizes: Sequence[int],
         sent: Sequence[_Sent],
         deadline: float,
     ) -> None:
         self._client = client
-        self._layer_id = layer_id
         self._like = hidden
         self._sizes = sizes
         self._sent = sent
@@ -189,32 +198,35 @@ class PendingLayer:
 
     async def combine(self) -> Tensor:
         """See `PendingExperts.combine`."""
-        partials = await self._await_all()
-        dtype = self._like.dtype
-        total = self._like.new_zeros(self._like.shape, dtype=accumulation_dtype(dtype))
+        try:
+            partials = [await self._partial(sent) for sent in self._sent]
+            total = self._sum(partials)
+        finally:
+            for sent in self._sent:
+                sent.release()
+        return self._client.gather_rows(total, self._sizes)
+
+    async def _partial(self, sent: _Sent) -> Tensor:
+        """[num_rows, hidden_size], valid until `sent` is released."""
+        assert sent.answer is not None
+        timeout_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        try:
+            combine = await sent.answer.wait(timeout_s)
+        except TransportError as error:
+            raise self._client.explain(error, sent) from error
+        return combine.partial.to(self._like.device)
+
+    def _sum(self, partials: Sequence[Tensor]) -> Tensor:
+        """In the order of dispatch, which is ascending rank."""
+        like = self._like
+        total = like.new_zeros(like.shape, dtype=accumulation_dtype(like.dtype))
         for sent, partial in zip(self._sent, partials, strict=True):
             rows = sent.group.rows
             if rows is None:
                 total += partial
             else:  # a row is there once, so the order of additions inside is no matter
                 total.index_add_(0, rows, partial.to(total.dtype))
-        return self._client.gather_rows(total.to(dtype), self._sizes)
-
-    async def _await_all(self) -> list[Tensor]:
-        """The partials in the order of dispatch, which is ascending rank."""
-        loop = asyncio.get_running_loop()
-        partials: list[Tensor] = []
-        for position, sent in enumerate(self._sent):
-            try:
-                combine = await sent.answer.wait(max(0.0, self._deadline - loop.time()))
-            except TransportError as error:
-                await _give_up([each.answer for each in self._sent[position + 1 :]])
-                raise self._client.explain(error, self._layer_id, sent.link, sent.group) from error
-            except BaseException:
-                await _give_up([each.answer for each in self._sent[position + 1 :]])
-                raise
-            partials.append(combine.partial.to(self._like.device))
-        return partials
+        return total.to(like.dtype)
 
 
 def even_parts(total: int, parts: int) -> list[int]:
@@ -230,23 +242,16 @@ def _dispatch_of(
     return Dispatch(key, hidden[group.rows], group.physical_ids, weights[group.rows])
 
 
-async def _all_ended(
-    posts: Sequence[asyncio.Task[PendingCombine]],
-) -> list[PendingCombine | BaseException]:
-    """Every post's outcome, in order; a cancelled caller leaves no post running or unawaited."""
+async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Until all have ended; raises what the first of them (by rank) raised. A cancelled caller
+    leaves none of them running."""
     try:
-        return await asyncio.gather(*posts, return_exceptions=True)
+        await asyncio.wait(tasks)
     except asyncio.CancelledError:
-        await asyncio.wait(posts)
-        ended = [post for post in posts if not post.cancelled() and post.exception() is None]
-        await _give_up([post.result() for post in ended])
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         raise
-
-
-async def _give_up(answers: Sequence[PendingCombine]) -> None:
-    """A wait that times out hands its slot back to the link when the late answer comes."""
-    for answer in answers:
-        try:
-            await answer.wait(0.0)
-        except TransportError:
-            continue
+    failures = [error for error in (task.exception() for task in tasks) if error is not None]
+    if failures:
+        raise failures[0]

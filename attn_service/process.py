@@ -35,6 +35,8 @@ from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
 from moe_core.service.membership import Membership
 from moe_core.transport.base import TransportOptions
+from moe_core.transport.choice import open_endpoint
+from moe_core.transport.endpoint import NixlEndpoint
 
 __all__ = ["AttnSettings", "main"]
 
@@ -63,6 +65,7 @@ class AttentionProcess:
         self._address = ""
         self._store_address = ""
         self._membership: Membership | None = None
+        self._endpoint: NixlEndpoint | None = None  # one for all links
         self._links: ExpertLinks | None = None
         self._duty: Duty | None = None
         self._draining = False
@@ -104,6 +107,8 @@ class AttentionProcess:
         await self._host.stop(STOP_GRACE_S)
         if self._links is not None:
             await self._links.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
         if self._membership is not None:
             await self._membership.close()
         dissolve()
@@ -173,7 +178,8 @@ class AttentionProcess:
         """Links to all expert processes, once they are READY."""
         detail = "waiting for the expert processes"
         membership.report(MemberState.CONNECTING, detail=detail, store_address=self._store_address)
-        self._links = make_links(site, tensor_parallel, self._options)
+        self._endpoint, _ = open_endpoint(site.identity, self._options)
+        self._links = make_links(site, tensor_parallel, self._options, self._endpoint)
         deadline: float | None = None
         while self._links.missing:
             state = await membership.wait_until(

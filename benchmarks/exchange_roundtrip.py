@@ -2,10 +2,11 @@
 
     python benchmarks/exchange_roundtrip.py [--rounds N] [--json FILE]
 
-Two processes with an expert that returns what it is sent. "bare" is the floor: NIXL alone writes
-the same bytes there and back, each with a notification, both ends polling in a closed loop, no
-copies, no event loop. The three take turns in every round, so that a machine that drifts does so
-for all. Also measured: the processor time of both ends of an idle NIXL link.
+Two processes with an expert that returns what it is sent. "bare" is the floor: a tensor's bytes
+are moved into registered memory, NIXL alone writes them to a peer that writes back what it
+received, each with a notification, both ends polling in a closed loop, no event loop. The three
+take turns in every round, so that a machine that drifts does so for all. Also measured: the
+processor time of both ends of an idle NIXL link.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from ctypes import memmove
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from moe_core.transport.servicer import ExchangeServicer
 
 HIDDEN_SIZE, TOP_K = 7168, 8
 TOKENS = (1, 128)
-ITERATIONS = {1: 200, 128: 40}
+ITERATIONS = {1: 200, 128: 20}
 IDLE_S = 4.0
 SPEC = LinkSpec("benchmark", torch.bfloat16, HIDDEN_SIZE, TOP_K, max(TOKENS), 3)
 LAYOUT = SlotLayout(SPEC)
@@ -91,9 +93,15 @@ class Bare:
         self.peer, metadata, self.target = json.loads(described)
         self.agent.add_peer(self.peer, bytes.fromhex(metadata))
 
-    def handle(self, num_bytes: int) -> Any:  # noqa: ANN401 - NIXL's
-        source = (self.region.address + LAYOUT.dispatch_slot_bytes, num_bytes, 0, "DRAM")
+    def handle(self, num_bytes: int, *, echo: bool) -> Any:  # noqa: ANN401 - NIXL's
+        """To the front of the peer's region, from the back of this one; an echo sends what it has
+        received, which lies at the front."""
+        address = self.region.address + (0 if echo else LAYOUT.dispatch_slot_bytes)
+        source = (address, num_bytes, 0, "DRAM")
         return self.agent.prepare_write(source, (self.target, 0, "DRAM"), self.peer)
+
+    def store(self, values: torch.Tensor) -> None:
+        memmove(self.region.address + LAYOUT.dispatch_slot_bytes, values.data_ptr(), values.nbytes)
 
     def send(self, handle: Any) -> None:  # noqa: ANN401
         done = self.agent.post(handle, b"x")
@@ -112,7 +120,7 @@ def serve_bare() -> None:
     end.meet(sys.stdin.readline())
     for line in sys.stdin:
         num_tokens, count = map(int, line.split())
-        handle = end.handle(LAYOUT.payload_bytes(num_tokens))
+        handle = end.handle(LAYOUT.payload_bytes(num_tokens), echo=True)
         for _ in range(count):
             end.receive()
             end.send(handle)
@@ -121,12 +129,14 @@ def serve_bare() -> None:
 
 def time_bare(end: Bare, child: "subprocess.Popen[str]", num_tokens: int) -> list[float]:
     count = ITERATIONS[num_tokens]
-    handle = end.handle(LAYOUT.dispatch_bytes(num_tokens))
+    handle = end.handle(LAYOUT.dispatch_bytes(num_tokens), echo=False)
     assert child.stdin is not None
     print(num_tokens, count, file=child.stdin, flush=True)
+    hidden_states = torch.randn(num_tokens, HIDDEN_SIZE).to(SPEC.dtype)
     samples = []
     for _ in range(count):
         started = time.perf_counter()
+        end.store(hidden_states)
         end.send(handle)
         end.receive()
         samples.append(time.perf_counter() - started)
@@ -146,6 +156,7 @@ async def time_link(link: ExpertLink, num_tokens: int) -> list[float]:
         started = time.perf_counter()
         pending = await link.dispatch(dispatch, 10.0)
         await pending.wait(10.0)
+        pending.release()
         samples.append(time.perf_counter() - started)
     return samples
 
@@ -221,7 +232,7 @@ def report(cases: list[Case], idle: dict[str, float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--end", choices=("expert", "bare"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -6,20 +6,20 @@ placement: `physical_ids` are opaque numbers here.
 
 Invariants that hold for all transports, and that tests/contract checks:
 
-* A dispatch owns one slot on each side until its combine has been consumed, so the number of
+* A dispatch owns one slot on each side until its combine has been released, so the number of
   slots is the flow control. A batch larger than a slot travels in chunks; the link splits it
   and joins the partials again, and its caller sees one dispatch and one combine.
 * `ExpertLink.dispatch` returns only when the bytes have left: after it the caller may reuse
   its tensors. No combine needs the caller's help to arrive.
 * What the handler is given are views into the slot: valid until `Reply.complete` or
-  `Reply.fail` has been called.
+  `Reply.fail` has been called. What a waiter is given is valid until `PendingCombine.release`.
 * Every wait has a deadline, and its error names peer, layer, bytes and phase.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -28,8 +28,9 @@ from moe_core.errors import ConfigError, EpserveError
 TRANSPORTS = ("auto", "nixl", "grpc")
 
 
-@dataclass(frozen=True, slots=True)
-class DispatchKey:
+# Named tuples, where the rest of epserve has frozen dataclasses: one of each is made at every hop,
+# and a frozen dataclass takes three times as long to make.
+class DispatchKey(NamedTuple):
     """Names one dispatch among all that its attention process has ever sent."""
 
     placement_epoch: int
@@ -40,8 +41,7 @@ class DispatchKey:
     attempt: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """Tokens on their way to one expert process.
 
     hidden_states: [num_tokens, hidden_size], the link's dtype.
@@ -59,11 +59,11 @@ class Dispatch:
         return self.hidden_states.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Combine:
+class Combine(NamedTuple):
     """One process's weighted partial sums for the tokens of one dispatch.
 
-    partial: [num_tokens, hidden_size], the link's dtype. Owned by the receiver.
+    partial: [num_tokens, hidden_size], the link's dtype. May lie in the slot: valid until
+    `PendingCombine.release`.
     """
 
     key: DispatchKey
@@ -125,12 +125,19 @@ DispatchHandler = Callable[[Dispatch, Reply], None]
 
 
 class PendingCombine(Protocol):
-    """A dispatch whose bytes have left."""
+    """A dispatch that is under way."""
+
+    async def left(self, timeout_s: float) -> None:
+        """Until its bytes have left. Raises PeerTimeoutError or PeerLostError."""
 
     async def wait(self, timeout_s: float) -> Combine:
-        """The combine, in memory of its own. Raises PeerTimeoutError, PeerLostError, or the
-        error with which the peer failed the dispatch. A cancelled or timed-out wait leaves the
-        slot owned until the late answer has arrived (and is dropped) or the peer has gone."""
+        """Raises PeerTimeoutError, PeerLostError, or the error with which the peer failed the
+        dispatch. After a cancelled wait, as after one that raised, the answer is not wanted."""
+
+    def release(self) -> None:
+        """The combine has been consumed, or is not wanted: its slot is free as soon as the answer
+        is there (a late one is dropped) or the peer has gone. Once for every dispatch, whatever
+        came of it; further calls do nothing."""
 
 
 class ExpertLink(ABC):
@@ -144,6 +151,12 @@ class ExpertLink(ABC):
     @abstractmethod
     def lost_because(self) -> str | None:
         """Why the peer is gone for good, or None while it is there. Such a link never recovers."""
+
+    def try_dispatch(self, dispatch: Dispatch) -> PendingCombine | None:
+        """Start to send without waiting for anything: after it the caller may reuse its tensors,
+        and `left` says when the bytes have left. None, with nothing sent, where `dispatch` would
+        wait for a slot. Raises as `dispatch` does."""
+        return None
 
     @abstractmethod
     async def dispatch(self, dispatch: Dispatch, timeout_s: float) -> PendingCombine:

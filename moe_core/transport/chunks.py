@@ -3,16 +3,30 @@
 Knows shapes. Knows neither slots nor wires.
 """
 
-from dataclasses import replace
-
 import torch
 
 from moe_core.transport.base import Dispatch, LinkSpec
 
 
-def check_shapes(dispatch: Dispatch, spec: LinkSpec) -> None:
-    """Raises ValueError naming the tensor, what it is and what the link carries."""
+def check_shapes(dispatch: Dispatch, spec: LinkSpec) -> int:
+    """The number of tokens. Raises ValueError naming the tensor, what it is and what the link
+    carries."""
     num_tokens = dispatch.num_tokens
+    _, hidden_states, physical_ids, topk_weights = dispatch
+    routing = (num_tokens, spec.num_columns)
+    if (
+        hidden_states.shape != (num_tokens, spec.hidden_size)
+        or hidden_states.dtype is not spec.dtype
+        or physical_ids.shape != routing
+        or physical_ids.dtype is not torch.int32
+        or topk_weights.shape != routing
+        or topk_weights.dtype is not torch.float32
+    ):
+        _refuse(dispatch, num_tokens, spec)
+    return num_tokens
+
+
+def _refuse(dispatch: Dispatch, num_tokens: int, spec: LinkSpec) -> None:
     wanted = (
         ("hidden_states", dispatch.hidden_states, spec.dtype, spec.hidden_size),
         ("physical_ids", dispatch.physical_ids, torch.int32, spec.num_columns),
@@ -38,7 +52,7 @@ def split(dispatch: Dispatch, chunk_tokens: int) -> list[tuple[slice, Dispatch]]
 
 def _part_of(dispatch: Dispatch, chunk: int, rows: slice) -> Dispatch:
     return Dispatch(
-        key=replace(dispatch.key, chunk=chunk),
+        key=dispatch.key._replace(chunk=chunk),
         hidden_states=dispatch.hidden_states[rows],
         physical_ids=dispatch.physical_ids[rows],
         topk_weights=dispatch.topk_weights[rows],

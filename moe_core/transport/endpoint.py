@@ -25,7 +25,7 @@ from moe_core.transport.nixl_agent import NixlAgent
 from moe_core.transport.retired import RetiredMemory
 
 CLOSE_SPINS = 10  # arrivals within so many times `spin_us` of each other are close
-POLLS_PER_TURN = 4  # of the event loop, whose turn costs as much as a few polls
+POLLS_PER_TURN = 12  # of the event loop, whose turn costs as much as a few polls
 IDLE_AFTER_S = 1.0
 IDLE_POLLS = 16  # park_poll_ms times this, once idle
 BELL_SPIN_S = 500e-6  # a bell promises a message: look for it this long
@@ -34,6 +34,15 @@ NUDGE_AFTER_S = 500e-6  # and some (over TCP) only while their target polls
 
 Finished = Callable[[Exception | None], None]
 Action = Callable[[], object]
+
+
+class Awaited(Protocol):
+    """What somebody is about to wait for."""
+
+    @property
+    def wanted(self) -> bool:
+        """It has not come yet."""
+        ...
 
 
 class Receiver(Protocol):
@@ -134,6 +143,15 @@ class NixlEndpoint:
             self._unpark()
             self._spinning = True
             self._loop.call_soon(self._spin)
+
+    def poll_while(self, awaited: Awaited) -> None:
+        """Poll here and now, for at most `spin_us`, while `awaited` is wanted, and go on at every
+        turn of the loop if it still is: an answer that is on its way costs no turn."""
+        self.spin()
+        until = time.monotonic() + self._spin_s
+        while awaited.wanted and time.monotonic() < until:
+            if not self.poll():
+                os.sched_yield()
 
     def poll(self) -> bool:
         """Make progress once; True if something arrived."""

@@ -1,116 +1,36 @@
-"""What the attention's end of every link has in common: slots, chunks, waiting, late answers.
+"""What the attention's end of every link has in common: slots, chunks, late answers.
 
-Knows when a slot is free, how a batch is cut into chunks and joined again, and what a waiter is
-told. Knows no wire: a subclass sends one chunk (`_post`) and reports what came back
-(`_answered`, `_failed`, `_lost`).
+Knows when a slot is free, how a batch is cut into chunks, and whose an answer is.
+Knows no wire: a subclass sends one chunk (`_post`), says when it has left (`departed`) and reports
+what came back (`_answered`, `_failed`, `_lost`).
 
-Invariant: a slot is in exactly one of `SlotPool` and `_in_flight`. It goes back to the pool only
-when the peer's answer to its last sequence is here, so what a waiter does in the meantime (be
-cancelled, time out) can neither leak a slot nor free it early.
+Invariant: a slot is in exactly one of `SlotPool`, `_in_flight` and a `Pending` that holds its
+answer. It goes back to the pool only when the peer's answer to its last sequence is here, so what a
+waiter does in the meantime (be cancelled, time out) can neither leak a slot nor free it early.
 """
 
 import asyncio
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from moe_core.errors import PeerFailedError, PeerLostError, PeerTimeoutError, TransportError
-from moe_core.transport.base import (
-    Combine,
-    Dispatch,
-    DispatchKey,
-    ExpertLink,
-    LinkCounters,
-    LinkSpec,
-)
+from moe_core.errors import PeerFailedError, PeerLostError, PeerTimeoutError
+from moe_core.transport.base import Dispatch, ExpertLink, LinkCounters, LinkSpec
 from moe_core.transport.chunks import check_shapes, split
-from moe_core.transport.layout import SlotLayout, copy_values
+from moe_core.transport.layout import SlotLayout
+from moe_core.transport.pending import Named, Pending
 from moe_core.transport.slots import SlotPool
-
-
-class Named(Protocol):
-    """What an error message says of a dispatch."""
-
-    @property
-    def key(self) -> DispatchKey: ...
-    @property
-    def num_tokens(self) -> int: ...
-
-
-class Pending:
-    """One dispatch of a caller: one or more chunks, one combine."""
-
-    __slots__ = (
-        "_chunks_left", "_compute_us", "_device", "_link", "_partial", "_queue_us", "_result",
-        "key", "num_tokens",
-    )  # fmt: skip
-
-    def __init__(self, link: "ChunkedLink", dispatch: Dispatch, chunks: int) -> None:
-        self._link = link
-        self._chunks_left = chunks
-        self._device = dispatch.hidden_states.device
-        self._partial: torch.Tensor | None = None
-        self._queue_us = self._compute_us = 0
-        self.key = dispatch.key
-        self.num_tokens = dispatch.num_tokens
-        # Errors are results here: a dispatch that nobody waits for any more is not a mistake.
-        self._result: asyncio.Future[Combine | TransportError] = link.loop.create_future()
-
-    @property
-    def wanted(self) -> bool:
-        return not self._result.done()
-
-    async def wait(self, timeout_s: float) -> Combine:
-        if not self._result.done():
-            await self._wait(timeout_s)
-        result = self._result.result()
-        if isinstance(result, TransportError):
-            raise result
-        return result
-
-    async def _wait(self, timeout_s: float) -> None:
-        self._link.about_to_wait()
-        expiry = self._link.loop.call_later(timeout_s, self._expire, timeout_s)
-        try:
-            await self._result
-        finally:
-            expiry.cancel()
-
-    def _expire(self, timeout_s: float) -> None:
-        phase = "queue or compute at the peer, or the network on the way back"
-        self.finish(self._link.timeout_error(self, timeout_s, phase))
-
-    def abandon(self) -> None:
-        """Whatever still arrives is dropped, and frees its slot."""
-        self._result.cancel()
-
-    def finish(self, result: Combine | TransportError) -> None:
-        if not self._result.done():
-            self._result.set_result(result)
-
-    def take(self, rows: slice, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
-        """One chunk's rows, copied out of the slot."""
-        if self._partial is None:
-            shape = (self.num_tokens, *partial.shape[1:])
-            self._partial = torch.empty(shape, dtype=partial.dtype, device=self._device)
-        whole = partial.shape[0] == self.num_tokens
-        copy_values(self._partial if whole else self._partial[rows], partial)
-        self._queue_us = max(self._queue_us, queue_us)
-        self._compute_us += compute_us
-        self._chunks_left -= 1
-        if self._chunks_left == 0:
-            self.finish(Combine(self.key, self._partial, self._queue_us, self._compute_us))
 
 
 @dataclass(slots=True)
 class InFlight:
-    """A slot's present use."""
+    """A slot's present use: which rows of `pending` (None: all), of which there are num_tokens."""
 
     sequence: int
     pending: Pending
-    rows: slice
+    rows: slice | None
+    num_tokens: int
 
 
 class ChunkedLink(ExpertLink):
@@ -134,35 +54,63 @@ class ChunkedLink(ExpertLink):
         return self._lost_because
 
     @abstractmethod
-    async def _post(self, slot: int, sequence: int, chunk: Dispatch, deadline: float) -> None:
-        """Send one chunk; returns when its bytes have left. `deadline` is in the loop's time.
-        Raises a TransportError, after which the slot stays owned until an answer comes."""
+    def _post(self, slot: int, sequence: int, chunk: Dispatch, num_tokens: int) -> None:
+        """Start to send one chunk; its tensors may be reused when this returns."""
 
-    def about_to_wait(self) -> None:
-        """A waiter is going to sleep."""
+    @abstractmethod
+    async def departed(self, slot: int, what: Named, deadline: float) -> None:
+        """Until the bytes posted from `slot` have left. `deadline` is in the loop's time. Raises
+        a TransportError, after which the slot stays owned until an answer comes."""
+
+    def look_for(self, pending: Pending) -> None:
+        """A waiter is about to sleep: a last chance to see its answer."""
+
+    def try_dispatch(self, dispatch: Dispatch) -> Pending | None:
+        num_tokens = check_shapes(dispatch, self.spec)
+        if num_tokens > self._chunk_tokens or self._lost_because is not None:
+            return None
+        slot = self._slots.take()
+        if slot is None:
+            return None
+        pending = Pending(self, dispatch.key, num_tokens, 1)
+        self._start(slot, pending, dispatch, num_tokens, None)
+        return pending
 
     async def dispatch(self, dispatch: Dispatch, timeout_s: float) -> Pending:
-        check_shapes(dispatch, self.spec)
-        deadline = self.loop.time() + timeout_s
-        parts = split(dispatch, self._chunk_tokens)
-        pending = Pending(self, dispatch, len(parts))
+        pending = self.try_dispatch(dispatch)
+        if pending is None:
+            return await self._dispatch_chunks(dispatch, self.loop.time() + timeout_s)
         try:
-            for rows, part in parts:
-                await self._send(pending, part, rows, deadline)
+            await pending.left(timeout_s)
         except BaseException:
-            pending.abandon()
+            pending.release()
             raise
         return pending
 
-    async def _send(self, pending: Pending, part: Dispatch, rows: slice, deadline: float) -> None:
-        slot = await self._take_slot(part, deadline)
+    async def _dispatch_chunks(self, dispatch: Dispatch, deadline: float) -> Pending:
+        parts = split(dispatch, self._chunk_tokens)
+        pending = Pending(self, dispatch.key, dispatch.num_tokens, len(parts))
+        try:
+            for rows, part in parts:
+                slot = await self._take_slot(part, deadline)
+                self._start(slot, pending, part, part.num_tokens, rows)
+                await self.departed(slot, part, deadline)
+        except BaseException:
+            pending.release()
+            raise
+        return pending
+
+    def _start(
+        self, slot: int, pending: Pending, part: Dispatch, num_tokens: int, rows: slice | None
+    ) -> None:
         self._sequence += 1
-        self._in_flight[slot] = InFlight(self._sequence, pending, rows)
-        await self._post(slot, self._sequence, part, deadline)
-        payload = self._layout.payload_bytes(part.num_tokens)
-        self.counters.dispatches += 1
-        self.counters.dispatch_bytes += payload
-        self.counters.routing_bytes += 2 * self._layout.index_bytes(part.num_tokens)
+        pending.slot = slot
+        self._in_flight[slot] = InFlight(self._sequence, pending, rows, num_tokens)
+        self._post(slot, self._sequence, part, num_tokens)
+        counters = self.counters
+        counters.dispatches += 1
+        counters.dispatch_bytes += self._layout.payload_bytes(num_tokens)
+        counters.routing_bytes += 2 * self._layout.index_bytes(num_tokens)
 
     async def _take_slot(self, part: Dispatch, deadline: float) -> int:
         if self._lost_because is not None:
@@ -189,18 +137,25 @@ class ChunkedLink(ExpertLink):
     def _answered(
         self, slot: int, sequence: int, partial: torch.Tensor, queue_us: int, compute_us: int
     ) -> None:
-        """`partial` [num_tokens, hidden_size] arrived; it is copied before this returns."""
+        """`partial` [num_tokens, hidden_size] arrived; it stays as it is until the slot is used
+        again."""
         found = self._claim(slot, sequence)
         if found is None:
             return
-        rows = found.rows
-        if not found.pending.wanted:
+        pending, num_tokens = found.pending, partial.shape[0]
+        if not pending.wanted:
             self.counters.dropped += 1
-        elif partial.shape[0] != rows.stop - rows.start:
-            self._failed_with(found, f"answered {partial.shape[0]} rows", "FAILED_PRECONDITION")
+        elif num_tokens != found.num_tokens:
+            self._failed_with(found, f"answered {num_tokens} rows", "FAILED_PRECONDITION")
         else:
-            found.pending.take(rows, partial, queue_us, compute_us)
-            self.counters.combine_bytes += self._layout.payload_bytes(partial.shape[0])
+            self.counters.combine_bytes += self._layout.payload_bytes(num_tokens)
+            if found.rows is None:
+                pending.take(slot, partial, queue_us, compute_us)
+                return
+            pending.take_part(found.rows, partial, queue_us, compute_us)
+        self.give_slot(slot)
+
+    def give_slot(self, slot: int) -> None:
         self._slots.give(slot)
 
     def _failed(self, slot: int, sequence: int, code: str, message: str) -> None:
@@ -208,7 +163,7 @@ class ChunkedLink(ExpertLink):
         found = self._claim(slot, sequence)
         if found is not None:
             self._failed_with(found, message, code)
-            self._slots.give(slot)
+            self.give_slot(slot)
 
     def _failed_with(self, found: InFlight, message: str, code: str) -> None:
         what = self._describe(found.pending)

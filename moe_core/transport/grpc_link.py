@@ -13,6 +13,7 @@ from moe_core.service.grpc_channel import MAX_MESSAGE_BYTES
 from moe_core.transport.base import Dispatch, DispatchHandler, LinkSpec
 from moe_core.transport.flow import ChunkedLink
 from moe_core.transport.layout import SlotLayout
+from moe_core.transport.pending import Named
 from moe_core.transport.session import PeerSession, SlotReply
 from moe_core.transport.stream import ExchangeStream, MessageWriter
 from moe_core.transport.wire import (
@@ -37,24 +38,28 @@ class GrpcLink(ChunkedLink):
     def __init__(self, stream: ExchangeStream, spec: LinkSpec) -> None:
         super().__init__(stream.peer, "grpc", spec, chunk_tokens(spec))
         self._stream = stream
+        self._sent: dict[int, asyncio.Future[bool]] = {}
         stream.start(self._received, self._lost)
 
-    async def _post(self, slot: int, sequence: int, chunk: Dispatch, deadline: float) -> None:
+    def _post(self, slot: int, sequence: int, chunk: Dispatch, num_tokens: int) -> None:
         message = dispatch_message(slot, sequence, chunk)
         self.counters.stream_tensor_bytes += (
             len(message.hidden_states) + len(message.physical_ids) + len(message.topk_weights)
         )
         self._stream.writer.send(pb.ExchangeRequest(dispatch=message))
+        self._sent[slot] = self._stream.writer.sent()
+
+    async def departed(self, slot: int, what: Named, deadline: float) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
             async with asyncio.timeout_at(deadline):
-                sent = await self._stream.writer.sent()
+                sent = await asyncio.shield(self._sent[slot])
         except TimeoutError:
-            raise self.timeout_error(chunk, loop.time() - started, "network") from None
+            raise self.timeout_error(what, loop.time() - started, "network") from None
         if not sent:
             self._lost("the stream ended")
-            raise self._lost_error(chunk)
+            raise self._lost_error(what)
 
     def _received(self, message: pb.ExchangeResponse) -> None:
         kind = message.WhichOneof("kind")

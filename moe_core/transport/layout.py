@@ -66,6 +66,8 @@ class SlotMemory:
     def __init__(self, memory: torch.Tensor, spec: LinkSpec, slot_bytes: int) -> None:
         self._layout = SlotLayout(spec)
         self._slot_bytes = slot_bytes
+        # A plain memory move needs no view of its target.
+        self._address = memory.data_ptr() if memory.is_cpu else 0
         self._values = memory.view(spec.dtype)
         self._ids = memory.view(torch.int32)
         self._weights = memory.view(torch.float32)
@@ -97,24 +99,37 @@ class SlotMemory:
             self._routings[slot] = known
         return known
 
-    def store_payload(self, slot: int, values: torch.Tensor) -> None:
+    def store_payload(self, slot: int, values: torch.Tensor, num_tokens: int) -> None:
         """`values` [num_tokens, hidden_size] to the front of `slot`."""
-        copy_values(self.payload(slot, values.shape[0]), values)
+        if self._address and _movable(values):
+            memmove(self._address + slot * self._slot_bytes, values.data_ptr(), values.nbytes)
+        else:
+            self.payload(slot, num_tokens).copy_(values)
 
-    def store_routing(self, slot: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def store_routing(
+        self, slot: int, ids: torch.Tensor, weights: torch.Tensor, num_tokens: int
+    ) -> None:
         """[num_tokens, num_columns] each, behind a payload of as many tokens."""
-        slot_ids, slot_weights = self.routing(slot, ids.shape[0])
-        copy_values(slot_ids, ids)
-        copy_values(slot_weights, weights)
+        if self._address and _movable(ids) and _movable(weights):
+            offset = slot * self._slot_bytes + align(self._layout.payload_bytes(num_tokens))
+            memmove(self._address + offset, ids.data_ptr(), ids.nbytes)
+            memmove(self._address + offset + ids.nbytes, weights.data_ptr(), weights.nbytes)
+        else:
+            slot_ids, slot_weights = self.routing(slot, num_tokens)
+            slot_ids.copy_(ids)
+            slot_weights.copy_(weights)
+
+
+def _movable(values: torch.Tensor) -> bool:
+    """On the CPU and row-major: a plain memory move then copies them for a third of what torch
+    takes for a few rows, and for many wakes no thread pool, whose workers would spin beside the
+    process that we wait for."""
+    return values.is_cpu and values.is_contiguous()
 
 
 def copy_values(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target.copy_(source)`, shapes and dtypes being equal and `target` row-major.
-
-    On the CPU a plain memory move: for a few rows a third of what a torch copy costs, and for many
-    it wakes no thread pool, whose workers would then spin beside the process that we wait for.
-    """
-    if target.is_cpu and source.is_cpu and source.is_contiguous():
+    """`target.copy_(source)`, shapes and dtypes being equal and `target` row-major."""
+    if target.is_cpu and _movable(source):
         memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
         target.copy_(source)

@@ -11,6 +11,7 @@ import torch
 from moe_core.errors import EpserveError
 from moe_core.transport.base import Dispatch, DispatchHandler, LinkSpec
 from moe_core.transport.flow import ChunkedLink
+from moe_core.transport.pending import Named
 from moe_core.transport.session import PeerSession, SlotReply
 
 
@@ -23,7 +24,7 @@ class LocalLink(ChunkedLink):
         super().__init__(peer, "local", spec, spec.slot_tokens)
         self._session = _LocalSession(self, spec, handler)
 
-    async def _post(self, slot: int, sequence: int, chunk: Dispatch, deadline: float) -> None:
+    def _post(self, slot: int, sequence: int, chunk: Dispatch, num_tokens: int) -> None:
         copy = Dispatch(
             chunk.key,
             chunk.hidden_states.clone(),
@@ -32,6 +33,9 @@ class LocalLink(ChunkedLink):
         )
         asyncio.get_running_loop().call_soon(self._deliver, slot, sequence, copy)
 
+    async def departed(self, slot: int, what: Named, deadline: float) -> None:
+        """Nothing travels."""
+
     def _deliver(self, slot: int, sequence: int, dispatch: Dispatch) -> None:
         if self._lost_because is None:
             self._session.deliver(slot, sequence, dispatch)
@@ -39,7 +43,7 @@ class LocalLink(ChunkedLink):
     def answered(
         self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
     ) -> None:
-        self._answered(reply.slot, reply.sequence, partial, queue_us, compute_us)
+        self._answered(reply.slot, reply.sequence, partial.clone(), queue_us, compute_us)
 
     def failed(self, reply: SlotReply, error: EpserveError) -> None:
         self._failed(reply.slot, reply.sequence, error.code, str(error))

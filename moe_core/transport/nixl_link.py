@@ -13,6 +13,7 @@ from moe_core.transport.endpoint import BELL_SPIN_S, NixlEndpoint
 from moe_core.transport.flow import ChunkedLink
 from moe_core.transport.layout import SlotLayout, SlotMemory
 from moe_core.transport.nixl_path import NixlPath
+from moe_core.transport.pending import Named, Pending
 from moe_core.transport.stream import ExchangeStream
 from moe_core.transport.tags import (
     COMBINE,
@@ -63,8 +64,8 @@ class NixlLink(ChunkedLink):
         self._stream.start(self._received, self._lost)
         deadline = asyncio.get_running_loop().time() + timeout_s
         note = pack_probe(self._path.link_id, self._epoch)
-        if not self._path.write(0, 0, note):
-            await self._written(0, deadline)
+        self._path.write(0, 0, note)
+        await self._written(0, deadline)
         async with asyncio.timeout_at(deadline):
             await self._probed
         if self._lost_because is not None:
@@ -77,25 +78,28 @@ class NixlLink(ChunkedLink):
     def busy(self) -> bool:
         return bool(self._in_flight)
 
-    def about_to_wait(self) -> None:
-        self._endpoint.spin()
+    def look_for(self, pending: Pending) -> None:
+        self._endpoint.poll_while(pending)
 
-    async def _post(self, slot: int, sequence: int, chunk: Dispatch, deadline: float) -> None:
-        num_tokens = chunk.num_tokens
-        self._out.store_payload(slot, chunk.hidden_states)
-        self._out.store_routing(slot, chunk.physical_ids, chunk.topk_weights)
+    def _post(self, slot: int, sequence: int, chunk: Dispatch, num_tokens: int) -> None:
+        key, hidden_states, physical_ids, topk_weights = chunk
+        self._out.store_payload(slot, hidden_states, num_tokens)
+        self._out.store_routing(slot, physical_ids, topk_weights, num_tokens)
         tag = (DISPATCH, slot, num_tokens, self._path.link_id, self._epoch, sequence)
         num_bytes = self._layout.dispatch_bytes(num_tokens)
-        if self._path.write(slot, num_bytes, pack_dispatch(tag, chunk.key)):
+        self._path.write(slot, num_bytes, pack_dispatch(tag, key))
+
+    async def departed(self, slot: int, what: Named, deadline: float) -> None:
+        if not self._path.unfinished and self._path.failure is None:
             return
         started = asyncio.get_running_loop().time()
         try:
             await self._written(slot, deadline)
         except TimeoutError:
             waited = asyncio.get_running_loop().time() - started
-            raise self.timeout_error(chunk, waited, "network (the write is not done)") from None
+            raise self.timeout_error(what, waited, "network (the write is not done)") from None
         except PeerLostError:
-            raise self._lost_error(chunk) from None
+            raise self._lost_error(what) from None
 
     async def _written(self, slot: int, deadline: float) -> None:
         try:

@@ -45,6 +45,7 @@ class NixlPath:
         endpoint.retired.admit(self._num_bytes, peer)
         self.incoming = endpoint.allocate(slot_count * incoming_slot_bytes)
         self.outgoing = endpoint.allocate(slot_count * outgoing_slot_bytes)
+        self._on_cuda = self.outgoing.is_cuda
         self._granted = endpoint.agent.register(self.incoming)
         self._source = endpoint.agent.register(self.outgoing)
         self._handles: list[tuple[int, Any] | None] = [None] * slot_count
@@ -129,35 +130,37 @@ class NixlPath:
     def unfinished(self) -> bool:
         return bool(self._unfinished)
 
-    def write(self, slot: int, num_bytes: int, note: bytes) -> bool:
-        """Write the first `num_bytes` of `slot`, then deliver `note`. True if it is done already;
-        otherwise `written` says when."""
-        handle = self._handle(slot, max(num_bytes, ALIGNMENT))
-        if not self.outgoing.is_cuda:
-            return self._post(slot, handle, note)
-        self._unfinished[slot] = None
-        self._endpoint.after_copies(lambda: self._post(slot, handle, note))
-        return False
+    def write(self, slot: int, num_bytes: int, note: bytes) -> None:
+        """Write the first `num_bytes` of `slot`, then deliver `note`; `written` says when it is
+        done. An error is `failure` afterwards."""
+        known = self._handles[slot]  # a finished handle can be posted again
+        fits = known is not None and known[0] == num_bytes
+        handle = known[1] if known is not None and fits else self._prepare(slot, num_bytes)
+        if self._on_cuda:
+            self._unfinished[slot] = None
+            self._endpoint.after_copies(lambda: self._post(slot, handle, note))
+        else:
+            self._post(slot, handle, note)
 
-    def _post(self, slot: int, handle: Any, note: bytes) -> bool:  # noqa: ANN401
-        self._unfinished.setdefault(slot)
-        error: Exception | None = None
+    def _post(self, slot: int, handle: Any, note: bytes) -> None:  # noqa: ANN401
         try:
             done = self._endpoint.agent.post(handle, note)
         except self._endpoint.agent.failures as failure:
-            done, error = False, failure
-        if done or error is not None:
-            self._finished(slot, error)
+            self._unfinished.setdefault(slot)
+            self._finished(slot, failure)
+            return
+        if done and slot not in self._unfinished:
+            self._ring()
+        elif done:
+            self._finished(slot, None)
         else:
+            self._unfinished.setdefault(slot)
             finished = partial(self._finished, slot)
             self._endpoint.follow(handle, finished, self._ring)
-        return done
 
-    def _handle(self, slot: int, num_bytes: int) -> Any:  # noqa: ANN401
-        """A finished handle can be posted again, so long as the size stays what it was."""
+    def _prepare(self, slot: int, num_bytes: int) -> Any:  # noqa: ANN401
+        """A handle for a write of another size than the slot's last."""
         known = self._handles[slot]
-        if known is not None and known[0] == num_bytes:
-            return known[1]
         if known is not None:
             self._endpoint.agent.release(known[1])
             self._handles[slot] = None
@@ -167,7 +170,7 @@ class NixlPath:
         handle = self._endpoint.agent.prepare_write(
             (
                 self._source.address + slot * self._outgoing_bytes,
-                num_bytes,
+                max(num_bytes, ALIGNMENT),  # a note needs a write to follow
                 self._source.device_id,
                 self._source.memory_type,
             ),

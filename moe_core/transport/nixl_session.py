@@ -109,7 +109,7 @@ class NixlSession(PeerSession):
         self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
     ) -> None:
         slot, num_tokens = reply.slot, reply.num_tokens
-        self._out.store_payload(slot, partial)
+        self._out.store_payload(slot, partial, num_tokens)
         tag = (COMBINE, slot, num_tokens, self._path.link_id, self._epoch, reply.sequence)
         note = pack_combine(tag, queue_us, compute_us)
         self._path.write(slot, self._layout.payload_bytes(num_tokens), note)

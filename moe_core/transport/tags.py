@@ -14,6 +14,7 @@ PROBE, DISPATCH, COMBINE = 1, 2, 3
 _TAG = struct.Struct("<BxHIQQQ")
 # placement_epoch, step, layer_id, microbatch, chunk, attempt
 _KEY = struct.Struct("<QQIIII")
+_DISPATCH = struct.Struct(_TAG.format + _KEY.format[1:])
 # queue_us, compute_us
 _TIMES = struct.Struct("<II")
 MAX_US = 2**32 - 1
@@ -31,9 +32,7 @@ def pack_probe(link_id: int, instance_epoch: int) -> bytes:
 
 
 def pack_dispatch(tag: Tag, key: DispatchKey) -> bytes:
-    return _TAG.pack(*tag) + _KEY.pack(
-        key.placement_epoch, key.step, key.layer_id, key.microbatch, key.chunk, key.attempt
-    )
+    return _DISPATCH.pack(*tag, *key)
 
 
 def pack_combine(tag: Tag, queue_us: int, compute_us: int) -> bytes:

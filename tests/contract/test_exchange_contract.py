@@ -35,7 +35,9 @@ async def round_trip(link: ExpertLink, dispatch: Dispatch) -> torch.Tensor:
     pending = await link.dispatch(dispatch, 5.0)
     combine = await pending.wait(5.0)
     assert combine.key == dispatch.key
-    return combine.partial
+    partial = combine.partial.clone()
+    pending.release()
+    return partial
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -101,6 +103,7 @@ async def test_dispatches_reach_the_handler_in_the_order_in_which_they_were_sent
         pending = [await link.dispatch(make_dispatch(2, SPEC, step=s), 5.0) for s in steps]
         for one in pending:
             await one.wait(5.0)
+            one.release()
     assert seen == list(range(30))
 
 
@@ -130,13 +133,30 @@ async def test_the_caller_may_reuse_its_tensors_after_dispatch(ends: Ends):
     assert torch.equal((await pending.wait(5.0)).partial, wanted)
 
 
-async def test_a_combine_stays_what_it_is_when_its_slot_is_used_again(ends: Ends):
+async def test_a_combine_stays_what_it_is_and_keeps_its_slot_until_it_is_released(ends: Ends):
     link = await ends.link(SPEC)
     dispatch = make_dispatch(8, SPEC)
-    first = await round_trip(link, dispatch)
+    held = [await link.dispatch(dispatch, 5.0) for _ in range(SPEC.slot_count - 1)]
+    partials = [(await one.wait(5.0)).partial for one in held]
     for step in range(1, 10):
         await round_trip(link, make_dispatch(8, SPEC, step=step))
-    assert torch.equal(first, answer_to(dispatch))
+    assert all(torch.equal(partial, answer_to(dispatch)) for partial in partials)
+    last = await link.dispatch(dispatch, 5.0)
+    await last.wait(5.0)
+    assert link.try_dispatch(dispatch) is None
+    last.release()
+    last.release()
+    again = link.try_dispatch(dispatch)
+    assert again is not None
+    await again.left(5.0)
+    assert link.try_dispatch(dispatch) is None, "a slot that was released twice was given twice"
+    assert torch.equal((await again.wait(5.0)).partial, answer_to(dispatch))
+
+
+async def test_what_does_not_fit_a_slot_is_not_sent_at_once(ends: Ends):
+    link = await ends.link(SPEC)
+    assert link.try_dispatch(make_dispatch(SPEC.slot_tokens + 1, SPEC)) is None
+    assert link.counters.dispatches == 0
 
 
 async def test_times_of_the_peer_are_reported(ends: Ends):

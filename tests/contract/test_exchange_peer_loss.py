@@ -45,8 +45,9 @@ def peer(wire: str) -> Iterator[PeerProcess]:
 async def round_trips(link: ExpertLink, count: int, num_tokens: int = 8) -> None:
     for step in range(count):
         dispatch = make_dispatch(num_tokens, SPEC, step=step)
-        combine = await (await link.dispatch(dispatch, 5.0)).wait(5.0)
-        assert torch.equal(combine.partial, answer_to(dispatch))
+        pending = await link.dispatch(dispatch, 5.0)
+        assert torch.equal((await pending.wait(5.0)).partial, answer_to(dispatch))
+        pending.release()
 
 
 async def test_a_killed_peer_fails_everything_outstanding_soon(wire: str, peer: PeerProcess):

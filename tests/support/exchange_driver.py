@@ -20,9 +20,10 @@ async def main(address: str, transport: str, count: int) -> None:
     async def lane(first: int) -> None:
         for step in range(first, count, LANES):
             dispatch = make_dispatch(SPEC.slot_tokens, SPEC, step=step)
-            combine = await (await link.dispatch(dispatch, 10.0)).wait(10.0)
-            if not torch.equal(combine.partial, answer_to(dispatch)):
+            pending = await link.dispatch(dispatch, 10.0)
+            if not torch.equal((await pending.wait(10.0)).partial, answer_to(dispatch)):
                 raise SystemExit(f"dispatch {step} came back with other values")
+            pending.release()
 
     await asyncio.gather(*(lane(first) for first in range(LANES)))
     await link.close()

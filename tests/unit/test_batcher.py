@@ -110,10 +110,10 @@ async def test_answers_say_how_long_they_waited_and_computed() -> None:
     for layer_id in (1, 2):
         batcher.submit(dispatch(layer_id, [[4, 5, 9]]), RecordingReply(str(layer_id), answers))
     await batcher.idle(TIMEOUT_S)
-    first_queue, first_compute = answers.times["1"]
+    _, first_compute = answers.times["1"]
     second_queue, _ = answers.times["2"]
     assert first_compute > 0
-    assert second_queue >= first_queue + first_compute - 1  # rounded to whole microseconds
+    assert second_queue >= first_compute - 1  # rounded to whole microseconds
 
 
 async def test_no_tokens_are_answered_with_no_rows() -> None:
