@@ -119,7 +119,7 @@ def test_long_options_are_named_as_the_settings():
 
 
 def test_token_ids_are_read_from_a_comma_separated_list():
-    assert options.token_ids("1, 2,3") == (1, 2, 3)
+    assert options.token_ids("prompt_ids", "1, 2,3") == (1, 2, 3)
 
 
 def test_manifest_writes_a_file_beside_the_checkpoint(
