@@ -16,11 +16,6 @@ Tensor = torch.Tensor
 ONE = 2.0**40
 
 
-def relative_weights(differences: Tensor) -> Tensor:
-    """exp in float32 of logits less their row's best, [m, vocab_size] -> the same shape."""
-    return differences.float().exp()
-
-
 def fixed(weights: Tensor) -> Tensor:
     """float32 weights from 0 to 1 -> int64 multiples of 1/ONE, rounded down, which is monotonic
     and, since ONE is a power of two, exact above 2^-17."""

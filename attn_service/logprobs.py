@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_service.fixed_point import ONE, fixed, relative_weights
+from attn_service.fixed_point import ONE, fixed
 from attn_service.sequence import TokenLogprobs
 
 Tensor = torch.Tensor
@@ -35,7 +35,7 @@ def token_logprobs(
 
 def _told(logits: Tensor, counts: Sequence[int], token_ids: Sequence[int]) -> list[TokenLogprobs]:
     best = logits.max(dim=-1, keepdim=True).values  # [m, 1]
-    whole = fixed(relative_weights(logits - best)).sum(dim=-1, keepdim=True)
+    whole = fixed((logits - best).exp_()).sum(dim=-1, keepdim=True)
     log_total = best.double() + (whole.double() / ONE).log()  # [m, 1]
     chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1))
     ranks = (logits > chosen).sum(dim=-1) + 1  # [m]

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_service.fixed_point import column, fixed, relative_weights
+from attn_service.fixed_point import column, fixed
 from attn_service.logit_edits import edit, is_edited
-from attn_service.sampling_filters import smallest_kept
+from attn_service.sampling_filters import drop_unlikely
 from attn_service.sequence import Sampling
 from attn_service.token_counts import TokenCounts
 
@@ -66,28 +66,33 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     best, tokens = logits.max(dim=-1)  # [num_rows], [num_rows]
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        tokens[others] = _choose(logits[others], [rows[i] for i in others])
+        tokens[others] = _choose(logits[others], best[others], [rows[i] for i in others])
     return torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
 
 
-def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [m, vocab_size], overwritten -> tokens [m] int64, or NO_TOKEN."""
-    edit(logits, rows)
-    best, tokens = logits.max(dim=-1)  # [m], [m]
+def _choose(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits [m, vocab_size], overwritten, and their row maxima [m] -> tokens [m] int64, or
+    NO_TOKEN."""
+    tokens = torch.empty_like(best, dtype=torch.int64)
+    if any(map(is_edited, rows)):
+        edit(logits, rows)
+        best, tokens = logits.max(dim=-1)  # [m], [m]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
+    if len(drawn) == len(rows):
+        tokens = _draw(logits, best, rows)
+    elif drawn:
         tokens[drawn] = _draw(logits[drawn], best[drawn], [rows[i] for i in drawn])
     return torch.where(best.isfinite(), tokens, NO_TOKEN)
 
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [m, vocab_size] and their row maxima [m] -> tokens [m] int64."""
+    """logits [m, vocab_size], overwritten, and their row maxima [m] -> tokens [m] int64."""
     settings = [row.sampling for row in rows]
     temperatures = [max(s.temperature, MIN_TEMPERATURE) for s in settings]
-    scale = column(temperatures, logits.dtype, logits.device)  # [m, 1]
-    weights = relative_weights((logits - best.unsqueeze(1)) / scale)  # [m, vocab_size]
-    weights = weights.masked_fill(weights < smallest_kept(weights, settings), 0.0)
-    sums = fixed(weights).cumsum(dim=-1)  # [m, vocab_size] int64
+    logits.sub_(best.unsqueeze(1)).div_(column(temperatures, logits.dtype, logits.device))
+    weights = logits.float().exp_()  # [m, vocab_size], 1.0 for the best token
+    drop_unlikely(weights, settings)
+    sums = fixed(weights).cumsum_(dim=-1)  # [m, vocab_size] int64
     total = sums[:, -1:]
     numbers = [uniform(r.sampling.seed, r.sampling.index, r.position) for r in rows]
     draws = column(numbers, torch.float64, logits.device) * total  # [m, 1]

@@ -23,22 +23,26 @@ FIRST_ORDERED = 64
 GROWTH = 8
 
 
-def smallest_kept(weights: Tensor, settings: Sequence[Sampling]) -> Tensor:
-    """weights [m, vocab_size] float32, 1.0 for the likeliest of each row -> [m, 1] float32."""
-    vocab_size = weights.shape[1]
+def drop_unlikely(weights: Tensor, settings: Sequence[Sampling]) -> None:
+    """Set to 0, in place, what the filters of each row do not keep: weights [m, vocab_size]
+    float32, 1.0 for the likeliest of each row."""
     cuts = column([s.min_p for s in settings], weights.dtype, weights.device)  # [m, 1]
-    open_rows = [i for i, s in enumerate(settings) if s.top_p < 1.0 or 0 < s.top_k < vocab_size]
+    ordered = [i for i, s in enumerate(settings) if s.top_p < 1 or 0 < s.top_k < weights.shape[1]]
+    if ordered:
+        found = _cuts(weights[ordered], [settings[i] for i in ordered])
+        cuts[ordered] = torch.maximum(cuts[ordered], found)
+    if ordered or any(s.min_p for s in settings):
+        weights.mul_(weights >= cuts)
+
+
+def _cuts(weights: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """The smallest weight [m, 1] that top_k and top_p keep."""
+    cuts, settled = _cuts_within(weights, settings, FIRST_ORDERED)
     count = FIRST_ORDERED
-    while open_rows:
-        count = min(count, vocab_size)
-        found, settled = _cuts_within(weights[open_rows], [settings[i] for i in open_rows], count)
-        cuts[open_rows] = torch.where(
-            settled, torch.maximum(cuts[open_rows], found), cuts[open_rows]
-        )
-        open_rows = [
-            i for i, done in zip(open_rows, settled.squeeze(1).tolist(), strict=True) if not done
-        ]
+    while unsettled := (~settled).squeeze(1).nonzero().squeeze(1).tolist():
         count *= GROWTH
+        rest = [settings[i] for i in unsettled]
+        cuts[unsettled], settled[unsettled] = _cuts_within(weights[unsettled], rest, count)
     return cuts
 
 
@@ -46,15 +50,16 @@ def _cuts_within(
     weights: Tensor, settings: Sequence[Sampling], count: int
 ) -> tuple[Tensor, Tensor]:
     """What top_k and top_p keep, as far as the `count` likeliest tokens tell: the cuts [m, 1]
-    and which of them are final [m, 1] bool; all are when count is the vocabulary's size."""
+    and which of them are final [m, 1] bool; all are when count reaches the vocabulary's size."""
     vocab_size, device = weights.shape[1], weights.device
+    count = min(count, vocab_size)
     top_k = [s.top_k if 0 < s.top_k < vocab_size else vocab_size for s in settings]
     limit = column(top_k, torch.int64, device)  # [m, 1]
     ordered = weights.topk(count).values  # [m, count], descending
     sums = fixed(ordered).cumsum(dim=-1)  # [m, count] int64
     last = limit.clamp(max=count) - 1
     total = sums.gather(1, last)
-    if count < max(top_k):
+    if count < vocab_size and vocab_size in top_k:
         whole = fixed(weights).sum(dim=-1, keepdim=True)
         total = torch.where(limit == vocab_size, whole, total)
     top_p = column([s.top_p for s in settings], torch.float64, device)
