@@ -134,7 +134,8 @@ def _require_number(field: str, value: float | None, least: float, most: float) 
         return
     if not least <= value <= most or math.isinf(value):
         limit = "" if math.isinf(most) else f" and at most {most:g}"
-        raise RequestError(f"{field}={value:g}: must be a number of at least {least:g}{limit}")
+        shown = f"{value:g}" if isinstance(value, float) else value
+        raise RequestError(f"{field}={shown}: must be a number of at least {least:g}{limit}")
 
 
 def _require_token(field: str, token_id: int, model: ServedModel) -> None:

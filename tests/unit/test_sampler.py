@@ -33,7 +33,7 @@ def row(position: int = 5, num_output_tokens: int = 0, **changes: object) -> Sam
 
 def row_of(sampling: Sampling, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> SamplingRow:
     """The row that the engine makes for such a sequence."""
-    request = SequenceRequest("s", tuple(prompt_ids), sampling, tuple(output_ids))
+    request = SequenceRequest("s", tuple(prompt_ids), sampling, output_ids=tuple(output_ids))
     sequence = EngineSequence(request)
     return SamplingRow(
         sampling, sequence.num_tokens, sequence.num_output_tokens, sequence.token_counts
