@@ -66,22 +66,18 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     best, tokens = logits.max(dim=-1)  # [num_rows], [num_rows]
     others = [i for i, row in enumerate(rows) if not row.is_plain]
     if others:
-        tokens[others] = _choose(logits[others], best[others], [rows[i] for i in others])
+        tokens[others] = _choose(logits[others], [rows[i] for i in others])
     return torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
 
 
-def _choose(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [m, vocab_size], overwritten, and their row maxima [m] -> tokens [m] int64, or
-    NO_TOKEN."""
-    tokens = torch.empty_like(best, dtype=torch.int64)
-    if any(map(is_edited, rows)):
-        edit(logits, rows)
-        best, tokens = logits.max(dim=-1)  # [m], [m]
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits [m, vocab_size], overwritten -> tokens [m] int64, or NO_TOKEN."""
+    edit(logits, rows)
+    best, tokens = logits.max(dim=-1)  # [m], [m]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if len(drawn) == len(rows):
-        tokens = _draw(logits, best, rows)
-    elif drawn:
-        tokens[drawn] = _draw(logits[drawn], best[drawn], [rows[i] for i in drawn])
+    if drawn:
+        picked = logits if len(drawn) == len(rows) else logits[drawn]
+        tokens[drawn] = _draw(picked, best[drawn], [rows[i] for i in drawn])
     return torch.where(best.isfinite(), tokens, NO_TOKEN)
 
 

@@ -37,7 +37,6 @@ class Delta:
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
-    index: int = 0
 
 
 class RequestStream:
@@ -47,29 +46,35 @@ class RequestStream:
     def __init__(self, link: "_GroupLink", sequence_ids: Iterable[str]) -> None:
         self._link = link
         self._sequence_ids = tuple(sequence_ids)
-        self._deltas: asyncio.Queue[Delta | EpserveError] = asyncio.Queue()
+        self._dropped: set[int] = set()
+        self._items: asyncio.Queue[tuple[int, Delta | EpserveError]] = asyncio.Queue()
 
-    async def next(self) -> Delta:
-        """The next tokens of any choice. Raises UnavailableError when the group is lost, or the
-        error with which the engine ended a choice. How long to wait is the client's deadline: a
-        lost group always ends the wait."""
-        item = await self._deltas.get()
-        if isinstance(item, EpserveError):
-            raise item
-        return item
+    async def next(self) -> tuple[int, Delta]:
+        """The next tokens of any choice that was not dropped, and its index. Raises
+        UnavailableError when the group is lost, or the error with which the engine ended such a
+        choice. How long to wait is the client's deadline: a lost group always ends the wait."""
+        while True:
+            index, item = await self._items.get()
+            if index in self._dropped:
+                continue  # it was on its way
+            if isinstance(item, EpserveError):
+                raise item
+            return index, item
 
-    def put(self, item: Delta | EpserveError) -> None:
-        self._deltas.put_nowait(item)
+    def put(self, index: int, item: Delta | EpserveError) -> None:
+        """What the engine has to say of one choice."""
+        self._items.put_nowait((index, item))
 
     def abort(self) -> None:
         """End the request now: the engine drops the choices that are still running, and `next`
         gives each of them a last, aborted delta."""
         for index, sequence_id in enumerate(self._sequence_ids):
             if self._link.forget(sequence_id):
-                self.put(Delta((), ABORTED, index=index))
+                self.put(index, Delta((), ABORTED))
 
     def drop(self, index: int) -> None:
         """Let go of one choice; the engine is told unless it has finished it itself."""
+        self._dropped.add(index)
         self._link.forget(self._sequence_ids[index])
 
     def close(self) -> None:
@@ -176,9 +181,9 @@ class _GroupLink:
         if stream is None:
             return
         if output.finish_reason == "error":
-            stream.put(error_from_status(output.error_code or "INTERNAL", output.error))
+            stream.put(index, error_from_status(output.error_code or "INTERNAL", output.error))
         else:
-            stream.put(_delta(output, index))
+            stream.put(index, _delta(output))
 
     def _fail_all(self, reason: str) -> None:
         """The first reason counts: what follows a loss only says that it was lost."""
@@ -187,8 +192,8 @@ class _GroupLink:
         self._lost = UnavailableError(f"{self._name} was lost: {reason}")
         log.info("a group's stream ended", group=self._name, reason=reason)
         streams, self._streams = self._streams, {}
-        for stream in {stream for stream, _ in streams.values()}:
-            stream.put(self._lost)
+        for stream, index in streams.values():
+            stream.put(index, self._lost)
 
 
 def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
@@ -215,7 +220,7 @@ def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
     )
 
 
-def _delta(output: pb.SequenceOutput, index: int) -> Delta:
+def _delta(output: pb.SequenceOutput) -> Delta:
     logprobs = (
         TokenLogprobs(
             each.token_id,
@@ -231,5 +236,4 @@ def _delta(output: pb.SequenceOutput, index: int) -> Delta:
         output.finish_reason,
         tuple(logprobs),
         output.num_cached_tokens,
-        index,
     )

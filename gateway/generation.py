@@ -43,13 +43,10 @@ class Generator:
         outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
         try:
             while not all(output.finished for output in outputs):
-                delta = await stream.next()
-                output = outputs[delta.index]
-                if output.finished:
-                    continue  # a stop string was found while these tokens were on their way
-                chunk = output.push(delta)
-                if output.finished:
-                    stream.drop(delta.index)
+                index, delta = await stream.next()
+                chunk = outputs[index].push(delta)
+                if chunk.finish_reason:
+                    stream.drop(index)
                 if chunk.token_ids or chunk.text or chunk.finish_reason:
                     yield chunk
         finally:
