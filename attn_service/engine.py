@@ -19,6 +19,8 @@ import torch
 
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
+from attn_service.logprobs import token_logprobs
+from attn_service.request_check import check_request
 from attn_service.sampler import NO_TOKEN, SamplingRow, sample
 from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
 from attn_service.sequence import (
@@ -28,9 +30,10 @@ from attn_service.sequence import (
     SequenceRequest,
     SequenceSlice,
     StepPlan,
+    TokenLogprobs,
 )
 from moe_core.cluster import AttentionLoad
-from moe_core.errors import EpserveError, RequestError, TransportError, UnavailableError
+from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
 
@@ -129,11 +132,7 @@ class Engine:
         """Called by a stream, see `EngineStream.add`."""
         if not self._accepting:
             raise UnavailableError("this attention process is draining and takes no new sequences")
-        wrong = next((t for t in request.prompt_ids if not 0 <= t < self._vocab_size), None)
-        if wrong is not None:
-            raise RequestError(
-                f"prompt_ids: token id {wrong} is outside the vocabulary of {self._vocab_size}"
-            )
+        check_request(request, self._vocab_size)
         sequence = Sequence(request)
         self._scheduler.add(sequence)
         self._owner[sequence] = stream
@@ -183,10 +182,12 @@ class Engine:
         ready = [s.sequence for s in scheduled if s.catches_up]
         for item in scheduled:
             item.sequence.num_computed_tokens += item.num_new_tokens
-        rows = [SamplingRow(s.request.sampling, s.num_tokens, s.num_output_tokens) for s in ready]
+        rows = [_row(sequence) for sequence in ready]
         tokens = sample(logits, rows) if rows else []
-        wanted = [(s, t) for s, t in zip(ready, tokens, strict=True) if s not in self._discarded]
-        self._put_out([(sequence, _next_output(sequence, token)) for sequence, token in wanted])
+        logprobs = token_logprobs(logits, [row.sampling.logprobs for row in rows], tokens)
+        new = zip(ready, tokens, logprobs, strict=True)
+        wanted = [each for each in new if each[0] not in self._discarded]
+        self._put_out([(s, _next_output(s, token, told)) for s, token, told in wanted])
 
     def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:
         by_stream: defaultdict[EngineStream, list[SequenceOutput]] = defaultdict(list)
@@ -213,6 +214,15 @@ def _slice(item: Scheduled) -> SequenceSlice:
     )
 
 
+def _row(sequence: Sequence) -> SamplingRow:
+    return SamplingRow(
+        sequence.request.sampling,
+        sequence.num_tokens,
+        sequence.num_output_tokens,
+        sequence.token_counts,
+    )
+
+
 def _error_output(sequence: Sequence, code: str, message: str) -> SequenceOutput:
     return SequenceOutput(
         sequence.request.sequence_id,
@@ -222,11 +232,12 @@ def _error_output(sequence: Sequence, code: str, message: str) -> SequenceOutput
     )
 
 
-def _next_output(sequence: Sequence, token: int) -> SequenceOutput:
+def _next_output(sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> SequenceOutput:
     if token == NO_TOKEN:
         position = sequence.num_tokens
         return _error_output(
             sequence, "INTERNAL", f"the logits for position {position} are not finite"
         )
     reason = sequence.append(token)
-    return SequenceOutput(sequence.request.sequence_id, (token,), reason)
+    told = () if logprobs is None else (logprobs,)
+    return SequenceOutput(sequence.request.sequence_id, (token,), reason, logprobs=told)

@@ -1,16 +1,17 @@
 """From logits to the next token.
 
 Knows sampling settings and one number per drawn token; knows no batch history, no model and
-no state: the same row gives the same token in any process, on any device and in any batch.
+no state: the same row gives the same token in any process and in any batch, bit for bit. What is
+summed is summed as whole numbers for that reason (fixed_point.py).
+
+First the logits are edited (logit_edits.py). The best token is then the answer where temperature
+is 0. Elsewhere filters apply in this order, each to what the one before has kept (as in
+transformers and SGLang; vLLM has min_p before top_k): temperature, top_k, top_p, min_p
+(sampling_filters.py). What is left is drawn from.
 
 The generator is counter-based: the uniform number of a token is a hash of
 `(seed, index, position)`, so it needs no state to be carried to another process. A token is
-drawn by inverting the cumulative distribution in token order, in float64.
-
-Filters apply in this order, each to what the one before has kept: temperature, top_k, top_p
-(the smallest set of most likely tokens whose probability reaches top_p), min_p (a share of
-the most likely token's probability). Each is a smallest probability that stays, so tokens that
-are exactly as likely stay or go together.
+drawn by inverting the cumulative distribution in token order.
 """
 
 import hashlib
@@ -20,12 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_service.fixed_point import column, fixed
+from attn_service.logit_edits import edit, is_edited
+from attn_service.sampling_filters import drop_unlikely
 from attn_service.sequence import Sampling
+from attn_service.token_counts import TokenCounts
 
 Tensor = torch.Tensor
 
 MIN_TEMPERATURE = 1e-30  # below it float32 divides by 0, and only the best token is left anyway
-FIRST_ORDERED = 64
 NO_TOKEN = -1
 """Stands for a row whose logits are not finite: there is no honest choice."""
 
@@ -33,11 +37,20 @@ NO_TOKEN = -1
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
     """position: tokens before the new one, prompt included. num_output_tokens: of them, those
-    that were generated."""
+    that were generated. token_counts: of them all, where the settings penalise."""
 
     sampling: Sampling
     position: int
     num_output_tokens: int
+    token_counts: TokenCounts | None = None
+
+    def __post_init__(self) -> None:
+        assert self.sampling.penalises == (self.token_counts is not None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's own best token is the answer."""
+        return self.sampling.temperature == 0 and not is_edited(self)
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -48,77 +61,37 @@ def uniform(seed: int, index: int, position: int) -> float:
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """The next token of every row of logits [num_rows, vocab_size], or NO_TOKEN."""
-    logits = _without_early_stops(logits, rows)  # [num_rows, vocab_size]
+    """The next token of every row of logits [num_rows, vocab_size], or NO_TOKEN. Leaves logits
+    as they were; rows that are plain cost one max."""
     best, tokens = logits.max(dim=-1)  # [num_rows], [num_rows]
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
-        tokens[drawn] = _draw(logits[drawn], best[drawn], [rows[i] for i in drawn])
+    others = [i for i, row in enumerate(rows) if not row.is_plain]
+    if others:
+        tokens[others] = _choose(logits[others], [rows[i] for i in others])
     return torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
 
 
-def _without_early_stops(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """−inf for the stop tokens of rows that are short of min_tokens."""
-    masked = [
-        (i, token)
-        for i, row in enumerate(rows)
-        if row.num_output_tokens < row.sampling.min_tokens
-        for token in row.sampling.stop_token_ids
-    ]
-    if not masked:
-        return logits
-    row_ids, token_ids = zip(*masked, strict=True)
-    logits = logits.clone()
-    logits[list(row_ids), list(token_ids)] = -torch.inf
-    return logits
+def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """logits [m, vocab_size], overwritten -> tokens [m] int64, or NO_TOKEN."""
+    edit(logits, rows)
+    best, tokens = logits.max(dim=-1)  # [m], [m]
+    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        picked = logits if len(drawn) == len(rows) else logits[drawn]
+        tokens[drawn] = _draw(picked, best[drawn], [rows[i] for i in drawn])
+    return torch.where(best.isfinite(), tokens, NO_TOKEN)
 
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """logits [m, vocab_size] and their row maxima [m] -> tokens [m] int64."""
+    """logits [m, vocab_size], overwritten, and their row maxima [m] -> tokens [m] int64."""
     settings = [row.sampling for row in rows]
     temperatures = [max(s.temperature, MIN_TEMPERATURE) for s in settings]
-    scaled = (logits - best[:, None]) / _column(temperatures, logits)  # [m, vocab_size], <= 0
-    weights = scaled.float().exp()  # of the best token 1
-    cuts = [_cut(row, s) for row, s in zip(weights, settings, strict=True)]
-    weights = weights.masked_fill(weights < _column(cuts, weights), 0.0)
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    draws = _column([uniform(r.sampling.seed, r.sampling.index, r.position) for r in rows], total)
-    # right=True skips tokens of weight 0. Rounding in u · total must not reach past the last
-    # token that has any weight.
-    tokens = torch.searchsorted(cumulative, draws * total, right=True)
-    last = (cumulative < total).sum(dim=-1, keepdim=True)
-    return torch.minimum(tokens, last).squeeze(1)
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _cut(weights: Tensor, sampling: Sampling) -> float:
-    """The smallest of one row's weights [vocab_size] that all its filters keep."""
-    top_k = sampling.top_k if 0 < sampling.top_k < weights.shape[0] else 0
-    if sampling.top_p < 1:
-        return max(sampling.min_p, _nucleus_cut(weights, sampling.top_p, top_k))
-    if top_k:
-        return max(sampling.min_p, weights.topk(top_k).values[-1].item())
-    return sampling.min_p
-
-
-def _nucleus_cut(weights: Tensor, top_p: float, top_k: int) -> float:
-    """The weight with which the most likely tokens' sum reaches top_p of the total.
-
-    Few tokens reach it as a rule, so ever more are ordered until they do; what has been ordered
-    before stays as it was, so the outcome does not depend on where this began.
-    """
-    limit = top_k or weights.shape[0]
-    kept = weights.topk(top_k).values if top_k else weights
-    wanted = top_p * kept.sum(dtype=torch.float64)
-    count = min(FIRST_ORDERED, limit)
-    while True:
-        ordered = weights.topk(count).values  # [count], descending
-        cumulative = ordered.cumsum(dim=0, dtype=torch.float64)
-        if count == limit or cumulative[-1] >= wanted:
-            reached = torch.searchsorted(cumulative, wanted).item()
-            return ordered[min(int(reached), count - 1)].item()
-        count = min(8 * count, limit)
+    logits.sub_(best.unsqueeze(1)).div_(column(temperatures, logits.dtype, logits.device))
+    weights = logits.float().exp_()  # [m, vocab_size], 1.0 for the best token
+    drop_unlikely(weights, settings)
+    sums = fixed(weights).cumsum_(dim=-1)  # [m, vocab_size] int64
+    total = sums[:, -1:]
+    numbers = [uniform(r.sampling.seed, r.sampling.index, r.position) for r in rows]
+    draws = column(numbers, torch.float64, logits.device) * total  # [m, 1]
+    # right=True skips tokens of weight 0. Rounding must not reach past the last that has any.
+    reached = torch.minimum(draws.long(), total - 1)
+    return torch.searchsorted(sums, reached, right=True).squeeze(1)

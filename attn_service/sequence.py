@@ -7,6 +7,8 @@ scheduling rules, tensors or messages on the wire.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from attn_service.token_counts import TokenCounts
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
@@ -19,8 +21,10 @@ class FinishReason(StrEnum):
 class Sampling:
     """How the next token is chosen; every default has been filled by the gateway.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `index` tells the choices of
-    one request apart, so that they share a seed and still differ.
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the penalties' defaults are off.
+    `index` tells the choices of one request apart, so that they share a seed and still differ.
+    `logprobs` is how many of the likeliest tokens are told beside the chosen one, None for no
+    logprobs at all.
     """
 
     max_tokens: int
@@ -32,13 +36,31 @@ class Sampling:
     index: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the next token depends on how often others have occurred."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
+    """`output_ids` were generated before, by another process: the sequence goes on after them,
+    and every setting counts them as outputs."""
+
     sequence_id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    output_ids: tuple[int, ...] = ()
 
     @property
     def max_computed_tokens(self) -> int:
@@ -55,9 +77,16 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     block_table: tuple[int, ...] = ()
+    token_counts: TokenCounts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_ids)
+        request, sampling = self.request, self.request.sampling
+        self.token_ids = [*request.prompt_ids, *request.output_ids]
+        if sampling.penalises:
+            repeats = sampling.repetition_penalty != 1.0  # else the prompt plays no part
+            self.token_counts = TokenCounts(
+                request.prompt_ids if repeats else (), request.output_ids
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -74,6 +103,8 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; the reason why it is the last one, if it is."""
         self.token_ids.append(token_id)
+        if self.token_counts is not None:
+            self.token_counts.add(token_id)
         if token_id in self.request.sampling.stop_token_ids:
             return FinishReason.STOP
         if self.num_output_tokens >= self.request.sampling.max_tokens:
@@ -101,14 +132,28 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's logarithmic probability among the model's own logits, its rank (1: none is
+    likelier), and the likeliest tokens with theirs, likeliest first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceOutput:
-    """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only."""
+    """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only.
+    `logprobs` has one entry per token where they were asked for, else none."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error_code: str = ""
     error: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

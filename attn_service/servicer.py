@@ -19,10 +19,12 @@ from attn_service.sequence import (
     SequenceOutput,
     SequenceRequest,
     StepOutput,
+    TokenLogprobs,
 )
 from moe_core.errors import EpserveError, RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import attention_pb2_grpc as pb_grpc
+from moe_core.pb.epserve.v1 import logprobs_pb2
 
 SERVICE_NAME = "epserve.v1.AttentionService"
 add_to_server = pb_grpc.add_AttentionServiceServicer_to_server
@@ -104,6 +106,7 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
     return SequenceRequest(
         sequence_id=message.sequence_id,
         prompt_ids=tuple(message.prompt_ids),
+        output_ids=tuple(message.output_ids),
         sampling=Sampling(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
@@ -114,6 +117,11 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
             index=sampling.index,
             stop_token_ids=frozenset(sampling.stop_token_ids),
             min_tokens=sampling.min_tokens,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         ),
     )
 
@@ -128,7 +136,18 @@ def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
                 finish_reason=each.finish_reason or "",
                 error_code=each.error_code,
                 error=each.error,
+                logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
             )
             for each in output.outputs
         ],
+    )
+
+
+def _logprobs_to_pb(token: TokenLogprobs) -> Any:  # noqa: ANN401
+    return logprobs_pb2.TokenLogprobs(
+        token_id=token.token_id,
+        logprob=token.logprob,
+        rank=token.rank,
+        top_token_ids=token.top_token_ids,
+        top_logprobs=token.top_logprobs,
     )

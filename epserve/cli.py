@@ -121,18 +121,41 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Repeats a random choice.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop at; repeatable.")] = None,
+    stop_token_ids: Annotated[
+        str | None, typer.Option(help="Token ids to stop at, as in 1,2,3.")
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")
     ] = False,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: less of what was there, prompt included.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: less of what was generated.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: less of it, the more often it was.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: logprobs, and of so many likeliest tokens.")
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(help="Token id and what to add to its logit, as in 15=-2.5; repeatable."),
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="No stopping before so many.")] = None,
+    n: Annotated[int | None, typer.Option(help="Completions of the prompt. Default: 1.")] = None,
     json: o.JsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
-    """Generate one completion, printed as it comes."""
+    """Generate completions of a prompt, printed as they come."""
     from epserve.client import Sampling
     from epserve.generate import generate as run_generate
 
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("prompt", prompt, "give exactly one of --prompt and --prompt-ids")
+    if logprobs is not None and not json:
+        raise ConfigError("logprobs", logprobs, "is shown with --json only; add it")
     sampling = Sampling(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -141,9 +164,17 @@ def generate(
         min_p=min_p,
         seed=seed,
         stop=tuple(stop or ()),
+        stop_token_ids=o.token_ids("stop_token_ids", stop_token_ids),
         ignore_eos=ignore_eos,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logprobs=logprobs,
+        logit_bias=o.logit_bias(logit_bias or ()),
+        min_tokens=min_tokens,
+        n=n,
     )
-    ids = o.token_ids(prompt_ids) if prompt_ids is not None else ()
+    ids = o.token_ids("prompt_ids", prompt_ids)
     finished = run_generate(target, ids if prompt is None else prompt, sampling, as_json=json)
     raise typer.Exit(EXIT_OK if finished else EXIT_FAILED)
 

@@ -5,16 +5,16 @@ package sees only those. Knows nothing of how a request is served.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
 import grpc.aio
 
 from moe_core.cluster import ClusterState
-from moe_core.errors import PeerTimeoutError
-from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc
+from moe_core.errors import PeerTimeoutError, RequestError
+from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.service.cluster_codec import cluster_from_pb
 from moe_core.service.grpc_channel import error_from_rpc, open_channel
 
@@ -32,20 +32,40 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int | None = None
     n: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Of one choice. cached_tokens: of the prompt's, those that were not computed again."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's logarithmic probability by the model alone, its rank (1: none is likelier), and
+    the likeliest tokens with theirs, likeliest first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """What one choice gained since its last output. `finish_reason` is empty while it runs, and
-    `usage` is there on its last output only."""
+    `usage` is there on its last output only. `logprobs` has one entry per token where they were
+    asked for, else none."""
 
     request_id: str
     index: int
@@ -53,6 +73,7 @@ class Output:
     text: str
     finish_reason: str
     usage: Usage | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +126,7 @@ class EpserveClient:
         if isinstance(prompt, str):
             request.text = prompt
         else:
-            request.token_ids.ids.extend(prompt)
+            request.token_ids.CopyFrom(_token_ids(prompt))
         call = self._stub.Generate(request)
         answers = aiter(call)
         try:
@@ -142,26 +163,30 @@ class EpserveClient:
         return cluster_from_pb(answer)
 
 
+def _token_ids(prompt: Sequence[int]) -> gateway_pb2.TokenIds:
+    try:
+        return gateway_pb2.TokenIds(ids=prompt)
+    except ValueError as error:
+        raise RequestError(f"token_ids: {error}") from None
+
+
 def _sampling_message(sampling: Sampling) -> gateway_pb2.SamplingParams:
-    return gateway_pb2.SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop=sampling.stop,
-        stop_token_ids=sampling.stop_token_ids,
-        ignore_eos=sampling.ignore_eos,
-        min_tokens=sampling.min_tokens,
-        n=sampling.n,
-    )
+    """The fields have the same names; one that is None is left out. Raises RequestError for a
+    number that the wire cannot carry; what is sensible is the gateway's to say."""
+    message = gateway_pb2.SamplingParams()
+    for name, value in asdict(sampling).items():
+        try:
+            message.MergeFrom(gateway_pb2.SamplingParams(**{name: value}))
+        except ValueError as error:
+            raise RequestError(f"{name}={value}: {error}") from None
+    return message
 
 
 def _output(response: gateway_pb2.GenerateResponse) -> Output:
     usage = None
     if response.HasField("usage"):
-        usage = Usage(response.usage.prompt_tokens, response.usage.completion_tokens)
+        told = response.usage
+        usage = Usage(told.prompt_tokens, told.completion_tokens, told.cached_tokens)
     return Output(
         response.request_id,
         response.index,
@@ -169,4 +194,10 @@ def _output(response: gateway_pb2.GenerateResponse) -> Output:
         response.text,
         response.finish_reason,
         usage,
+        tuple(map(_logprobs, response.logprobs)),
     )
+
+
+def _logprobs(told: logprobs_pb2.TokenLogprobs) -> TokenLogprobs:
+    top = tuple(zip(told.top_token_ids, told.top_logprobs, strict=True))
+    return TokenLogprobs(told.token_id, told.logprob, told.rank, top)

@@ -3,6 +3,7 @@
 Knows names and help texts; knows nothing of what a value leads to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -108,9 +109,25 @@ TargetOption = Annotated[str, typer.Option(help="HOST:PORT of a gateway.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def token_ids(text: str) -> tuple[int, ...]:
-    """Token ids separated by commas. Raises ConfigError."""
+def token_ids(option: str, text: str | None) -> tuple[int, ...]:
+    """Token ids separated by commas; none where the option was not given. Raises ConfigError."""
+    if text is None:
+        return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError("prompt_ids", text, "must be token ids separated by commas", ["1,2,3"])
+        raise ConfigError(option, text, "must be token ids separated by commas", ["1,2,3"])
     return tuple(map(int, parts))
+
+
+def logit_bias(texts: Sequence[str]) -> dict[int, float]:
+    """Each as in 15=-2.5: a token id and what is added to its logit. Raises ConfigError."""
+    biases: dict[int, float] = {}
+    for text in texts:
+        token_id, _, bias = text.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise ConfigError(
+                "logit_bias", text, "must be a token id, = and a number", ["15=-2.5"]
+            ) from None
+    return biases

@@ -18,14 +18,11 @@ from moe_core.errors import NotFoundError, RequestError
 MAX_SEED = 2**64 - 1
 MAX_STOP_STRINGS = 16
 MAX_REQUEST_ID = 256
-# Fields whose only accepted value leaves the output as it would be without them.
-NEUTRAL_VALUES = {
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "logprobs": None,
-    "n": 1,
-}
+MAX_STOP_LENGTH = 1_000
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1_024
+MAX_CHOICES = 64
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,9 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
         raise RequestError(f"request_id: must have at most {MAX_REQUEST_ID} characters")
     sampling = request.sampling
     _refuse_unsupported(request)
-    _check_ranges(sampling, model)
+    _check_numbers(sampling)
+    _check_tokens(sampling, model)
+    _check_stop_strings(sampling.stop, model)
     prompt_ids = _prompt_ids(request.prompt, model)
     room = _room(len(prompt_ids), model, kv_tokens)
     max_tokens = _max_tokens(sampling.max_tokens, len(prompt_ids), room)
@@ -69,6 +68,11 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
         min_tokens=_min_tokens(sampling.min_tokens, max_tokens),
         stop=sampling.stop,
         priority=request.priority,
+        repetition_penalty=_or(sampling.repetition_penalty, 1.0),
+        presence_penalty=_or(sampling.presence_penalty, 0.0),
+        frequency_penalty=_or(sampling.frequency_penalty, 0.0),
+        logit_bias=sampling.logit_bias,
+        logprobs=sampling.logprobs,
     )
 
 
@@ -77,35 +81,52 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _refuse_unsupported(request: GenerationRequest) -> None:
-    for field, neutral in NEUTRAL_VALUES.items():
-        value = getattr(request.sampling, field)
-        if value is not None and value != neutral:
-            rule = "leave it out" if neutral is None else f"leave it out or set it to {neutral}"
-            raise RequestError(f"{field}={value}: not supported yet; {rule}")
-    if request.sampling.logit_bias:
-        raise RequestError("logit_bias: not supported yet; leave it out")
     if request.priority:
         raise RequestError(f"priority={request.priority}: not supported yet; leave it out")
 
 
-def _check_ranges(sampling: Sampling, model: ServedModel) -> None:
+def _check_numbers(sampling: Sampling) -> None:
     _require_number("temperature", sampling.temperature, 0.0, math.inf)
     _require_number("min_p", sampling.min_p, 0.0, 1.0)
     _require_number("top_p", sampling.top_p, 0.0, 1.0)
+    _require_number("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf)
+    _require_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
+    _require_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
+    _require_number("logprobs", sampling.logprobs, 0, MAX_TOP_LOGPROBS)
+    _require_number("n", sampling.n, 1, MAX_CHOICES)
     if sampling.top_p == 0.0:
         raise RequestError("top_p=0: must be above 0 and at most 1; for greedy set temperature=0")
+    if sampling.repetition_penalty == 0.0:
+        raise RequestError("repetition_penalty=0: must be above 0; 1 switches it off")
     if sampling.top_k is not None and sampling.top_k < 0:
         raise RequestError(f"top_k={sampling.top_k}: must be at least 0, which switches it off")
     if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
         raise RequestError(f"seed={sampling.seed}: must be from 0 to {MAX_SEED}")
+
+
+def _check_tokens(sampling: Sampling, model: ServedModel) -> None:
+    _require_at_most("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
     for token_id in sampling.stop_token_ids:
         _require_token("stop_token_ids", token_id, model)
-    if sampling.stop and model.tokenizer is None:
+    _require_at_most("logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIAS, "tokens")
+    for token_id, bias in sampling.logit_bias.items():
+        _require_token("logit_bias", token_id, model)
+        _require_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+
+def _check_stop_strings(strings: tuple[str, ...], model: ServedModel) -> None:
+    if strings and model.tokenizer is None:
         raise RequestError("stop: this model has no tokenizer; use stop_token_ids")
-    if len(sampling.stop) > MAX_STOP_STRINGS:
-        raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings, not {len(sampling.stop)}")
-    if "" in sampling.stop:
-        raise RequestError("stop: an empty string would stop everything")
+    _require_at_most("stop", len(strings), MAX_STOP_STRINGS, "strings")
+    for string in strings:
+        if not string:
+            raise RequestError("stop: an empty string would stop everything")
+        _require_at_most("stop", len(string), MAX_STOP_LENGTH, "characters in a string")
+
+
+def _require_at_most(field: str, count: int, most: int, what: str) -> None:
+    if count > most:
+        raise RequestError(f"{field}: at most {most} {what}, not {count}")
 
 
 def _require_number(field: str, value: float | None, least: float, most: float) -> None:
@@ -113,7 +134,8 @@ def _require_number(field: str, value: float | None, least: float, most: float) 
         return
     if not least <= value <= most or math.isinf(value):
         limit = "" if math.isinf(most) else f" and at most {most:g}"
-        raise RequestError(f"{field}={value:g}: must be a number of at least {least:g}{limit}")
+        shown = f"{value:g}" if isinstance(value, float) else value
+        raise RequestError(f"{field}={shown}: must be a number of at least {least:g}{limit}")
 
 
 def _require_token(field: str, token_id: int, model: ServedModel) -> None:

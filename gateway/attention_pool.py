@@ -7,7 +7,8 @@ the group and the cause; a request that its owner lets go of early is aborted on
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import grpc.aio
 import structlog
 
 from gateway.balancer import Group
-from gateway.requests import Sequence
+from gateway.requests import Sequence, TokenLogprobs
 from moe_core.cluster import ClusterState, Role
 from moe_core.errors import EpserveError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
@@ -29,40 +30,57 @@ ABORTED = "abort"
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New tokens of one sequence; finish_reason is empty while it runs."""
+    """New tokens of one choice; finish_reason is empty while it runs. logprobs has one entry per
+    token, or none. cached_tokens, with the first token: of the prompt, found in the KV cache."""
 
     token_ids: tuple[int, ...]
     finish_reason: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = 0
 
 
-class SequenceStream:
-    """One sequence on an engine, from its submission until it has finished or is closed."""
+class RequestStream:
+    """The choices of one request on an engine, from their submission until each has finished or
+    is let go of."""
 
-    def __init__(self, link: "_GroupLink", sequence_id: str) -> None:
+    def __init__(self, link: "_GroupLink", sequence_ids: Iterable[str]) -> None:
         self._link = link
-        self._sequence_id = sequence_id
-        self._deltas: asyncio.Queue[Delta | EpserveError] = asyncio.Queue()
+        self._sequence_ids = tuple(sequence_ids)
+        self._dropped: set[int] = set()
+        self._items: asyncio.Queue[tuple[int, Delta | EpserveError]] = asyncio.Queue()
 
-    async def next(self) -> Delta:
-        """The next tokens. Raises UnavailableError when the group is lost, or the error with
-        which the engine ended the sequence. How long to wait is the client's deadline: a lost
-        group always ends the wait."""
-        item = await self._deltas.get()
-        if isinstance(item, EpserveError):
-            raise item
-        return item
+    async def next(self) -> tuple[int, Delta]:
+        """The next tokens of any choice that was not dropped, and its index. Raises
+        UnavailableError when the group is lost, or the error with which the engine ended such a
+        choice. How long to wait is the client's deadline: a lost group always ends the wait."""
+        while True:
+            index, item = await self._items.get()
+            if index in self._dropped:
+                continue  # it was on its way
+            if isinstance(item, EpserveError):
+                raise item
+            return index, item
 
-    def put(self, item: Delta | EpserveError) -> None:
-        self._deltas.put_nowait(item)
+    def put(self, index: int, item: Delta | EpserveError) -> None:
+        """What the engine has to say of one choice."""
+        self._items.put_nowait((index, item))
 
     def abort(self) -> None:
-        """End the sequence now: the engine drops it, and `next` gives a last, aborted delta."""
-        self.close()
-        self.put(Delta((), ABORTED))
+        """End the request now: the engine drops the choices that are still running, and `next`
+        gives each of them a last, aborted delta."""
+        for index, sequence_id in enumerate(self._sequence_ids):
+            if self._link.forget(sequence_id):
+                self.put(index, Delta((), ABORTED))
+
+    def drop(self, index: int) -> None:
+        """Let go of one choice; the engine is told unless it has finished it itself."""
+        self._dropped.add(index)
+        self._link.forget(self._sequence_ids[index])
 
     def close(self) -> None:
-        """Let go of the sequence; the engine is told unless it has finished it itself."""
-        self._link.forget(self._sequence_id)
+        """Let go of all choices."""
+        for sequence_id in self._sequence_ids:
+            self._link.forget(sequence_id)
 
 
 class AttentionPool:
@@ -73,13 +91,16 @@ class AttentionPool:
         self._serial = itertools.count()
         self._closing: set[asyncio.Task[None]] = set()
 
-    def submit(self, group: Group, sequence: Sequence) -> SequenceStream:
-        """Start `sequence` on `group`; a failure surfaces in the stream's `next`."""
+    def submit(self, group: Group, choices: Many[Sequence]) -> RequestStream:
+        """Start a request's choices, in the order of their indices, on `group`; a failure
+        surfaces in the stream's `next`."""
         link = self._links.get(group.dp_rank)
         if link is None or not link.serves(group):
             self._drop(group.dp_rank, "another process has taken its place")
             link = self._links[group.dp_rank] = _GroupLink(group)
-        return link.submit(f"{sequence.request_id}/{next(self._serial)}", sequence)
+        serial = next(self._serial)
+        ids = [f"{each.request_id}/{serial}/{each.index}" for each in choices]
+        return link.submit(dict(zip(ids, choices, strict=True)))
 
     def reconcile(self, state: ClusterState) -> None:
         """Close the streams to processes that are no longer members."""
@@ -105,7 +126,7 @@ class _GroupLink:
     def __init__(self, group: Group) -> None:
         self.instance_epoch = group.leader.instance_epoch
         self._name = f"attention group dp_rank={group.dp_rank} at {group.leader.address}"
-        self._streams: dict[str, SequenceStream] = {}
+        self._streams: dict[str, tuple[RequestStream, int]] = {}
         self._outgoing: asyncio.Queue[pb.EngineRequest] = asyncio.Queue()
         self._lost: UnavailableError | None = None
         self._channel = open_channel(group.leader.address)
@@ -116,15 +137,20 @@ class _GroupLink:
     def serves(self, group: Group) -> bool:
         return self._lost is None and self.instance_epoch == group.leader.instance_epoch
 
-    def submit(self, sequence_id: str, sequence: Sequence) -> SequenceStream:
-        stream = self._streams[sequence_id] = SequenceStream(self, sequence_id)
-        self._outgoing.put_nowait(pb.EngineRequest(add=_add(sequence_id, sequence)))
+    def submit(self, choices: Mapping[str, Sequence]) -> RequestStream:
+        stream = RequestStream(self, choices)
+        for sequence_id, sequence in choices.items():
+            self._streams[sequence_id] = stream, sequence.index
+            self._outgoing.put_nowait(pb.EngineRequest(add=_add(sequence_id, sequence)))
         return stream
 
-    def forget(self, sequence_id: str) -> None:
-        if self._streams.pop(sequence_id, None) is not None and self._lost is None:
-            abort = pb.AbortSequence(sequence_id=sequence_id)
-            self._outgoing.put_nowait(pb.EngineRequest(abort=abort))
+    def forget(self, sequence_id: str) -> bool:
+        """Whether the sequence was still running."""
+        if self._streams.pop(sequence_id, None) is None:
+            return False
+        abort = pb.AbortSequence(sequence_id=sequence_id)
+        self._outgoing.put_nowait(pb.EngineRequest(abort=abort))
+        return True
 
     async def close(self, reason: str) -> None:
         self._fail_all(reason)
@@ -151,13 +177,13 @@ class _GroupLink:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""
         finished = bool(output.finish_reason)
         take = self._streams.pop if finished else self._streams.get
-        stream = take(output.sequence_id, None)
+        stream, index = take(output.sequence_id, (None, 0))
         if stream is None:
             return
         if output.finish_reason == "error":
-            stream.put(error_from_status(output.error_code or "INTERNAL", output.error))
+            stream.put(index, error_from_status(output.error_code or "INTERNAL", output.error))
         else:
-            stream.put(Delta(tuple(output.token_ids), output.finish_reason))
+            stream.put(index, _delta(output))
 
     def _fail_all(self, reason: str) -> None:
         """The first reason counts: what follows a loss only says that it was lost."""
@@ -166,8 +192,8 @@ class _GroupLink:
         self._lost = UnavailableError(f"{self._name} was lost: {reason}")
         log.info("a group's stream ended", group=self._name, reason=reason)
         streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.put(self._lost)
+        for stream, index in streams.values():
+            stream.put(index, self._lost)
 
 
 def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
@@ -185,5 +211,29 @@ def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
             index=sequence.index,
             stop_token_ids=sequence.stop_token_ids,
             min_tokens=sequence.min_tokens,
+            repetition_penalty=sequence.repetition_penalty,
+            presence_penalty=sequence.presence_penalty,
+            frequency_penalty=sequence.frequency_penalty,
+            logit_bias=sequence.logit_bias,
+            logprobs=sequence.logprobs,
         ),
+    )
+
+
+def _delta(output: pb.SequenceOutput) -> Delta:
+    logprobs = (
+        TokenLogprobs(
+            each.token_id,
+            each.logprob,
+            each.rank,
+            tuple(each.top_token_ids),
+            tuple(each.top_logprobs),
+        )
+        for each in output.logprobs
+    )
+    return Delta(
+        tuple(output.token_ids),
+        output.finish_reason,
+        tuple(logprobs),
+        output.num_cached_tokens,
     )

@@ -64,8 +64,9 @@ class Balancer:
     def __init__(self) -> None:
         self._sent: dict[int, _Sent] = {}
 
-    def choose(self, groups: Iterable[Group], num_tokens: int) -> Group:
-        """The group for a request of `num_tokens` (prompt and output), which counts as sent.
+    def choose(self, groups: Iterable[Group], num_tokens: int, num_choices: int = 1) -> Group:
+        """The group for a request of so many choices of `num_tokens` (prompt and output) each,
+        which count as sent.
 
         Groups that can start it at once come first, and of those the emptiest; otherwise the
         one with the shortest queue. Only groups whose whole pool could hold it are considered;
@@ -74,16 +75,18 @@ class Balancer:
         fitting = [group for group in groups if group.kv_tokens >= num_tokens]
         if not fitting:
             raise UnavailableError(f"no attention group's KV pool holds {num_tokens} tokens now")
-        best = min(fitting, key=lambda group: self._cost(group, num_tokens))
+        best = min(fitting, key=lambda group: self._cost(group, num_tokens, num_choices))
         sent = self._since_report(best)
-        sent.sequences += 1
-        sent.blocks += _blocks(best, num_tokens)
+        sent.sequences += num_choices
+        sent.blocks += _blocks(best, num_tokens) * num_choices
         return best
 
-    def _cost(self, group: Group, num_tokens: int) -> tuple[bool, int, float, int, int]:
+    def _cost(
+        self, group: Group, num_tokens: int, num_choices: int
+    ) -> tuple[bool, int, float, int, int]:
         sent = self._since_report(group)
         free = group.load.free_kv_blocks - sent.blocks
-        waits = group.load.num_waiting > 0 or free < _blocks(group, num_tokens)
+        waits = group.load.num_waiting > 0 or free < _blocks(group, num_tokens) * num_choices
         queue = group.load.num_waiting + (sent.sequences if waits else 0)
         used_share = 1 - free / group.load.total_kv_blocks
         return waits, queue, used_share, group.load.num_running + sent.sequences, group.dp_rank

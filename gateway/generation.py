@@ -6,15 +6,18 @@ what clients send into a GenerationRequest, and Chunks into what clients are sen
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from gateway.admission import ServedModel, admit
-from gateway.attention_pool import AttentionPool, Delta, SequenceStream
+from gateway.attention_pool import AttentionPool, Delta, RequestStream
 from gateway.balancer import Balancer, require_groups
 from gateway.cluster import Registry
 from gateway.requests import Chunk, GenerationRequest, Sequence, Usage
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
 from moe_core.errors import RequestError, UnavailableError
+
+STOP = "stop"
 
 
 class Generator:
@@ -25,24 +28,30 @@ class Generator:
         self._registry = registry
         self._pool = pool
         self._balancer = Balancer()
-        self._live: dict[str, SequenceStream] = {}
+        self._live: dict[str, RequestStream] = {}
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """The request's output as it comes; the last chunk has a finish_reason. A caller that
-        stops early (cancelled, or past its deadline) closes this, and the engine is told."""
-        sequence, stream = self._start(request)
-        output = SequenceOutput(sequence, self.model.tokenizer)
+        """The request's output as it comes, choices interleaved; the last chunk of each has a
+        finish_reason, and after all of them this ends. A caller that stops early (cancelled, or
+        past its deadline) closes this, and the engine is told. What fails one choice, fails the
+        request."""
+        choices, stream = self._start(request)
+        request_id = choices[0].request_id
+        outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
         try:
-            while not output.finished:
-                chunk = output.push(await stream.next())
+            while not all(output.finished for output in outputs):
+                index, delta = await stream.next()
+                chunk = outputs[index].push(delta)
+                if chunk.finish_reason:
+                    stream.drop(index)
                 if chunk.token_ids or chunk.text or chunk.finish_reason:
                     yield chunk
         finally:
             stream.close()
-            del self._live[sequence.request_id]
+            del self._live[request_id]
             if not self._live:
                 self._idle.set()
 
@@ -59,21 +68,23 @@ class Generator:
         self._draining = True
         await self._idle.wait()
 
-    def _start(self, request: GenerationRequest) -> tuple[Sequence, SequenceStream]:
+    def _start(self, request: GenerationRequest) -> tuple[list[Sequence], RequestStream]:
+        """All choices go to one group, where they can share the prompt's blocks."""
         if self._draining:
             raise UnavailableError("this gateway is shutting down and takes no new requests")
         groups = require_groups(self._registry.state)
-        sequence = admit(request, self.model, max(group.kv_tokens for group in groups))
-        if sequence.request_id in self._live:
-            raise RequestError(f"request_id={sequence.request_id!r}: such a request is under way")
-        group = self._balancer.choose(groups, sequence.num_tokens)
-        stream = self._live[sequence.request_id] = self._pool.submit(group, sequence)
+        first = admit(request, self.model, max(group.kv_tokens for group in groups))
+        if first.request_id in self._live:
+            raise RequestError(f"request_id={first.request_id!r}: such a request is under way")
+        choices = [replace(first, index=index) for index in range(request.sampling.n or 1)]
+        group = self._balancer.choose(groups, first.num_tokens, len(choices))
+        stream = self._live[first.request_id] = self._pool.submit(group, choices)
         self._idle.clear()
-        return sequence, stream
+        return choices, stream
 
 
 class SequenceOutput:
-    """Turns one sequence's tokens into chunks: text, stop strings, finish_reason and usage."""
+    """Turns one choice's tokens into chunks: text, stop strings, finish_reason and usage."""
 
     def __init__(self, sequence: Sequence, tokenizer: TextTokenizer | None) -> None:
         self.finished = False
@@ -81,43 +92,50 @@ class SequenceOutput:
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._stop = StopStrings(sequence.stop)
         self._num_tokens = 0
+        self._cached_tokens = 0
 
     def push(self, delta: Delta) -> Chunk:
-        """Tokens after the one that completed a stop string are not part of the output."""
+        """Tokens after the one that completed a stop string are not part of the output; a stop
+        token is, but its text is not."""
         texts: list[str] = []
+        self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
+        textless = len(delta.token_ids) if delta.finish_reason == STOP else 0
         for count, token_id in enumerate(delta.token_ids, 1):
             self._num_tokens += 1
-            text = "" if self._detokenizer is None else self._detokenizer.push(token_id)
-            if self._take(text, texts):
-                return self._chunk(delta.token_ids[:count], texts, "stop")
+            if self._take("" if count == textless else self._text(token_id), texts):
+                return self._chunk(delta, count, texts, STOP)
         if delta.finish_reason:
             return self._last(delta, texts)
-        return self._chunk(delta.token_ids, texts, "")
+        return self._chunk(delta, len(delta.token_ids), texts, "")
+
+    def _text(self, token_id: int) -> str:
+        return "" if self._detokenizer is None else self._detokenizer.push(token_id)
 
     def _take(self, text: str, texts: list[str]) -> bool:
         """Whether `text` completes a stop string. Before min_tokens there is no stopping."""
-        if self._num_tokens < self._sequence.min_tokens:
-            texts.append(text)
-            return False
-        shown, found = self._stop.push(text)
+        may_stop = self._num_tokens >= self._sequence.min_tokens
+        shown, found = self._stop.push(text, may_stop=may_stop)
         texts.append(shown)
         return found
 
     def _last(self, delta: Delta, texts: list[str]) -> Chunk:
         rest = "" if self._detokenizer is None else self._detokenizer.flush()
-        if self._take(rest, texts):
-            return self._chunk(delta.token_ids, texts, "stop")
+        found = self._take(rest, texts)
         texts.append(self._stop.flush())
-        return self._chunk(delta.token_ids, texts, delta.finish_reason)
+        reason = STOP if found else delta.finish_reason
+        return self._chunk(delta, len(delta.token_ids), texts, reason)
 
-    def _chunk(self, token_ids: tuple[int, ...], texts: list[str], finish_reason: str) -> Chunk:
+    def _chunk(self, delta: Delta, count: int, texts: list[str], finish_reason: str) -> Chunk:
+        """The first `count` tokens of `delta`."""
         self.finished = bool(finish_reason)
-        usage = Usage(len(self._sequence.prompt_ids), self._num_tokens)
+        prompt_tokens = len(self._sequence.prompt_ids)
+        usage = Usage(prompt_tokens, self._num_tokens, self._cached_tokens)
         return Chunk(
             request_id=self._sequence.request_id,
             index=self._sequence.index,
-            token_ids=token_ids,
+            token_ids=delta.token_ids[:count],
             text="".join(texts),
             finish_reason=finish_reason,
             usage=usage if finish_reason else None,
+            logprobs=delta.logprobs[:count],
         )

@@ -43,8 +43,8 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """A request that was admitted, with every default filled in: what an engine is told, and
-    the stop strings, which stay with the gateway."""
+    """One choice of a request that was admitted, with every default filled in: what an engine is
+    told, and the stop strings, which stay with the gateway."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -58,6 +58,11 @@ class Sequence:
     min_tokens: int
     stop: tuple[str, ...]
     priority: int
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
     index: int = 0
 
     @property
@@ -68,13 +73,28 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Of one choice. cached_tokens: of the prompt's, those whose keys and values were there."""
+
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """What the model thought of one token: see logprobs.proto."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New tokens and new text of one sequence; the last one has finish_reason and usage."""
+    """New tokens and new text of one choice; the last one has finish_reason and usage. logprobs
+    has one entry per token where they were asked for, else none."""
 
     request_id: str
     index: int
@@ -82,3 +102,4 @@ class Chunk:
     text: str
     finish_reason: str = ""
     usage: Usage | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -13,7 +13,7 @@ import grpc.aio
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.requests import Chunk, GenerationRequest, Sampling
-from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc
+from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
 from moe_core.service.cluster_codec import cluster_to_pb
 from moe_core.service.grpc_host import GrpcHost
@@ -96,4 +96,5 @@ def chunk_to_pb(chunk: Chunk) -> pb.GenerateResponse:
         text=chunk.text,
         finish_reason=chunk.finish_reason,
         usage=usage,
+        logprobs=[logprobs_pb2.TokenLogprobs(**asdict(token)) for token in chunk.logprobs],
     )

@@ -15,22 +15,29 @@ class StopStrings:
         self._strings = tuple(strings)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown, and whether a stop string was found right after it."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
+        """The text that may be shown, and whether a stop string was found right after it: one
+        that `text` completes. With `may_stop` false none is found, but one may begin."""
+        before = len(self._held)
         text = self._held + text
-        found = (
-            (start + len(string), start)
-            for string in self._strings
-            if (start := text.find(string)) >= 0
-        )
-        first = min(found, default=None)
+        first = self._first_completed(text, before) if may_stop else None
         if first is not None:
             self._held = ""
-            return text[: first[1]], True
+            return text[:first], True
         keep = max((_overlap(text, string) for string in self._strings), default=0)
         shown = len(text) - keep
         self._held = text[shown:]
         return text[:shown], False
+
+    def _first_completed(self, text: str, before: int) -> int | None:
+        """Where the string begins that is the first to end beyond text[:before]."""
+        found = (
+            (start + len(string), start)
+            for string in self._strings
+            if (start := text.find(string, max(0, before - len(string) + 1))) >= 0
+        )
+        first = min(found, default=None)
+        return None if first is None else first[1]
 
     def flush(self) -> str:
         """What was held back, once no more text will come."""

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from moe_core.errors import ConfigError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+MAX_HELD = 64
 
 
 class TextTokenizer:
@@ -41,32 +42,49 @@ class Detokenizer:
 
     Invariant: the pieces joined are what decoding all tokens at once gives. A token's text may
     depend on the tokens around it (a leading space, a character cut into bytes), so each piece
-    is the difference of two decodings that share a beginning: `_anchor` to `_done` was given out
-    with the piece before and decodes to something; text that ends in an incomplete character
+    is the difference of two decodings that share a beginning: the first `_num_done` tokens of
+    `_window` were given out with the piece before; text that ends in an incomplete character
     waits for the rest of it.
+
+    Two exceptions, both where the tokens are no text. Byte-fallback decoders turn a whole run of
+    bytes into replacement characters when one byte of it is wrong: what was given out before
+    stays. And tokens wait for a character's end, or for text at all, only MAX_HELD long, so that
+    a token costs the same however many have come.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
-        self._anchor = 0
-        self._done = 0
+        self._window: list[int] = []
+        self._num_done = 0
 
     def push(self, token_id: int) -> str:
         """The text that can be given out now that `token_id` has come; often none."""
-        self._token_ids.append(token_id)
+        self._window.append(token_id)
         text = self._new_text()
-        return "" if text.endswith(INCOMPLETE) else self._take(text)
+        if text.endswith(INCOMPLETE) and len(self._window) - self._num_done < MAX_HELD:
+            return ""
+        return self._take(text)
 
     def flush(self) -> str:
         """What is left at the end, incomplete characters included."""
         return self._take(self._new_text())
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._token_ids[self._anchor : self._done])
-        return self._tokenizer.decode(self._token_ids[self._anchor :])[len(before) :]
+        before = self._tokenizer.decode(self._window[: self._num_done])
+        text = self._tokenizer.decode(self._window)
+        if text.startswith(before):
+            return text[len(before) :]
+        self._forget_done()
+        return self._tokenizer.decode(self._window)
 
     def _take(self, text: str) -> str:
         if text:
-            self._anchor, self._done = self._done, len(self._token_ids)
+            self._forget_done()
+            self._num_done = len(self._window)
+        elif len(self._window) - self._num_done >= MAX_HELD:
+            del self._window[self._num_done :]  # special tokens, say, which have no text
         return text
+
+    def _forget_done(self) -> None:
+        del self._window[: self._num_done]
+        self._num_done = 0

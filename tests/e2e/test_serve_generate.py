@@ -27,10 +27,14 @@ def target() -> Iterator[str]:
 
 
 def generate_json(target: str, *arguments: str) -> dict[str, object]:
+    (document,) = generate_choices(target, *arguments)
+    return document
+
+
+def generate_choices(target: str, *arguments: str) -> list[dict[str, object]]:
     done = epserve("generate", "--target", target, "--json", *arguments)
     assert done.returncode == 0, done
-    (line,) = done.stdout.splitlines()
-    return json.loads(line)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_generate_prints_the_text(target: str):
@@ -58,7 +62,40 @@ def test_generate_json_is_one_object_per_choice(target: str):
     assert document["index"] == 0
     assert len(document["token_ids"]) == 8
     assert document["finish_reason"] == "length"
-    assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 8}
+    assert document["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "cached_tokens": 0}
+
+
+def test_n_choices_with_logprobs_are_one_object_each(target: str):
+    arguments = ("--prompt", "Return a list of", "--n", "3", "--logprobs", "2", "--seed", "4")
+    documents = generate_choices(target, *arguments, "--max-tokens", "6", "--ignore-eos")
+    assert sorted(document["index"] for document in documents) == [0, 1, 2]
+    assert len({document["request_id"] for document in documents}) == 1
+    assert len({tuple(document["token_ids"]) for document in documents}) == 3
+    for document in documents:
+        assert [told["token_id"] for told in document["logprobs"]] == document["token_ids"]
+        for told in document["logprobs"]:
+            assert told["logprob"] <= told["top"][0]["logprob"] <= 0
+            assert len(told["top"]) == 2
+            assert told["rank"] > 1 or told["logprob"] == told["top"][0]["logprob"]
+
+
+def test_choices_in_text_stand_below_their_index(target: str):
+    done = epserve(
+        *("generate", "--target", target, "--prompt", "Return a list of", "--n", "2"),
+        *("--max-tokens", "6", "--ignore-eos"),
+    )
+    assert done.returncode == 0, done
+    assert {"[0]", "[1]"} <= set(done.stdout.splitlines())
+
+
+def test_sampling_fields_reach_the_engine_or_are_refused(target: str):
+    arguments = ("--prompt-ids", "5,6,7", "--max-tokens", "6", "--temperature", "0")
+    biased = generate_json(target, *arguments, "--logit-bias", "9=100")
+    assert biased["token_ids"] == [9] * 6
+    refused = epserve("generate", "--target", target, *arguments, "--frequency-penalty", "3")
+    assert refused.returncode == 2
+    assert "frequency_penalty=3" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 def test_the_same_seed_gives_the_same_tokens(target: str):

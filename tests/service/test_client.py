@@ -68,6 +68,54 @@ async def test_a_refused_request_is_a_request_error(gateway: SmallGateway, clien
         await anext(client.generate((5, 6), Sampling(max_tokens=0)))
 
 
+async def test_every_sampling_field_arrives(gateway: SmallGateway, client: EpserveClient):
+    fake = FakeAttention(count_up)
+    await gateway.add_worker(Role.ATTN, fake)
+    sampling = Sampling(
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        seed=7,
+        stop=("END",),
+        stop_token_ids=(4, 5),
+        ignore_eos=True,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        logprobs=20,
+        logit_bias={3: 1.0, 15: -2.5},
+        min_tokens=2,
+        n=2,
+    )
+    outputs = [output async for output in client.generate((5, 6), sampling)]
+    assert {output.index for output in outputs} == {0, 1}
+    told = fake.added[1].sampling
+    assert (told.max_tokens, told.min_tokens, told.logprobs, told.seed) == (9, 2, 20, 7)
+    assert (told.temperature, told.top_p, told.top_k, told.min_p) == (0.5, 0.25, 3, 0.125)
+    assert (told.repetition_penalty, told.presence_penalty) == (1.5, -2.0)
+    assert (told.frequency_penalty, dict(told.logit_bias)) == (2.0, {3: 1.0, 15: -2.5})
+    assert list(told.stop_token_ids) == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(n=-1), "n=-1"),
+        (Sampling(logit_bias={-3: 1.0}), "logit_bias="),
+        (Sampling(top_k=2**31), "top_k=2147483648"),
+    ],
+)
+async def test_a_number_that_the_wire_can_not_carry_is_a_request_error(
+    client: EpserveClient, sampling: Sampling, message: str
+):
+    with pytest.raises(RequestError, match=message):
+        await anext(client.generate((5, 6), sampling))
+    with pytest.raises(RequestError, match="token_ids"):
+        await anext(client.generate((5, 2**32)))
+
+
 async def test_a_gateway_that_is_not_there_is_unavailable_and_named():
     async with EpserveClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):

@@ -127,6 +127,96 @@ async def test_abort_ends_the_stream_of_the_request(gateway: SmallGateway) -> No
     assert not (await gateway.stub.Abort(pb.AbortRequest(request_id="r1"), timeout=5)).found
 
 
+def of_choice(answers: Sequence[Any], index: int) -> list[Any]:
+    return [answer for answer in answers if answer.index == index]
+
+
+async def test_choices_share_a_group_a_prompt_and_a_seed_and_come_interleaved() -> None:
+    fakes = [FakeAttention(count_up, step_s=0.01) for _ in range(2)]
+    async with SmallGateway(ParallelConfig(attn_devices=2, dp_size=2)) as gateway:
+        for fake in fakes:
+            await gateway.add_worker(Role.ATTN, fake)
+        answers = await collect(gateway, request(n=3))
+    (fake,) = [fake for fake in fakes if fake.added]
+    assert [add.sampling.index for add in fake.added] == [0, 1, 2]
+    assert len({add.sampling.seed for add in fake.added}) == 1
+    assert {tuple(add.prompt_ids) for add in fake.added} == {(5, 6)}
+    assert len({add.sequence_id for add in fake.added}) == 3
+    for index in range(3):
+        mine = of_choice(answers, index)
+        assert [token for answer in mine for token in answer.token_ids] == [7, 8, 9, 10, 11]
+        assert [answer.finish_reason for answer in mine] == ["", "", "", "", "length"]
+        usage = mine[-1].usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (2, 5)
+    assert [answer.index for answer in answers] != sorted(answer.index for answer in answers)
+    assert {answer.request_id for answer in answers} == {"r1"}
+
+
+async def test_abort_ends_every_choice(gateway: SmallGateway) -> None:
+    fake = FakeAttention(count_up, step_s=0.1)
+    await gateway.add_worker(Role.ATTN, fake)
+    answers = aiter(gateway.stub.Generate(request(n=3), timeout=DEADLINE_S))
+    await anext(answers)
+    assert (await gateway.stub.Abort(pb.AbortRequest(request_id="r1"), timeout=5)).found
+    rest = [answer async for answer in answers]
+    assert [of_choice(rest, index)[-1].finish_reason for index in range(3)] == ["abort"] * 3
+    await fake.wait_for_abort(3)
+
+
+async def test_cancelled_client_aborts_every_choice(gateway: SmallGateway) -> None:
+    fake = FakeAttention(count_up, step_s=0.2)
+    await gateway.add_worker(Role.ATTN, fake)
+    call = gateway.stub.Generate(request(n=3), timeout=DEADLINE_S)
+    await anext(aiter(call))
+    call.cancel()
+    await fake.wait_for_abort(3)
+
+
+async def test_a_choice_that_fails_ends_the_request_and_the_other_choices(
+    gateway: SmallGateway,
+) -> None:
+    fake = FakeAttention(count_up, step_s=0.1)
+    fake.error, fake.failing_index = ("UNAVAILABLE", "layer 3: expert process 1 is gone"), 1
+    await gateway.add_worker(Role.ATTN, fake)
+    error = await refused(gateway, request(n=3))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert "layer 3" in error.details()
+    await fake.wait_for_abort(2)
+    assert sorted(fake.aborted) == sorted(
+        add.sequence_id for add in fake.added if add.sampling.index != 1
+    )
+
+
+async def test_a_stop_string_ends_its_choice_and_no_other(gateway: SmallGateway) -> None:
+    fake = FakeAttention(count_up, step_s=0.02)
+    fake.script_of_index = {1: [20, 21, 22, 23]}
+    await gateway.add_worker(Role.ATTN, fake)
+    answers = await collect(gateway, request(n=2, stop=[WORDS[8]]))
+    first, second = of_choice(answers, 0), of_choice(answers, 1)
+    assert (first[-1].finish_reason, second[-1].finish_reason) == ("stop", "length")
+    assert [token for answer in first for token in answer.token_ids] == [7, 8]
+    assert [token for answer in second for token in answer.token_ids] == [20, 21, 22, 23]
+    await fake.wait_for_abort()
+    assert fake.aborted == [fake.added[0].sequence_id]
+
+
+async def test_cached_tokens_come_with_the_usage(gateway: SmallGateway) -> None:
+    fake = FakeAttention(count_up)
+    fake.cached_tokens = 1
+    await gateway.add_worker(Role.ATTN, fake)
+    answers = await collect(gateway, request())
+    assert answers[-1].usage.cached_tokens == 1
+
+
+async def test_too_many_choices_are_refused_before_anything_is_sent(gateway: SmallGateway) -> None:
+    fake = FakeAttention(count_up)
+    await gateway.add_worker(Role.ATTN, fake)
+    error = await refused(gateway, request(n=65))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "n=65" in error.details()
+    assert fake.added == []
+
+
 async def test_request_id_in_use_is_refused(gateway: SmallGateway) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up, step_s=0.2))
     call, _ = await started(gateway)

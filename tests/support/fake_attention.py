@@ -31,6 +31,9 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.added: list[Any] = []
         self.aborted: list[str] = []
         self.error: tuple[str, str] | None = None
+        self.failing_index: int | None = None  # None: `error` is every choice's
+        self.cached_tokens = 0
+        self.script_of_index: dict[int, Sequence[int]] = {}  # instead of `script`
         self._running: dict[str, asyncio.Task[None]] = {}
         self._abort_seen = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -48,9 +51,11 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
             for task in self._running.values():
                 task.cancel()
 
-    async def wait_for_abort(self) -> None:
+    async def wait_for_abort(self, count: int = 1) -> None:
         async with asyncio.timeout(5):
-            await self._abort_seen.wait()
+            while len(self.aborted) < count:
+                self._abort_seen.clear()
+                await self._abort_seen.wait()
 
     def _abort(self, sequence_id: str) -> None:
         self.aborted.append(sequence_id)
@@ -58,14 +63,18 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self._abort_seen.set()
 
     async def _answer(self, add: pb.AddSequence, context: Context) -> None:
-        tokens = list(self.script(add.prompt_ids))
+        scripted = self.script_of_index.get(add.sampling.index)
+        tokens = list(self.script(add.prompt_ids) if scripted is None else scripted)
         for index, token in enumerate(tokens):
             await asyncio.sleep(self.step_s)
             reason = "length" if index == len(tokens) - 1 else ""
             output = pb.SequenceOutput(
-                sequence_id=add.sequence_id, token_ids=[token], finish_reason=reason
+                sequence_id=add.sequence_id,
+                token_ids=[token],
+                finish_reason=reason,
+                num_cached_tokens=self.cached_tokens if index == 0 else 0,
             )
-            if self.error is not None:
+            if self.error is not None and self.failing_index in (None, add.sampling.index):
                 code, message = self.error
                 output = pb.SequenceOutput(
                     sequence_id=add.sequence_id,
@@ -92,7 +101,7 @@ class FakeWorker:
 
     async def start(
         self,
-        fake: FakeAttention | None = None,
+        fake: attention_pb2_grpc.AttentionServiceServicer | None = None,
         *,
         dtype: str = "float32",
         total_kv_blocks: int = 64,

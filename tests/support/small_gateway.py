@@ -16,10 +16,11 @@ from gateway.tokenizer import TextTokenizer
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc, gateway_pb2_grpc
+from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceServicer
 from moe_core.placement import ExpertPlacement
 from moe_core.service.grpc_channel import open_channel
 from moe_core.service.grpc_host import GrpcHost
-from support.fake_attention import FakeAttention, FakeWorker
+from support.fake_attention import FakeWorker
 from support.moe_configs import moe_model
 
 FINGERPRINT = "blake3:11"
@@ -80,7 +81,7 @@ class SmallGateway:
     async def add_worker(
         self,
         role: Role,
-        fake: FakeAttention | None = None,
+        fake: AttentionServiceServicer | None = None,
         *,
         rank: int | None = None,
         total_kv_blocks: int = 64,

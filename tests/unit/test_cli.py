@@ -3,12 +3,14 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from epserve import cli, options
+from epserve.client import Sampling
 from moe_core.errors import CheckpointError
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
@@ -38,6 +40,10 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
         (["nonsense"], "nonsense"),
         (["generate"], "exactly one of --prompt and --prompt-ids"),
         (["generate", "--prompt-ids", "1,x"], "prompt_ids='1,x'"),
+        (["generate", "--prompt-ids", "1", "--stop-token-ids", ""], "stop_token_ids=''"),
+        (["generate", "--prompt-ids", "1", "--logit-bias", "5"], "logit_bias='5': must be"),
+        (["generate", "--prompt-ids", "1", "--logit-bias", "a=1"], "logit_bias='a=1'"),
+        (["generate", "--prompt-ids", "1", "--logprobs", "2"], "logprobs=2: is shown with --json"),
     ],
 )
 def test_a_refused_argument_is_one_line_and_status_2(
@@ -119,7 +125,57 @@ def test_long_options_are_named_as_the_settings():
 
 
 def test_token_ids_are_read_from_a_comma_separated_list():
-    assert options.token_ids("1, 2,3") == (1, 2, 3)
+    assert options.token_ids("prompt_ids", "1, 2,3") == (1, 2, 3)
+
+
+def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.MonkeyPatch):
+    given: list[tuple[object, Sampling, bool]] = []
+
+    def generate(_target: str, prompt: object, sampling: Sampling, *, as_json: bool) -> bool:
+        given.append((prompt, sampling, as_json))
+        return True
+
+    monkeypatch.setattr("epserve.generate.generate", generate)
+    arguments = {
+        "max_tokens": "9",
+        "temperature": "0.5",
+        "top_p": "0.25",
+        "top_k": "3",
+        "min_p": "0.125",
+        "seed": "7",
+        "stop": "END",
+        "stop_token_ids": "4,5",
+        "repetition_penalty": "1.5",
+        "presence_penalty": "-2",
+        "frequency_penalty": "2",
+        "logprobs": "20",
+        "logit_bias": "15=-2.5",
+        "min_tokens": "2",
+        "n": "3",
+    }
+    assert {*arguments, "ignore_eos"} == {field.name for field in fields(Sampling)}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    command = ["generate", "--prompt", "x", "--json", "--ignore-eos", "--logit-bias", "3=1"]
+    assert cli.run([*command, *options]) == 0
+    sampling = Sampling(
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.125,
+        seed=7,
+        stop=("END",),
+        stop_token_ids=(4, 5),
+        ignore_eos=True,
+        repetition_penalty=1.5,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        logprobs=20,
+        logit_bias={3: 1.0, 15: -2.5},
+        min_tokens=2,
+        n=3,
+    )
+    assert given == [("x", sampling, True)]
 
 
 def test_manifest_writes_a_file_beside_the_checkpoint(

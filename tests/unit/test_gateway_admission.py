@@ -13,7 +13,7 @@ from support.words import WORDS, word_tokenizer
 MODEL = ServedModel("small", moe_model(), word_tokenizer())
 WITHOUT_TOKENIZER = ServedModel("small", moe_model(), None)
 KV_TOKENS = 96
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 def admitted(
@@ -31,7 +31,7 @@ def admitted(
     [
         ({"temperature": -0.5}, "temperature=-0.5"),
         ({"temperature": NAN}, "temperature=nan"),
-        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": INF}, "temperature=inf"),
         ({"top_p": 0.0}, "top_p=0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": NAN}, "top_p=nan"),
@@ -44,12 +44,24 @@ def admitted(
         ({"stop": ("",)}, "stop"),
         ({"stop": ("x",) * 17}, "stop: at most 16"),
         ({"stop_token_ids": (64,)}, "stop_token_ids: token id 64 must be from 0 to 63"),
-        ({"n": 2}, "n=2: not supported yet"),
-        ({"logprobs": 0}, "logprobs=0: not supported yet"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1: not supported yet"),
-        ({"presence_penalty": NAN}, "presence_penalty=nan: not supported yet"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty=0.5: not supported yet"),
-        ({"logit_bias": {3: 1.0}}, "logit_bias: not supported yet"),
+        ({"stop": ("x" * 1001,)}, "stop: at most 1000 characters in a string, not 1001"),
+        ({"stop_token_ids": (5,) * 257}, "stop_token_ids: at most 256 ids, not 257"),
+        ({"n": 0}, "n=0: must be a number of at least 1 and at most 64"),
+        ({"n": 65}, "n=65: must be"),
+        ({"n": 2**32 - 1}, "n=4294967295: must be"),
+        ({"logprobs": 21}, "logprobs=21: must be a number of at least 0 and at most 20"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0: must be above 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1"),
+        ({"repetition_penalty": NAN}, "repetition_penalty=nan"),
+        ({"repetition_penalty": INF}, "repetition_penalty=inf"),
+        ({"presence_penalty": 2.5}, "presence_penalty=2.5: must be .* -2 and at most 2"),
+        ({"presence_penalty": NAN}, "presence_penalty=nan"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty=-2.5"),
+        ({"frequency_penalty": NAN}, "frequency_penalty=nan"),
+        ({"logit_bias": {64: 1.0}}, "logit_bias: token id 64 must be from 0 to 63"),
+        ({"logit_bias": {3: 101.0}}, r"logit_bias\[3\]=101: must be .* -100 and at most 100"),
+        ({"logit_bias": {3: NAN}}, r"logit_bias\[3\]=nan"),
+        ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, "logit_bias: at most 1024 tokens"),
     ],
 )
 def test_bad_sampling_value_is_refused_by_name(sampling: dict[str, Any], message: str) -> None:
@@ -103,8 +115,31 @@ def test_text_becomes_token_ids() -> None:
     assert admitted(f"{WORDS[9]} {WORDS[4]}").prompt_ids == (9, 4)
 
 
-def test_neutral_values_of_unsupported_fields_are_taken() -> None:
-    admitted(n=1, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+def test_every_field_reaches_the_engines_sequence() -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 7,
+        "min_p": 0.125,
+        "seed": 3,
+        "stop": ("x",),
+        "repetition_penalty": 1.5,
+        "presence_penalty": -2.0,
+        "frequency_penalty": 2.0,
+        "logit_bias": {3: -100.0, 63: 100.0},
+        "logprobs": 20,
+        "min_tokens": 4,
+        "max_tokens": 9,
+    }
+    sequence = admitted(n=64, **given)
+    assert {name: getattr(sequence, name) for name in given} == given
+
+
+def test_fields_that_are_left_out_leave_the_logits_alone() -> None:
+    sequence = admitted()
+    assert sequence.repetition_penalty == 1.0
+    assert (sequence.presence_penalty, sequence.frequency_penalty) == (0.0, 0.0)
+    assert (sequence.logit_bias, sequence.logprobs, sequence.min_tokens) == ({}, None, 0)
 
 
 def test_eos_stops_unless_it_is_ignored() -> None:

@@ -44,6 +44,14 @@ def test_burst_beyond_all_blocks_is_spread_evenly() -> None:
     assert [chosen.count(rank) for rank in range(2)] == [4, 4]
 
 
+def test_a_request_counts_for_as_many_sequences_as_it_has_choices() -> None:
+    balancer, groups = Balancer(), [group(0), group(1)]
+    assert balancer.choose(groups, 40, 3).dp_rank == 0
+    assert [balancer.choose(groups, 40).dp_rank for _ in range(3)] == [1, 1, 1]
+    # And needs the blocks of all of them to start at once.
+    assert Balancer().choose([group(0, free=20), group(1, free=40)], 40, 3).dp_rank == 1
+
+
 def test_new_report_replaces_what_was_counted_since_the_last() -> None:
     balancer = Balancer()
     first = [group(0), group(1)]

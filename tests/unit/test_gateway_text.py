@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.attention_pool import Delta
 from gateway.generation import SequenceOutput
-from gateway.requests import Sequence
+from gateway.requests import Chunk, Sequence, TokenLogprobs, Usage
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
 from moe_core.errors import ConfigError
@@ -64,6 +65,98 @@ def test_leading_spaces_of_words_survive(token_ids: list[int]) -> None:
     assert "".join(pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
 
 
+@cache
+def tiny_tokenizer() -> TextTokenizer:
+    tokenizer = TextTokenizer.from_directory(Path(__file__).parents[2] / "epserve" / "tiny_model")
+    assert tokenizer is not None
+    return tokenizer
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.lists(st.integers(0, 2047), max_size=40))
+def test_pieces_of_the_bundled_tokenizers_tokens_join_to_the_whole_text(
+    token_ids: list[int],
+) -> None:
+    tokenizer = tiny_tokenizer()
+    assert "".join(pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+
+FALLBACK_WORDS = ("<unk>", "</s>", "▁", "▁a", "b", "▁the", "é", "日", "▁▁", "x▁")
+FALLBACK_PIECES = (*FALLBACK_WORDS, *(f"<0x{byte:02X}>" for byte in range(256)))
+
+
+@cache
+def fallback_tokenizer() -> TextTokenizer:
+    """As Llama's and Mixtral's: ▁ for spaces, of which the first is stripped, and bytes for
+    what has no token."""
+    vocabulary = {piece: index for index, piece in enumerate(FALLBACK_PIECES)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return TextTokenizer(tokenizer)
+
+
+def fallback_ids(text: str) -> list[int]:
+    ids: list[int] = []
+    for char in text:
+        known = "▁" if char == " " else char
+        names = [known] if known in FALLBACK_WORDS else [f"<0x{b:02X}>" for b in char.encode()]
+        ids += [FALLBACK_PIECES.index(name) for name in names]
+    return ids
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.text(st.sampled_from(" b日é本😀ßñ▁") | st.characters(codec="utf-8"), max_size=20))
+def test_text_in_byte_tokens_comes_whole_and_no_piece_holds_half_a_character(text: str) -> None:
+    tokenizer = fallback_tokenizer()
+    token_ids = fallback_ids(text)
+    found = pieces(tokenizer, token_ids)
+    assert "".join(found) == tokenizer.decode(token_ids)
+    assert all("\ufffd" not in piece for piece in found) or "\ufffd" in text
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.lists(st.sampled_from(range(len(FALLBACK_WORDS))), max_size=30))
+def test_pieces_of_tokens_with_spaces_on_either_side_join_to_the_whole_text(
+    token_ids: list[int],
+) -> None:
+    tokenizer = fallback_tokenizer()
+    assert "".join(pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
+
+
+def test_a_wrong_byte_does_not_take_back_characters_before_it() -> None:
+    """The decoder turns the whole run of bytes into replacement characters."""
+    token_ids = [*fallback_ids("ñ"), FALLBACK_PIECES.index("<0xFF>"), *fallback_ids("b")]
+    assert fallback_tokenizer().decode(token_ids) == "\ufffd" * 3 + "b"
+    assert "".join(pieces(fallback_tokenizer(), token_ids)) == "ñ\ufffdb"
+
+
+def test_tokens_without_text_are_not_kept_and_the_space_after_them_is() -> None:
+    tokenizer = fallback_tokenizer()
+    word, end = FALLBACK_PIECES.index("▁the"), FALLBACK_PIECES.index("</s>")
+    token_ids = [word, *[end] * 1000, word]
+    detokenizer = Detokenizer(tokenizer)
+    found = [detokenizer.push(token_id) for token_id in token_ids]
+    assert "".join(found) == "the the"
+    assert len(detokenizer._window) < 100
+
+
+def test_bytes_that_never_make_a_character_are_given_out_in_time() -> None:
+    tokenizer = fallback_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    wrong = FALLBACK_PIECES.index("<0xFF>")
+    found = "".join(detokenizer.push(wrong) for _ in range(1000))
+    assert len(found) > 900
+    assert len(found + detokenizer.flush()) == 1000
+
+
 def naive(text: str, strings: list[str]) -> tuple[str, bool]:
     """The first stop string that is complete, found by trying every end."""
     for end in range(len(text) + 1):
@@ -90,6 +183,35 @@ def test_stop_strings_are_found_however_the_text_is_cut(
     if not found:
         shown += search.flush()
     assert (shown, found) == naive("".join(parts), strings)
+
+
+@settings(derandomize=True, max_examples=500)
+@given(
+    early=st.lists(st.text("ab", max_size=4), max_size=4),
+    later=st.lists(st.text("ab", max_size=4), max_size=6),
+    strings=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_a_stop_string_may_begin_but_not_end_before_stopping_is_allowed(
+    early: list[str], later: list[str], strings: list[str]
+) -> None:
+    search = StopStrings(strings)
+    shown = "".join(search.push(part, may_stop=False)[0] for part in early)
+    found = False
+    for part in later:
+        text, found = search.push(part)
+        shown += text
+        if found:
+            break
+    if not found:
+        shown += search.flush()
+    whole, begin = "".join(early + later), len("".join(early))
+    ends = (end for end in range(begin + 1, len(whole) + 1) if whole[:end].endswith(tuple(strings)))
+    end = next(ends, None)
+    if end is None:
+        assert (shown, found) == (whole, False)
+    else:
+        longest = max(len(string) for string in strings if whole[:end].endswith(string))
+        assert (shown, found) == (whole[: end - longest], True)
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
@@ -130,6 +252,63 @@ def test_stop_strings_do_not_count_before_min_tokens() -> None:
     output = SequenceOutput(sequence(stop=("waax",), min_tokens=2), word_tokenizer())
     assert output.push(Delta((2,))).text == "waax"
     assert output.push(Delta((2,))).finish_reason == "stop"
+
+
+def shown_by(tokenizer: TextTokenizer, stop: tuple[str, ...], deltas: list[Delta]) -> list[Chunk]:
+    output = SequenceOutput(sequence(stop=stop), tokenizer)
+    chunks = []
+    for delta in deltas:
+        chunks.append(output.push(delta))
+        if output.finished:
+            break
+    return chunks
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(
+    token_ids=st.lists(st.sampled_from(range(10)), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(1, 11), max_size=4),
+    stop=st.lists(st.text(" ab日x", min_size=1, max_size=4), max_size=3),
+)
+def test_text_and_usage_do_not_depend_on_how_steps_group_the_tokens(
+    token_ids: list[int], cuts: list[int], stop: list[str]
+) -> None:
+    tokenizer = fallback_tokenizer()
+    edges = sorted({0, len(token_ids), *(cut for cut in cuts if cut < len(token_ids))})
+    parts = [tuple(token_ids[a:b]) for a, b in pairwise(edges)]
+    deltas = [Delta(part) for part in parts[:-1]] + [Delta(parts[-1], "length")]
+    chunks = shown_by(tokenizer, tuple(stop), deltas)
+    single = [Delta((t,)) for t in token_ids[:-1]] + [Delta((token_ids[-1],), "length")]
+    one_by_one = shown_by(tokenizer, tuple(stop), single)
+    text = "".join(chunk.text for chunk in chunks)
+    assert text == "".join(chunk.text for chunk in one_by_one)
+    assert (text, chunks[-1].finish_reason == "stop") == naive(tokenizer.decode(token_ids), stop)
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    assert tokens == [token for chunk in one_by_one for token in chunk.token_ids]
+    assert chunks[-1].usage == one_by_one[-1].usage == Usage(1, len(tokens))
+
+
+def test_a_stop_string_that_begins_before_min_tokens_is_found_when_it_ends_after() -> None:
+    output = SequenceOutput(sequence(stop=("ax wab",), min_tokens=2), word_tokenizer())
+    assert output.push(Delta((2,))).text == "wa"
+    last = output.push(Delta((3,)))
+    assert (last.text, last.finish_reason, last.token_ids) == ("", "stop", (3,))
+
+
+def test_the_text_of_a_stop_token_is_not_shown_and_the_token_is_counted() -> None:
+    output = SequenceOutput(sequence(), word_tokenizer())
+    chunk = output.push(Delta((2, 3), "stop"))
+    assert (chunk.text, chunk.token_ids, chunk.finish_reason) == ("waax", (2, 3), "stop")
+    assert chunk.usage == Usage(1, 2)
+
+
+def test_logprobs_are_cut_with_the_tokens_and_cached_tokens_come_with_the_usage() -> None:
+    told = tuple(TokenLogprobs(token, -0.5, 1) for token in (2, 3, 4))
+    output = SequenceOutput(sequence(stop=("bx",)), word_tokenizer())
+    assert output.push(Delta((2,), "", told[:1], cached_tokens=1)).logprobs == told[:1]
+    chunk = output.push(Delta((3, 4), "", told[1:]))
+    assert (chunk.token_ids, chunk.logprobs) == ((3,), told[1:2])
+    assert chunk.usage == Usage(1, 2, cached_tokens=1)
 
 
 def test_held_back_text_comes_with_the_last_chunk() -> None:

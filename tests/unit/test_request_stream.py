@@ -1,0 +1,58 @@
+"""The choices of one request as the gateway reads them from a group's stream."""
+
+import asyncio
+
+import pytest
+
+from gateway.attention_pool import Delta, RequestStream
+from moe_core.errors import UnavailableError
+
+
+class Link:
+    """Says of which sequences it was told that nobody waits for them."""
+
+    def __init__(self, *running: str) -> None:
+        self.running = set(running)
+        self.forgotten: list[str] = []
+
+    def forget(self, sequence_id: str) -> bool:
+        was_running = sequence_id in self.running
+        self.running.discard(sequence_id)
+        if was_running:
+            self.forgotten.append(sequence_id)
+        return was_running
+
+
+async def following(stream: RequestStream) -> tuple[int, Delta]:
+    return await asyncio.wait_for(stream.next(), 1)
+
+
+async def test_what_was_on_its_way_to_a_dropped_choice_concerns_nobody() -> None:
+    link = Link("a", "b")
+    stream = RequestStream(link, ["a", "b"])
+    stream.put(0, Delta((5,)))
+    stream.put(0, Delta((6,)))
+    stream.put(0, UnavailableError("the experts are gone"))
+    stream.put(1, Delta((7,)))
+    assert await following(stream) == (0, Delta((5,)))
+    stream.drop(0)
+    assert await following(stream) == (1, Delta((7,)))
+    assert link.forgotten == ["a"]
+
+
+async def test_abort_ends_the_choices_that_are_still_running() -> None:
+    link = Link("b", "c")
+    stream = RequestStream(link, ["a", "b", "c"])
+    stream.abort()
+    assert [await following(stream) for _ in range(2)] == [
+        (1, Delta((), "abort")),
+        (2, Delta((), "abort")),
+    ]
+    assert link.forgotten == ["b", "c"]
+
+
+async def test_the_error_of_one_choice_is_the_requests() -> None:
+    stream = RequestStream(Link("a", "b"), ["a", "b"])
+    stream.put(1, UnavailableError("gone"))
+    with pytest.raises(UnavailableError, match="gone"):
+        await following(stream)
