@@ -23,6 +23,7 @@ from moe_core.checkpoint.progress import shown_progress
 from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.errors import UnavailableError
+from moe_core.model.linear import packing_pays
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights
 from moe_core.service.addresses import (
@@ -231,6 +232,7 @@ class AttentionProcess:
 
 def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
     rank = site.group_rank
+    packed = packing_pays(site.dtype, site.device)
     with shown_progress(f"attn {site.rank}: loading", "layer") as progress:
         weights = load_attention_weights(
             checkpoint,
@@ -239,9 +241,15 @@ def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
             shared_expert=not site.parallel.shared_on_experts,
             dtype=site.dtype,
             device=site.device,
+            packed=packed,
             progress=progress,
         )
-    log.info("attention weights loaded", rank=site.rank, bytes_read=checkpoint.bytes_read)
+    log.info(
+        "attention weights loaded",
+        rank=site.rank,
+        packed=packed,
+        bytes_read=checkpoint.bytes_read,
+    )
     return weights
 
 

@@ -88,9 +88,9 @@ def _local_ids(
 ) -> Tensor:
     """[2 + num_physical + ep_size + 1] int64: local ids by physical id + 2."""
     held = layer.physical_experts(ep_rank)
-    if weights.w13.shape[0] != len(held):
+    if len(weights.w13) != len(held):
         raise ValueError(
-            f"layer {layer.layer_id}: {weights.w13.shape[0]} experts loaded, {len(held)} placed"
+            f"layer {layer.layer_id}: {len(weights.w13)} experts loaded, {len(held)} placed"
         )
     table = torch.full((2 + layer.num_physical + ep_size + 1,), _NOT_HELD, dtype=torch.int64)
     table[1] = NO_EXPERT

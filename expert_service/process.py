@@ -21,6 +21,7 @@ from moe_core.checkpoint.progress import shown_progress
 from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.exchange import link_spec
+from moe_core.model.linear import packing_pays
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
@@ -134,6 +135,7 @@ class ExpertProcess:
         placement = membership.state.placement
         ep_rank, etp_rank = parallel.expert_ranks(membership.rank)
         membership.report(MemberState.LOADING)
+        packed = await asyncio.to_thread(packing_pays, dtype, self._device)
         with shown_progress(f"expert {membership.rank}: loading experts", "layer") as progress:
             weights = await asyncio.to_thread(
                 load_expert_weights,
@@ -145,12 +147,14 @@ class ExpertProcess:
                 shared_expert=parallel.shared_on_experts,
                 dtype=dtype,
                 device=self._device,
+                packed=packed,
                 progress=progress,
             )
         self.weight_bytes_read = checkpoint.bytes_read
         log.info(
             "experts loaded",
             rank=membership.rank,
+            packed=packed,
             experts_per_layer=placement.num_local_experts(ep_rank),
             bytes_read=checkpoint.bytes_read,
         )

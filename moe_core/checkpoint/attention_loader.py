@@ -21,6 +21,8 @@ from moe_core.checkpoint.names import (
 from moe_core.checkpoint.progress import Progress, no_progress
 from moe_core.checkpoint.source import Cut, TensorSource, even_cut
 from moe_core.config.model import MlaConfig, ModelConfig
+from moe_core.model.linear import pack
+from moe_core.model.packing import packed_layer
 from moe_core.model.weights import (
     AttentionTierWeights,
     GqaWeights,
@@ -41,9 +43,11 @@ def load_attention_weights(
     shared_expert: bool,
     dtype: torch.dtype,
     device: torch.device,
+    packed: bool = False,
     progress: Progress = no_progress,
 ) -> AttentionTierWeights:
-    """The weights of one attention TP rank; `shared_expert` says that this tier runs those.
+    """The weights of one attention TP rank; `shared_expert` says that this tier runs those. Its
+    matrices are `packed` (see moe_core/model/linear.py) or as they are stored.
 
     Progress counts layers. Raises CheckpointError naming the tensor that cannot be used and
     ConfigError where `tp_size` does not divide heads or widths.
@@ -51,7 +55,7 @@ def load_attention_weights(
     with checkpoint.reader() as reader:
         source = TensorSource(checkpoint, reader, dtype, device)
         loader = _AttentionLoader(checkpoint, source, tp_rank, tp_size, shared_expert)
-        return loader.load(progress)
+        return loader.load(progress, packed)
 
 
 def load_gated_mlp(
@@ -78,11 +82,12 @@ class _AttentionLoader:
         self._size = size
         self._shared = shared
 
-    def load(self, progress: Progress) -> AttentionTierWeights:
+    def load(self, progress: Progress, packed: bool) -> AttentionTierWeights:
         embed_tokens = self._source.load(EMBED_TOKENS, self._vocabulary_cut())
         layers = []
         for layer_id in range(self._config.num_hidden_layers):
-            layers.append(self._layer(layer_id))
+            layer = self._layer(layer_id)
+            layers.append(packed_layer(layer) if packed else layer)
             progress(layer_id + 1, self._config.num_hidden_layers)
         tied = self._config.tie_word_embeddings
         lm_head = embed_tokens if tied else self._source.load(LM_HEAD, self._vocabulary_cut())
@@ -90,7 +95,7 @@ class _AttentionLoader:
             embed_tokens=embed_tokens,
             layers=tuple(layers),
             norm=self._source.load(FINAL_NORM),
-            lm_head=lm_head,
+            lm_head=pack(lm_head) if packed else lm_head,
         )
 
     def _vocabulary_cut(self) -> Cut:

@@ -14,6 +14,7 @@ from moe_core.checkpoint.names import MoeNames, moe_names
 from moe_core.checkpoint.progress import Progress, no_progress
 from moe_core.checkpoint.source import Cut, TensorSource, even_cut
 from moe_core.errors import ConfigError
+from moe_core.model.packing import packed_experts
 from moe_core.model.weights import ExpertLayerWeights, MlpWeights
 from moe_core.placement import ExpertPlacement
 
@@ -31,9 +32,11 @@ def load_expert_weights(
     shared_expert: bool,
     dtype: torch.dtype,
     device: torch.device,
+    packed: bool = False,
     progress: Progress = no_progress,
 ) -> dict[int, ExpertLayerWeights]:
-    """By layer: the experts that `placement` gives to `ep_rank`, in slot order.
+    """By layer: the experts that `placement` gives to `ep_rank`, in slot order, `packed` (see
+    moe_core/model/linear.py) or as they are stored.
 
     Progress counts layers. Raises CheckpointError naming the tensor that cannot be used and
     ConfigError where `etp_size` does not divide the experts' width or the placement is of
@@ -51,7 +54,8 @@ def load_expert_weights(
         loader = _ExpertLoader(checkpoint, source, etp_rank, etp_size)
         for layer in placement.layers:
             experts = layer.logical_experts(ep_rank)
-            loaded[layer.layer_id] = loader.layer(layer.layer_id, experts, shared_expert)
+            weights = loader.layer(layer.layer_id, experts, shared_expert)
+            loaded[layer.layer_id] = packed_experts(weights) if packed else weights
             progress(len(loaded), len(placement.layers))
     return loaded
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_core.model.linear import linear
 from moe_core.model.weights import ExpertLayerWeights
 
 NO_EXPERT = -1
@@ -29,7 +30,7 @@ def run_experts(
     nothing is to be done, num_local_experts for the shared expert. topk_weights: [num_tokens,
     num_columns] float. Raises ValueError for a local id that is not held.
     """
-    num_experts = weights.w13.shape[0]
+    num_experts = len(weights.w13)
     total = hidden.new_zeros(hidden.shape, dtype=accumulation_dtype(hidden.dtype))
     tokens, columns = (local_ids != NO_EXPERT).nonzero(as_tuple=True)  # [num_pairs] each
     if tokens.shape[0] == 0:
@@ -40,7 +41,10 @@ def run_experts(
     held = num_experts + (weights.shared is not None)
     if any(counts[held:]):
         raise ValueError(f"local ids up to {experts[-1].item()} of {num_experts} local experts")
-    outputs = _run_grouped(weights, hidden[tokens], counts)  # [num_pairs, hidden_size]
+    rows = hidden[tokens]  # [num_pairs, hidden_size]
+    if not isinstance(weights.w13, Tensor):  # packed matrices compute in float32 anyhow
+        rows = rows.float()
+    outputs = _run_grouped(weights, rows, counts)  # [num_pairs, hidden_size]
     scale = topk_weights[tokens, columns].to(total.dtype)
     total.index_add_(0, tokens, outputs.to(total.dtype).mul_(scale[:, None]))
     return total.to(hidden.dtype)
@@ -60,15 +64,15 @@ def _run_grouped(weights: ExpertLayerWeights, rows: Tensor, counts: list[int]) -
 
 def _run_one(weights: ExpertLayerWeights, expert: int, rows: Tensor) -> Tensor:
     """One expert over `rows` [num_rows, hidden_size]."""
-    if expert < weights.w13.shape[0]:
-        gate, up = functional.linear(rows, weights.w13[expert]).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, weights.w2[expert])
+    if expert < len(weights.w13):
+        gate, up = linear(rows, weights.w13[expert]).chunk(2, dim=-1)
+        return linear(functional.silu(gate).mul_(up), weights.w2[expert])
     shared = weights.shared
     if shared is None:
-        raise ValueError(f"local id {expert} of {weights.w13.shape[0]} local experts")
-    gate = functional.linear(rows, shared.gate_proj)
-    up = functional.linear(rows, shared.up_proj)
-    return functional.linear(functional.silu(gate) * up, shared.down_proj)
+        raise ValueError(f"local id {expert} of {len(weights.w13)} local experts")
+    gate = linear(rows, shared.gate_proj)
+    up = linear(rows, shared.up_proj)
+    return linear(functional.silu(gate).mul_(up), shared.down_proj)
 
 
 def run_experts_by_loop(

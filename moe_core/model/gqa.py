@@ -5,12 +5,12 @@ Knows projections and one TP rank's share of the heads. Knows nothing of MoE.
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe_core.config.model import ModelConfig
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.kv_cache import LatentKv, PerHeadKv
 from moe_core.model.layers import rms_norm
+from moe_core.model.linear import Matrix, linear
 from moe_core.model.paged_attention import per_head_attention
 from moe_core.model.rotary import Rotary, softmax_scale
 from moe_core.model.tensor_parallel import TensorParallel
@@ -46,10 +46,10 @@ class GqaAttention:
         keys = self._rotate(keys, batch.positions)
         out = per_head_attention(queries, keys, values, cache, batch, self._scale)
         bias = w.o_bias if self._tp.rank == 0 else None
-        return self._tp.all_reduce(functional.linear(out.flatten(1), w.o_proj, bias))
+        return self._tp.all_reduce(linear(out.flatten(1), w.o_proj, bias))
 
-    def _heads(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(hidden, weight, bias).view(hidden.shape[0], -1, self._head_dim)
+    def _heads(self, hidden: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
+        return linear(hidden, weight, bias).view(hidden.shape[0], -1, self._head_dim)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         if self._rotary_dim == self._head_dim:

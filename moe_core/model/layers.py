@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_core.model.linear import Matrix, linear
 from moe_core.model.tensor_parallel import TensorParallel
 from moe_core.model.weights import MlpWeights
 
@@ -25,9 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated_mlp(x: Tensor, weights: MlpWeights, tp: TensorParallel) -> Tensor:
     """down(silu(gate(x)) · up(x)), [n, hidden], summed over the TP group."""
-    gate = functional.silu(functional.linear(x, weights.gate_proj))  # [n, intermediate/tp]
-    product = gate * functional.linear(x, weights.up_proj)
-    return tp.all_reduce(functional.linear(product, weights.down_proj))
+    gate = functional.silu(linear(x, weights.gate_proj))  # [n, intermediate/tp]
+    product = gate * linear(x, weights.up_proj)
+    return tp.all_reduce(linear(product, weights.down_proj))
 
 
 def vocab_parts(vocab_size: int, tp_size: int) -> tuple[int, ...]:
@@ -50,9 +51,9 @@ def embed(token_ids: Tensor, weight: Tensor, vocab_size: int, tp: TensorParallel
     return tp.all_reduce(rows.masked_fill(~mine[:, None], 0))
 
 
-def vocab_logits(hidden: Tensor, lm_head: Tensor, vocab_size: int, tp: TensorParallel) -> Tensor:
+def vocab_logits(hidden: Tensor, lm_head: Matrix, vocab_size: int, tp: TensorParallel) -> Tensor:
     """[m, hidden] to [m, vocab_size], in float32 (float64 for a float64 model)."""
-    logits = functional.linear(hidden, lm_head).to(precise_dtype(hidden.dtype))
+    logits = linear(hidden, lm_head).to(precise_dtype(hidden.dtype))
     if tp.size == 1:
         return logits
     parts = vocab_parts(vocab_size, tp.size)

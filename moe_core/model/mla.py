@@ -8,12 +8,12 @@ the per-head cache every new token is expanded once. The results are the same.
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe_core.config.model import MlaConfig, ModelConfig
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.kv_cache import LatentKv, PerHeadKv, gather_blocks, write_slots
 from moe_core.model.layers import rms_norm
+from moe_core.model.linear import linear, matmul_dtype, values_of
 from moe_core.model.paged_attention import (
     all_rows,
     decode_attention,
@@ -43,7 +43,9 @@ class MlaAttention:
         self._tp = tp
         self._scale = softmax_scale(config)
         per_head = (-1, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
-        kv_b = weights.kv_b_proj.view(per_head)
+        # Products of one row a head, which no packed form computes.
+        wide = matmul_dtype(weights.kv_a_layernorm.dtype, weights.kv_a_layernorm.device)
+        kv_b = values_of(weights.kv_b_proj).to(wide).view(per_head)
         self._key_up = kv_b[:, : mla.qk_nope_head_dim]  # [heads/tp, nope, kv_lora_rank]
         self._value_up = kv_b[:, mla.qk_nope_head_dim :]  # [heads/tp, v, kv_lora_rank]
 
@@ -59,16 +61,16 @@ class MlaAttention:
             keys, values = self._expand(latent)
             out = per_head_attention(queries, keys, values, cache, batch, self._scale)
         bias = self._weights.o_proj_bias if self._tp.rank == 0 else None
-        return self._tp.all_reduce(functional.linear(out.flatten(1), self._weights.o_proj, bias))
+        return self._tp.all_reduce(linear(out.flatten(1), self._weights.o_proj, bias))
 
     def _queries(self, hidden: Tensor, positions: Tensor) -> Tensor:
         w, mla = self._weights, self._mla
         if w.q_proj is not None:
-            flat = functional.linear(hidden, w.q_proj)
+            flat = linear(hidden, w.q_proj)
         elif w.q_a_proj is not None and w.q_a_layernorm is not None and w.q_b_proj is not None:
-            compressed = functional.linear(hidden, w.q_a_proj, w.q_a_proj_bias)
+            compressed = linear(hidden, w.q_a_proj, w.q_a_proj_bias)
             compressed = rms_norm(compressed, w.q_a_layernorm, _LATENT_NORM_EPS)
-            flat = functional.linear(compressed, w.q_b_proj)
+            flat = linear(compressed, w.q_b_proj)
         else:
             raise ValueError("MLA weights need q_proj or q_a_proj, q_a_layernorm and q_b_proj")
         heads = flat.view(hidden.shape[0], -1, mla.qk_head_dim)
@@ -77,7 +79,7 @@ class MlaAttention:
 
     def _latents(self, hidden: Tensor, positions: Tensor) -> Tensor:
         w, mla = self._weights, self._mla
-        both = functional.linear(hidden, w.kv_a_proj_with_mqa, w.kv_a_proj_bias)
+        both = linear(hidden, w.kv_a_proj_with_mqa, w.kv_a_proj_bias)
         latent = rms_norm(both[:, : mla.kv_lora_rank], w.kv_a_layernorm, _LATENT_NORM_EPS)
         # One rotated key for all heads.
         rope = self._rotary(both[:, None, mla.kv_lora_rank :], positions)[:, 0]
@@ -87,7 +89,7 @@ class MlaAttention:
         """latent [t, kv_lora_rank + rope] to keys [t, heads/tp, nope + rope] and values
         [t, heads/tp, v]."""
         mla = self._mla
-        both = functional.linear(latent[:, : mla.kv_lora_rank], self._weights.kv_b_proj)
+        both = linear(latent[:, : mla.kv_lora_rank], self._weights.kv_b_proj)
         both = both.view(latent.shape[0], -1, mla.qk_nope_head_dim + mla.v_head_dim)
         nope, values = both[..., : mla.qk_nope_head_dim], both[..., mla.qk_nope_head_dim :]
         shared = latent[:, None, mla.kv_lora_rank :].expand(-1, nope.shape[1], -1)
@@ -115,12 +117,15 @@ class MlaAttention:
     def _absorbed(self, queries: Tensor, past: Tensor, mask: Tensor) -> Tensor:
         """queries [b, heads/tp, nope + rope], past [b, t, latent_dim] to [b, heads/tp, v]."""
         mla = self._mla
-        nope = queries[..., : mla.qk_nope_head_dim]
+        nope = queries[..., : mla.qk_nope_head_dim].to(self._key_up.dtype)
         content = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(0, 1)
-        rope = queries[..., mla.qk_nope_head_dim :]
+        rope = queries[..., mla.qk_nope_head_dim :].to(content.dtype)
         absorbed = torch.cat((content, rope), dim=-1)  # [b, heads/tp, latent_dim]
-        shared = past[:, :, None]  # one key head, whose leading part is the value
+        shared = past.to(absorbed.dtype)[
+            :, :, None
+        ]  # one key head, whose leading part is the value
         mixed = decode_attention(
             absorbed, shared, shared[..., : mla.kv_lora_rank], mask, self._scale
         )  # [b, heads/tp, kv_lora_rank]
-        return torch.bmm(mixed.transpose(0, 1), self._value_up.transpose(1, 2)).transpose(0, 1)
+        out = torch.bmm(mixed.transpose(0, 1), self._value_up.transpose(1, 2))
+        return out.transpose(0, 1).to(queries.dtype)

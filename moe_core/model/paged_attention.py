@@ -13,6 +13,7 @@ from torch.nn import functional
 from moe_core.model.batch import AttentionBatch, PrefillRows
 from moe_core.model.kv_cache import PerHeadKv, gather_blocks, write_slots
 from moe_core.model.layers import precise_dtype
+from moe_core.model.linear import matmul_dtype
 
 
 def decode_attention(
@@ -38,6 +39,9 @@ def prefill_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: floa
     queries [s, heads, d], keys [t, kv_heads, d], values [t, kv_heads, v]. Returns
     [s, heads, v].
     """
+    dtype = queries.dtype
+    wide = matmul_dtype(dtype, queries.device)
+    queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
     num_new, num_heads, key_dim = queries.shape
     total, kv_heads, value_dim = values.shape
     group = num_heads // kv_heads
@@ -58,7 +62,7 @@ def prefill_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: floa
         is_causal=mask is None,
         scale=scale,
     )  # [kv_heads, group, s, d]
-    return out[..., :value_dim].permute(2, 0, 1, 3).flatten(1, 2)
+    return out[..., :value_dim].permute(2, 0, 1, 3).flatten(1, 2).to(dtype)
 
 
 def per_head_attention(
@@ -82,7 +86,10 @@ def per_head_attention(
         chosen = queries if decodes.rows is None else queries[decodes.rows]
         past_keys = gather_blocks(cache.keys, decodes.block_tables)  # [b, t, kv_heads, d]
         past_values = gather_blocks(cache.values, decodes.block_tables)
-        result = decode_attention(chosen, past_keys, past_values, decodes.mask, scale)
+        wide = matmul_dtype(queries.dtype, queries.device)
+        result = decode_attention(
+            chosen.to(wide), past_keys.to(wide), past_values.to(wide), decodes.mask, scale
+        ).to(queries.dtype)
         if decodes.rows is None:
             return result
         out.index_copy_(0, decodes.rows, result)

@@ -2,13 +2,16 @@
 
 The checkpoint loader fills these and the model reads them; this module knows the shapes and
 nothing of files, ranks on the wire or arithmetic. All matrices are stored as checkpoints
-store them, `[out_features, in_features]`. `/tp` marks a dimension of which an attention TP
-rank holds its share, `/etp` the same for an expert TP rank.
+store them, `[out_features, in_features]`, or packed (linear.py). `/tp` marks a dimension of
+which an attention TP rank holds its share, `/etp` the same for an expert TP rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from moe_core.model.linear import Matrix
 
 Tensor = torch.Tensor
 
@@ -17,14 +20,14 @@ Tensor = torch.Tensor
 class MlaWeights:
     """Multi-head latent attention. Either q_proj or the q_a/q_b pair is there."""
 
-    q_proj: Tensor | None  # [heads/tp · (nope + rope), hidden]
-    q_a_proj: Tensor | None  # [q_lora_rank, hidden]
+    q_proj: Matrix | None  # [heads/tp · (nope + rope), hidden]
+    q_a_proj: Matrix | None  # [q_lora_rank, hidden]
     q_a_layernorm: Tensor | None  # [q_lora_rank]
-    q_b_proj: Tensor | None  # [heads/tp · (nope + rope), q_lora_rank]
-    kv_a_proj_with_mqa: Tensor  # [kv_lora_rank + rope, hidden]
+    q_b_proj: Matrix | None  # [heads/tp · (nope + rope), q_lora_rank]
+    kv_a_proj_with_mqa: Matrix  # [kv_lora_rank + rope, hidden]
     kv_a_layernorm: Tensor  # [kv_lora_rank]
-    kv_b_proj: Tensor  # [heads/tp · (nope + v_head_dim), kv_lora_rank]
-    o_proj: Tensor  # [hidden, heads/tp · v_head_dim]
+    kv_b_proj: Matrix  # [heads/tp · (nope + v_head_dim), kv_lora_rank]
+    o_proj: Matrix  # [hidden, heads/tp · v_head_dim]
     q_a_proj_bias: Tensor | None = None  # [q_lora_rank]; attention_bias of the config
     kv_a_proj_bias: Tensor | None = None  # [kv_lora_rank + rope]
     o_proj_bias: Tensor | None = None  # [hidden]; added by tp_rank 0 only
@@ -34,10 +37,10 @@ class MlaWeights:
 class GqaWeights:
     """Grouped-query attention; kv heads are replicated where there are fewer than tp."""
 
-    q_proj: Tensor  # [heads/tp · head_dim, hidden]
-    k_proj: Tensor  # [max(1, kv_heads/tp) · head_dim, hidden]
-    v_proj: Tensor  # [max(1, kv_heads/tp) · head_dim, hidden]
-    o_proj: Tensor  # [hidden, heads/tp · head_dim]
+    q_proj: Matrix  # [heads/tp · head_dim, hidden]
+    k_proj: Matrix  # [max(1, kv_heads/tp) · head_dim, hidden]
+    v_proj: Matrix  # [max(1, kv_heads/tp) · head_dim, hidden]
+    o_proj: Matrix  # [hidden, heads/tp · head_dim]
     q_bias: Tensor | None = None
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
@@ -50,9 +53,9 @@ class GqaWeights:
 class MlpWeights:
     """Gated MLP: a dense layer, or the shared experts merged into one."""
 
-    gate_proj: Tensor  # [intermediate/tp, hidden]
-    up_proj: Tensor  # [intermediate/tp, hidden]
-    down_proj: Tensor  # [hidden, intermediate/tp]
+    gate_proj: Matrix  # [intermediate/tp, hidden]
+    up_proj: Matrix  # [intermediate/tp, hidden]
+    down_proj: Matrix  # [hidden, intermediate/tp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,14 @@ class AttentionTierWeights:
     embed_tokens: Tensor  # [vocab part, hidden]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [hidden]
-    lm_head: Tensor  # [vocab part, hidden]
+    lm_head: Matrix  # [vocab part, hidden]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayerWeights:
     """The physical experts of one MoE layer that one expert process holds, in slot order."""
 
-    w13: Tensor  # [num_local_experts, 2 · moe_intermediate/etp, hidden], gate rows then up rows
-    w2: Tensor  # [num_local_experts, hidden, moe_intermediate/etp]
+    # [num_local_experts, 2 · moe_intermediate/etp, hidden], gate rows then up rows
+    w13: Tensor | Sequence[Matrix]
+    w2: Tensor | Sequence[Matrix]  # [num_local_experts, hidden, moe_intermediate/etp]
     shared: MlpWeights | None  # only where the expert tier runs the shared expert; cut by etp

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_core.model.experts import NO_EXPERT, run_experts, run_experts_by_loop
+from moe_core.model.packing import packed_experts
 from moe_core.model.weights import ExpertLayerWeights, MlpWeights
 from support.patience import patient
 
@@ -51,6 +52,15 @@ def test_grouped_equals_loop(dtype: torch.dtype, data: st.DataObject) -> None:
     actual = run_experts(weights, *batch)
     assert actual.dtype == dtype
     tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_packed_experts_equal_the_loop_over_plain_ones() -> None:
+    weights = make_weights(5, torch.bfloat16)
+    batch = make_batch([[0, 5, 3], [4, NO_EXPERT, 1], [2, 0, 5]], 3, torch.bfloat16)
+    expected = run_experts_by_loop(weights, *batch)
+    actual = run_experts(packed_experts(weights), *batch)
+    tolerance = TOLERANCE[torch.bfloat16]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 

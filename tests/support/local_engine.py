@@ -26,6 +26,7 @@ from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.config.parallel import ParallelConfig
 from moe_core.exchange import link_spec
+from moe_core.model.linear import packing_pays
 from moe_core.model.tensor_parallel import NoTensorParallel
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.local import LocalLink
@@ -123,6 +124,7 @@ def _weights(checkpoint: Checkpoint, site: Site):
         shared_expert=not site.parallel.shared_on_experts,
         dtype=site.dtype,
         device=CPU,
+        packed=packing_pays(site.dtype, CPU),
     )
 
 
@@ -149,6 +151,7 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
         shared_expert=parallel.shared_on_experts,
         dtype=site.dtype,
         device=CPU,
+        packed=packing_pays(site.dtype, CPU),
     )
     spec = link_spec(
         site.model, parallel, model_fingerprint="local", dtype=site.dtype, spare_slots=2
