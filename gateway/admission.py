@@ -48,7 +48,6 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     if len(request.request_id) > MAX_REQUEST_ID:
         raise RequestError(f"request_id: must have at most {MAX_REQUEST_ID} characters")
     sampling = request.sampling
-    _refuse_unsupported(request)
     _check_numbers(sampling)
     _check_tokens(sampling, model)
     _check_stop_strings(sampling.stop, model)
@@ -78,11 +77,6 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _refuse_unsupported(request: GenerationRequest) -> None:
-    if request.priority:
-        raise RequestError(f"priority={request.priority}: not supported yet; leave it out")
 
 
 def _check_numbers(sampling: Sampling) -> None:

@@ -76,7 +76,7 @@ def test_no_block_is_leaked_shared_or_freed_twice_under_random_traffic(
         elif action == "step":
             for item in scheduler.schedule():
                 caught_up = item.catches_up
-                item.sequence.num_computed_tokens += item.num_new_tokens
+                scheduler.computed(item)
                 assert item.sequence.num_computed_tokens <= (
                     len(item.sequence.block_table) * block_size
                 )

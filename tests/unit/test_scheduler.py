@@ -21,7 +21,7 @@ def step(under_test: Scheduler) -> list[tuple[str, int]]:
     scheduled = under_test.schedule()
     for item in scheduled:
         caught_up = item.catches_up
-        item.sequence.num_computed_tokens += item.num_new_tokens
+        under_test.computed(item)
         if caught_up and item.sequence.append(2):
             under_test.remove(item.sequence)
     return [(item.sequence.request.sequence_id, item.num_new_tokens) for item in scheduled]
