@@ -180,8 +180,9 @@ class Scheduler:
 
     def _serve(self, sequence: Sequence, step: _Step) -> None:
         """Let a running sequence catch up as far as budget and blocks go."""
-        count = min(sequence.num_pending_tokens, step.budget)
-        count = min(count, self._make_room(sequence, count, step))
+        wanted = min(sequence.num_pending_tokens, step.budget)
+        room = self._make_room(sequence, wanted, step)
+        count = min(sequence.num_pending_tokens, step.budget, room)
         if count > 0:
             step.counts[sequence] = count
             step.budget -= count
