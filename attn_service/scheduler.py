@@ -244,8 +244,7 @@ class Scheduler:
     def _num_spare(self) -> int:
         """Free blocks beyond those that the tokens of running sequences still need."""
         promised = sum(
-            self._pool.blocks_for(each.num_tokens) - len(each.block_table)
-            for each in self._running
+            self._pool.blocks_for(each.num_tokens) - len(each.block_table) for each in self._running
         )
         return self._pool.num_free - promised
 

@@ -76,7 +76,7 @@ async def play(actions: list[tuple], num_blocks: int, block_size: int) -> None:
             for action, *numbers in actions:
                 await traffic.play(action, numbers)
             results = await traffic.results()
-            while engine.counters.num_running:  # aborted ones leave before the next step
+            while engine.load.num_running + engine.load.num_waiting:  # aborted ones may be left
                 await asyncio.sleep(0)
     finally:
         running.cancel()
