@@ -18,7 +18,7 @@ from typing import Any
 from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it silently
 
 from attn_service.tensor_parallel import GroupLostError, GroupRank, bounded
-from moe_core.errors import ConfigError, EpserveError
+from moe_core.errors import ConfigError
 
 POLL_S = 0.1
 _OUTCOME = "kv/outcome"
@@ -31,12 +31,6 @@ class KvOffer:
     num_blocks: int
     block_size: int
     measured: bool
-
-
-class RefusedAgreementError(EpserveError):
-    """tp_rank 0 has found that the ranks cannot work together."""
-
-    code = ConfigError.code
 
 
 def settle(offers: Sequence[KvOffer]) -> int:
@@ -64,15 +58,15 @@ async def agree(
     """The number of blocks that this rank is to have; every rank of the group calls it.
 
     On tp_rank 0 `accept` is called with it before any other rank knows it. Raises ConfigError
-    or RefusedAgreementError where the offers do not fit together, GroupLostError when a rank is
-    lost or does not come in time.
+    where the offers do not fit together, GroupLostError when a rank is lost or does not come in
+    time.
     """
     what = f"{rank} lost the TP store of tp_rank 0"
     bounded(lambda: store.set(_key(rank.tp_rank), json.dumps(asdict(offer))), what)
     if rank.tp_rank != 0:
         (outcome,) = await _values(rank, store, [_OUTCOME], timeout_s)
         if "refused" in outcome:
-            raise RefusedAgreementError(f"{rank}: {outcome['refused']}")
+            raise ConfigError(*outcome["refused"])
         return int(outcome["num_blocks"])
     keys = [_key(each) for each in range(rank.tp_size)]
     offers = [KvOffer(**value) for value in await _values(rank, store, keys, timeout_s)]
@@ -80,7 +74,8 @@ async def agree(
         num_blocks = settle(offers)
         accept(num_blocks)
     except ConfigError as error:
-        store.set(_OUTCOME, json.dumps({"refused": str(error)}))
+        refused = error.setting, error.value, error.rule
+        store.set(_OUTCOME, json.dumps({"refused": refused}))
         raise
     store.set(_OUTCOME, json.dumps({"num_blocks": num_blocks}))
     return num_blocks
