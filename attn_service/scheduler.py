@@ -11,12 +11,12 @@ prompts, running or waiting. Since `max_num_seqs <= max_step_tokens`, a long pro
 budget at most between a running sequence and its next token.
 
 Blocks are taken as tokens come. A sequence is admitted when its tokens fit into free blocks that
-no running prompt needs, and nobody who comes later in the order is admitted before it, except
-past one that is held back (prefix_wait.py), whose place is kept. Where a running sequence finds
-no block for its next token, the last running one in the order is preempted, again and again: its
-blocks are freed, and it waits, in its place in the order, to compute all its tokens once more
-(those whose blocks nobody took meanwhile are found in the cache). The last one itself keeps its
-blocks and is passed over.
+no running one needs, now or for its next `growth_blocks` blocks. Nobody who comes later in the
+order is admitted before it, except past one that is held back (prefix_wait.py), whose place is
+kept. Where a running sequence finds no block for its next token, the last running one in the
+order is preempted, again and again: its blocks are freed, and it waits, in its place in the
+order, to compute all its tokens once more (those whose blocks nobody took meanwhile are found in
+the cache). The last one itself keeps its blocks and is passed over.
 
 Why every sequence ends (no livelock). The order is total and never changes for a sequence.
 1. Of the running sequences, the first in the order gets at least one token in every step: the
@@ -48,11 +48,13 @@ _ORDER = attrgetter("order")
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """max_step_tokens: budget of one step. max_model_len: prompt and outputs together."""
+    """max_step_tokens: budget of one step. max_model_len: prompt and outputs together.
+    growth_blocks: free blocks that admitting a sequence leaves for each that runs."""
 
     max_num_seqs: int
     max_step_tokens: int
     max_model_len: int
+    growth_blocks: int = 2
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -190,12 +192,13 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, count: int, step: _Step) -> int:
         """Take blocks for `count` more tokens, or for as many as there are free ones; only where
         there would be no room at all is another preempted. Returns the tokens that have room."""
-        pool = self._pool
-        wanted = pool.blocks_for(sequence.num_computed_tokens + count) - len(sequence.block_table)
-        if wanted > 0 and self._room(sequence) == 0:
-            while pool.num_free == 0 and self._preempt_last(sequence, step):
-                pass
-        sequence.block_table.extend(pool.allocate(min(max(wanted, 0), pool.num_free)))
+        room = self._room(sequence)
+        if room >= count:
+            return room
+        while room == 0 and self._pool.num_free == 0 and self._preempt_last(sequence, step):
+            pass
+        missing = self._pool.blocks_for(count - room)
+        sequence.block_table.extend(self._pool.allocate(min(missing, self._pool.num_free)))
         return self._room(sequence)
 
     def _room(self, sequence: Sequence) -> int:
@@ -232,7 +235,8 @@ class Scheduler:
         if self._prefix_wait.is_held(sequence, len(found), self._running):
             return
         needed = self._pool.blocks_for(sequence.num_tokens) - len(found)
-        if needed > self._num_spare() - self._pool.num_cached_of(found):
+        spare = self._num_spare() - self._pool.num_cached_of(found)
+        if needed > spare:
             step.seats = 0
             return
         self._waiting.remove(sequence)
@@ -242,11 +246,11 @@ class Scheduler:
         self._serve(sequence, step)
 
     def _num_spare(self) -> int:
-        """Free blocks beyond those that the tokens of running sequences still need."""
-        promised = sum(
-            self._pool.blocks_for(each.num_tokens) - len(each.block_table) for each in self._running
-        )
-        return self._pool.num_free - promised
+        """Free blocks beyond what running sequences need for their tokens and to grow a little."""
+        needed = len(self._running) * self._config.growth_blocks
+        for each in self._running:
+            needed += self._pool.blocks_for(each.num_tokens) - len(each.block_table)
+        return self._pool.num_free - needed
 
     def _stop(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -54,13 +54,16 @@ class Shape:
     max_step_tokens: int
     kv_cache_tokens: int
     burst: int
+    block_size: int = 4
     parallel: ParallelConfig = LEVEL_0
 
 
 SHAPES = {
     "wide": Shape(max_num_seqs=16, max_step_tokens=256, kv_cache_tokens=4096, burst=220),
     "short chunks": Shape(max_num_seqs=6, max_step_tokens=7, kv_cache_tokens=512, burst=12),
-    "few blocks": Shape(max_num_seqs=12, max_step_tokens=32, kv_cache_tokens=72, burst=30),
+    "few blocks": Shape(
+        max_num_seqs=12, max_step_tokens=32, kv_cache_tokens=64, burst=30, block_size=1
+    ),
     "two experts": Shape(8, 24, 128, burst=9, parallel=LEVEL_2),
 }
 
@@ -112,7 +115,7 @@ async def run_shape(
         checkpoints.directory(model),
         shape.parallel,
         dtype=torch.float64,
-        block_size=4,
+        block_size=shape.block_size,
         kv_cache_tokens=shape.kv_cache_tokens,
         max_num_seqs=shape.max_num_seqs,
         max_step_tokens=shape.max_step_tokens,

@@ -14,7 +14,7 @@ PROMPT = tuple(range(10, 24))  # 3 full blocks and 2 tokens
 class Traffic:
     def __init__(self, *, seqs: int = 4, budget: int = 32, blocks: int = 32) -> None:
         self.pool = BlockPool(blocks, BLOCK)
-        self.scheduler = Scheduler(SchedulerConfig(seqs, budget, 128), self.pool)
+        self.scheduler = Scheduler(SchedulerConfig(seqs, budget, 128, growth_blocks=0), self.pool)
 
     def add(
         self, name: str, prompt: tuple[int, ...], outputs: int = 4, priority: int = 0

@@ -23,9 +23,16 @@ def sequence(
 
 
 def scheduler(
-    *, seqs: int = 4, budget: int = 16, context: int = 64, blocks: int = 32, block_size: int = 4
+    *,
+    seqs: int = 4,
+    budget: int = 16,
+    context: int = 64,
+    blocks: int = 32,
+    block_size: int = 4,
+    growth_blocks: int = 0,
 ) -> Scheduler:
-    return Scheduler(SchedulerConfig(seqs, budget, context), BlockPool(blocks, block_size))
+    config = SchedulerConfig(seqs, budget, context, growth_blocks)
+    return Scheduler(config, BlockPool(blocks, block_size))
 
 
 def step(under_test: Scheduler) -> list[tuple[str, int]]:
@@ -180,6 +187,14 @@ def test_a_chunk_shrinks_to_the_free_blocks_before_anything_is_preempted() -> No
     assert under_test.num_preemptions == 0
     assert step(under_test) == [("urgent", 4)]
     assert under_test.num_preemptions == 1
+
+
+def test_admission_leaves_the_running_ones_room_to_grow() -> None:
+    under_test = scheduler(blocks=6, block_size=4, growth_blocks=2)
+    for name in "abc":
+        under_test.add(sequence(name, 4))
+    assert step(under_test) == [("a", 4), ("b", 4)]  # 4 are left to them
+    assert under_test.num_waiting == 1
 
 
 def test_nobody_is_admitted_to_a_step_that_preempted() -> None:

@@ -27,11 +27,13 @@ class Model:
 
     block_size: int
     num_blocks: int
+    growth_blocks: int
     alive: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(SchedulerConfig(MAX_SEQS, BUDGET, CONTEXT), self.pool)
+        config = SchedulerConfig(MAX_SEQS, BUDGET, CONTEXT, self.growth_blocks)
+        self.scheduler = Scheduler(config, self.pool)
 
     def add(self, base: int, length: int, outputs: int, priority: int) -> None:
         prompt = (*BASES[base][:length], length)
@@ -144,12 +146,13 @@ ACTIONS = st.one_of(
     traffic=st.lists(ACTIONS, max_size=60),
     num_blocks=st.integers(2, 24),
     block_size=st.sampled_from([1, 4, 16]),
+    growth_blocks=st.sampled_from([0, 0, 2]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 def test_no_block_is_leaked_wrongly_shared_or_freed_twice_and_every_sequence_ends(
-    traffic: list[tuple], num_blocks: int, block_size: int
+    traffic: list[tuple], num_blocks: int, block_size: int, growth_blocks: int
 ) -> None:
-    model = Model(block_size, num_blocks)
+    model = Model(block_size, num_blocks, growth_blocks)
     for action, *numbers in traffic:
         if action == "add":
             model.add(*numbers)
@@ -164,7 +167,7 @@ def test_no_block_is_leaked_wrongly_shared_or_freed_twice_and_every_sequence_end
 
 def test_the_traffic_preempts_shares_and_evicts() -> None:
     """That the property above is not about an empty case: one dense example of it."""
-    model = Model(block_size=4, num_blocks=20)
+    model = Model(block_size=4, num_blocks=20, growth_blocks=0)
     evictions_possible = False
     for number in range(60):
         model.add(number % 3, 5 + 7 * number % 40, 1 + 5 * number % 24, number % 2)
