@@ -160,6 +160,30 @@ def test_a_held_sequence_goes_on_when_the_other_is_removed(ends: bool) -> None:
     assert second.num_cached_tokens == (8 if ends else None)
 
 
+def test_nobody_waits_for_what_has_been_computed_but_is_not_to_be_found() -> None:
+    traffic = Traffic()
+    traffic.add("a", PROMPT)
+    traffic.step()
+    spoilt = traffic.add("b", PROMPT)
+    traffic.step()
+    traffic.scheduler.remove(spoilt, reusable=False)  # the blocks that it shares with a
+    traffic.add("c", PROMPT)
+    assert traffic.step() == {"a": 1, "c": 14}
+
+
+def test_blocks_that_are_found_do_not_count_as_free_for_the_rest_of_the_prompt() -> None:
+    traffic = Traffic(blocks=4)
+    traffic.add("long", PROMPT[:13], outputs=1)
+    traffic.finish()
+    short = traffic.add("short", (99,), outputs=3)
+    assert traffic.step() == {"short": 1}  # takes the one block that holds nothing
+    traffic.add("long again", PROMPT[:13], outputs=1)
+    assert traffic.step() == {"short": 1}
+    assert traffic.scheduler.num_running == 1
+    traffic.scheduler.remove(short)
+    assert traffic.step() == {"long again": 1}
+
+
 def test_a_preempted_sequence_finds_its_own_blocks_that_nobody_took() -> None:
     traffic = Traffic(blocks=6)
     first = traffic.add("a", (1,) * 8, outputs=16)

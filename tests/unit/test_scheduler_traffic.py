@@ -86,6 +86,7 @@ class Model:
             assert all(each.order > other.order for other in running)
         # Nobody is let past one that waits, except past one whose prompt is being computed.
         admitted = [each for each in running if each not in before]
+        assert counts.keys() >= set(admitted)
         for each in self.alive:
             if not each.is_running and any(each.order < other.order for other in admitted):
                 assert any(self.will_share(other, each) for other in running)
