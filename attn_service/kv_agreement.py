@@ -61,8 +61,8 @@ async def agree(
     where the offers do not fit together, GroupLostError when a rank is lost or does not come in
     time.
     """
-    what = f"{rank} lost the TP store of tp_rank 0"
-    bounded(lambda: store.set(_key(rank.tp_rank), json.dumps(asdict(offer))), what)
+    mine = json.dumps(asdict(offer))
+    bounded(lambda: store.set(_key(rank.tp_rank), mine), _lost_store(rank))
     if rank.tp_rank != 0:
         (outcome,) = await _values(rank, store, [_OUTCOME], timeout_s)
         if "refused" in outcome:
@@ -72,11 +72,11 @@ async def agree(
     offers = [KvOffer(**value) for value in await _values(rank, store, keys, timeout_s)]
     try:
         num_blocks = settle(offers)
-        accept(num_blocks)
     except ConfigError as error:
         refused = error.setting, error.value, error.rule
         store.set(_OUTCOME, json.dumps({"refused": refused}))
         raise
+    accept(num_blocks)
     store.set(_OUTCOME, json.dumps({"num_blocks": num_blocks}))
     return num_blocks
 
@@ -88,18 +88,22 @@ async def _values(
     missing = list(keys)
     try:
         async with asyncio.timeout(timeout_s):
-            while missing := [key for key in missing if not _is_there(rank, store, key)]:
+            while missing := [each for each in missing if not _is_there(rank, store, each)]:
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
         raise GroupLostError(
             f"{rank}: no {', '.join(missing)} in the TP store within {timeout_s:g} s"
         ) from None
-    return [json.loads(store.get(key)) for key in keys]
+    texts = bounded(lambda: [store.get(key) for key in keys], _lost_store(rank))
+    return [json.loads(text) for text in texts]
 
 
 def _is_there(rank: GroupRank, store: Store, key: str) -> bool:
-    there = bounded(lambda: store.check([key]), f"{rank} lost the TP store of tp_rank 0")
-    return bool(there)
+    return bool(bounded(lambda: store.check([key]), _lost_store(rank)))
+
+
+def _lost_store(rank: GroupRank) -> str:
+    return f"{rank} lost the TP store of tp_rank 0"
 
 
 def _key(tp_rank: int) -> str:

@@ -1,7 +1,7 @@
 """How many KV blocks this process has, however that was set.
 
 Knows the settings, what a token takes and what memory is left. Knows no block and no peer: what
-the ranks of a group make of their numbers is rendezvous.py's.
+the ranks of a group make of their numbers is kv_agreement.py's.
 """
 
 import torch

@@ -37,7 +37,7 @@ class PrefixCache:
     def find(self, sequence: Sequence) -> list[int]:
         """The blocks that hold the sequence's first tokens, as many as there are in a row."""
         blocks: list[int] = []
-        for key in self.keys(sequence)[: (sequence.num_tokens - 1) // self.block_size]:
+        for key in self.wanted_keys(sequence):
             block = self._pool.find(key)
             if block is None:
                 break
@@ -65,15 +65,9 @@ class PrefixCache:
         for index in range(first, end):
             self._pool.register(sequence.block_table[index], keys[index])
 
-    def num_shared_blocks(self, sequence: Sequence, other: Sequence, start: int) -> int:
-        """How many full blocks the two begin with alike, given that they agree on `start`."""
-        pairs = zip(self.keys(sequence)[start:], self.keys(other)[start:], strict=False)
-        count = start
-        for mine, theirs in pairs:
-            if mine != theirs:
-                break
-            count += 1
-        return count
+    def wanted_keys(self, sequence: Sequence) -> list[bytes]:
+        """The keys of the blocks that `sequence` could take from the cache."""
+        return self.keys(sequence)[: (sequence.num_tokens - 1) // self.block_size]
 
     def keys(self, sequence: Sequence) -> list[bytes]:
         """The key of every block that the sequence's tokens fill, computed or not."""

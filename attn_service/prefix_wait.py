@@ -30,14 +30,12 @@ class PrefixWait:
 
         running: in order of service.
         """
-        keys = self._cache.keys(sequence)
-        if found >= len(keys):
-            return False
-        for other in running:
+        keys = self._cache.wanted_keys(sequence)
+        for other in running if found < len(keys) else ():
             if other.order > sequence.order:
                 break
             if self._will_compute(other, found, keys[found]):
-                shared = self._cache.num_shared_blocks(sequence, other, found)
+                shared = _num_alike(keys, other.block_keys)
                 self._held[sequence] = other, shared * self._cache.block_size
                 return True
         return False
@@ -59,3 +57,9 @@ class PrefixWait:
         keys = other.block_keys
         uncomputed = other.num_computed_tokens < (index + 1) * self._cache.block_size
         return uncomputed and index < len(keys) and keys[index] == key
+
+
+def _num_alike(keys: list[bytes], others: list[bytes]) -> int:
+    """How many keys the two begin with alike; a key stands for all before it, too."""
+    limit = min(len(keys), len(others))
+    return next((i for i in range(limit) if keys[i] != others[i]), limit)

@@ -71,6 +71,8 @@ class SchedulerConfig:
             raise ConfigError(
                 "max_model_len", self.max_model_len, "needs room for a prompt and an output", (2,)
             )
+        if self.growth_blocks < 0:
+            raise ConfigError("growth_blocks", self.growth_blocks, "must be at least 0", (0,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,14 @@ def test_siblings_compute_their_prompt_once() -> None:
     assert traffic.pool.num_free == 32
 
 
+def test_nobody_waits_for_a_block_that_holds_its_own_last_token() -> None:
+    traffic = Traffic(budget=8)
+    for name in "ab":
+        traffic.add(name, PROMPT[:12])
+    assert traffic.step() == {"a": 8}
+    assert traffic.step() == {"a": 4, "b": 4}
+
+
 def test_siblings_wait_for_a_prompt_in_chunks_and_others_do_not_wait_with_them() -> None:
     traffic = Traffic(budget=8)
     traffic.add("a", PROMPT)
