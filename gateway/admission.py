@@ -1,8 +1,7 @@
 """Which requests are let in, and what their defaults become.
 
 Knows the model's limits and the largest KV pool. Every refusal is a RequestError that names the
-field, its value and the rule, before the request has cost anything. Knows no engine: what the
-engines cannot do yet is refused here by name, never ignored.
+field, its value and the rule, before the request has cost anything. Knows no engine.
 """
 
 import math

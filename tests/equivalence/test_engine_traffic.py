@@ -40,9 +40,12 @@ def traffic() -> list[SequenceRequest]:
                 top_p=0.95,
                 seed=len(prompt) * 1000 + prompt[-1],
                 index=index,
+                repetition_penalty=1.3 if len(prompt) % 3 == 0 else 1.0,
             )
             priority = chance.choice((0, 0, 1))
-            requests.append(SequenceRequest(str(len(requests)), prompt, sampling, priority))
+            requests.append(
+                SequenceRequest(str(len(requests)), prompt, sampling, priority=priority)
+            )
     return requests
 
 

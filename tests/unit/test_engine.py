@@ -263,6 +263,21 @@ async def test_a_sequence_reports_with_its_first_token_what_was_cached() -> None
     assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (20, 8)
 
 
+async def test_a_resumed_sequence_reports_no_more_cached_tokens_than_its_prompt_has() -> None:
+    prompt, outputs = (1, 2, 3, 4, 5), tuple(continuation((1, 2, 3, 4, 5), 12))
+    async with running(FakeRunner()) as engine:
+        first = engine.open_stream()
+        first.add(request("a", *prompt, max_tokens=12))
+        await collect(first)
+        resumed = engine.open_stream()
+        sampling = Sampling(max_tokens=14)
+        resumed.add(SequenceRequest("a", prompt, sampling, output_ids=outputs[:10]))
+        resumed.end_of_requests()
+        steps = [o async for step in resumed.outputs() for o in step.outputs]
+    assert [o.token_ids for o in steps[:2]] == [(token,) for token in outputs[10:]]
+    assert [o.num_cached_tokens for o in steps] == [5, 0, 0, 0]
+
+
 async def test_priorities_decide_who_is_served_first() -> None:
     runner = FakeRunner()
     async with running(runner, num_blocks=4) as engine:  # one at a time
@@ -270,7 +285,7 @@ async def test_priorities_decide_who_is_served_first() -> None:
         for name, priority in [("late", 1), ("normal", 0), ("first", -1)]:
             sampling = Sampling(max_tokens=1)
             prompt = (ord(name[0]) % VOCAB,) * 13
-            stream.add(SequenceRequest(name, prompt, sampling, priority))
+            stream.add(SequenceRequest(name, prompt, sampling, priority=priority))
         stream.end_of_requests()
         order = [o.sequence_id async for step in stream.outputs() for o in step.outputs]
     assert order == ["first", "normal", "late"]

@@ -45,7 +45,7 @@ class Traffic:
         prompt = (*((base, base + 1) * 20)[:length], length % VOCAB)
         for _ in range(copies):
             name = str(len(self.requests))
-            request = SequenceRequest(name, prompt, Sampling(max_tokens=outputs), priority)
+            request = SequenceRequest(name, prompt, Sampling(max_tokens=outputs), priority=priority)
             try:
                 self.stream.add(request)
             except RequestError:

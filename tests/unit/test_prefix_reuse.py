@@ -19,7 +19,9 @@ class Traffic:
     def add(
         self, name: str, prompt: tuple[int, ...], outputs: int = 4, priority: int = 0
     ) -> Sequence:
-        added = Sequence(SequenceRequest(name, prompt, Sampling(max_tokens=outputs), priority))
+        added = Sequence(
+            SequenceRequest(name, prompt, Sampling(max_tokens=outputs), priority=priority)
+        )
         self.scheduler.add(added)
         return added
 

@@ -19,7 +19,7 @@ def sequence(
 ) -> Sequence:
     """A prompt given by its length shares nothing with any other."""
     ids = prompt if isinstance(prompt, tuple) else (next(_starts),) * prompt
-    return Sequence(SequenceRequest(name, ids, Sampling(max_tokens=outputs), priority))
+    return Sequence(SequenceRequest(name, ids, Sampling(max_tokens=outputs), priority=priority))
 
 
 def scheduler(

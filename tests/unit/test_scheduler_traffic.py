@@ -37,7 +37,9 @@ class Model:
 
     def add(self, base: int, length: int, outputs: int, priority: int) -> None:
         prompt = (*BASES[base][:length], length)
-        added = Sequence(SequenceRequest("s", prompt, Sampling(max_tokens=outputs), priority))
+        added = Sequence(
+            SequenceRequest("s", prompt, Sampling(max_tokens=outputs), priority=priority)
+        )
         fits = (
             len(prompt) + outputs <= CONTEXT
             and len(prompt) + outputs - 1 <= self.num_blocks * self.block_size
