@@ -60,15 +60,6 @@ class Site:
     def identity(self) -> Identity:
         return Identity(self.rank, self.parallel.attn_devices, self.instance_epoch)
 
-    @property
-    def own_terms(self) -> GroupTerms:
-        """What this process leads with, if it is tp_rank 0."""
-        return GroupTerms(
-            self.instance_epoch,
-            self.settings.num_kv_blocks(self.model),
-            self.settings.block_size,
-        )
-
 
 def make_links(
     site: Site,
@@ -111,27 +102,30 @@ def make_duty(
     experts: Experts,
     group: Group | None,
     followers: Followers | None,
+    terms: GroupTerms,
 ) -> Duty:
-    """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0."""
+    """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
+    `terms` are the group's, or a single process's own."""
     if group is None:
-        runner = _model_runner(site, weights, experts, NoTensorParallel())
-        return Leading(_engine(site, runner), None)
+        runner = _model_runner(site, weights, experts, NoTensorParallel(), terms)
+        return Leading(_engine(site, runner, terms), None)
     group_experts = GroupExperts(experts, group.tensor_parallel)
-    runner = _model_runner(site, weights, group_experts, group.tensor_parallel)
+    runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
     if followers is not None:
         leading = GroupRunner(runner, group_experts, followers.publish)
-        return Leading(_engine(site, leading), followers)
-    own = site.own_terms
-    terms = GroupTerms(group.leader.instance_epoch, own.num_blocks, own.block_size)
+        return Leading(_engine(site, leading, terms), followers)
     following = GroupRunner(runner, group_experts, None)
     return Following(group.leader.address, group.rank, terms, following)
 
 
 def _model_runner(
-    site: Site, weights: AttentionTierWeights, experts: Experts, tensor_parallel: TensorParallel
+    site: Site,
+    weights: AttentionTierWeights,
+    experts: Experts,
+    tensor_parallel: TensorParallel,
+    terms: GroupTerms,
 ) -> ModelRunner:
     enable_mla = bool(site.parallel.enable_mla)
-    terms = site.own_terms
     cache = KvCache.allocate(
         site.model,
         enable_mla,
@@ -145,8 +139,7 @@ def _model_runner(
     return ModelRunner(decoder, cache, experts, site.device)
 
 
-def _engine(site: Site, runner: ModelRunner | GroupRunner) -> Engine:
-    terms = site.own_terms
+def _engine(site: Site, runner: ModelRunner | GroupRunner, terms: GroupTerms) -> Engine:
     return Engine(
         runner,
         BlockPool(terms.num_blocks, terms.block_size),

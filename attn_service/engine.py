@@ -10,13 +10,14 @@ when the step is over, since the step still writes to its KV blocks.
 """
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence as Many
 from typing import Protocol
 
 import structlog
 import torch
 
+from attn_service.counters import EngineCounters
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.logprobs import token_logprobs
@@ -67,6 +68,7 @@ class Engine:
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._accepting = True
+        self._finished: Counter[FinishReason] = Counter()
         self.failure: UnavailableError | None = None
         self.step = 0
 
@@ -78,6 +80,21 @@ class Engine:
             free_kv_blocks=self._pool.num_free,
             total_kv_blocks=self._pool.num_blocks,
             kv_block_size=self._pool.block_size,
+        )
+
+    @property
+    def counters(self) -> EngineCounters:
+        scheduler, cache = self._scheduler, self._scheduler.cache
+        return EngineCounters(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            preemptions=scheduler.num_preemptions,
+            prefix_query_tokens=cache.num_query_tokens,
+            prefix_hit_tokens=cache.num_hit_tokens,
+            used_kv_blocks=self._pool.num_blocks - self._pool.num_free,
+            cached_kv_blocks=self._pool.num_cached,
+            total_kv_blocks=self._pool.num_blocks,
+            finished={reason: self._finished[reason] for reason in FinishReason},
         )
 
     def open_stream(self) -> EngineStream:
@@ -155,11 +172,12 @@ class Engine:
 
     def _drop_discarded(self) -> None:
         for sequence in self._discarded:
+            self._finished[FinishReason.ABORT] += 1
             self._remove(sequence)
         self._discarded.clear()
 
-    def _remove(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
+    def _remove(self, sequence: Sequence, *, reusable: bool = True) -> None:
+        self._scheduler.remove(sequence, reusable=reusable)
         del self._owner[sequence]
 
     async def _run_step(self) -> None:
@@ -181,7 +199,7 @@ class Engine:
         """Count what was computed, sample where a sequence has caught up, and put it out."""
         ready = [s.sequence for s in scheduled if s.catches_up]
         for item in scheduled:
-            item.sequence.num_computed_tokens += item.num_new_tokens
+            self._scheduler.computed(item)
         rows = [_row(sequence) for sequence in ready]
         tokens = sample(logits, rows) if rows else []
         logprobs = token_logprobs(logits, [row.sampling.logprobs for row in rows], tokens)
@@ -194,7 +212,8 @@ class Engine:
         for sequence, output in results:
             by_stream[self._owner[sequence]].append(output)
             if output.finish_reason is not None:
-                self._remove(sequence)
+                self._finished[output.finish_reason] += 1
+                self._remove(sequence, reusable=output.finish_reason is not FinishReason.ERROR)
         for stream, outputs in by_stream.items():
             stream.deliver(self.step, outputs)
 
@@ -209,7 +228,7 @@ def _slice(item: Scheduled) -> SequenceSlice:
     return SequenceSlice(
         token_ids=tuple(sequence.token_ids[start : start + item.num_new_tokens]),
         num_computed_tokens=start,
-        block_table=sequence.block_table,
+        block_table=tuple(sequence.block_table),
         needs_logits=item.catches_up,
     )
 
@@ -240,4 +259,11 @@ def _next_output(sequence: Sequence, token: int, logprobs: TokenLogprobs | None)
         )
     reason = sequence.append(token)
     told = () if logprobs is None else (logprobs,)
-    return SequenceOutput(sequence.request.sequence_id, (token,), reason, logprobs=told)
+    first = sequence.num_output_tokens == len(sequence.request.output_ids) + 1
+    return SequenceOutput(
+        sequence.request.sequence_id,
+        (token,),
+        reason,
+        logprobs=told,
+        num_cached_tokens=sequence.num_cached_prompt_tokens if first else 0,
+    )

@@ -6,17 +6,20 @@ Knows no arithmetic, no scheduling and no message; assembly.py puts the parts to
 
 import asyncio
 import os
+from dataclasses import replace
 
 import structlog
 
 from attn_service.assembly import Site, make_duty, make_links
 from attn_service.duties import Duty, Leading, until_first
 from attn_service.expert_links import ExpertLinks
-from attn_service.follow import Followers
+from attn_service.follow import Followers, GroupTerms
+from attn_service.kv_agreement import KvOffer, agree
+from attn_service.kv_budget import num_kv_blocks
 from attn_service.rendezvous import Group, meet
 from attn_service.servicer import SERVICE_NAME, AttentionServicer, add_to_server
 from attn_service.settings import AttnSettings
-from attn_service.tensor_parallel import dissolve
+from attn_service.tensor_parallel import GroupRank, dissolve
 from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.progress import shown_progress
@@ -68,6 +71,7 @@ class AttentionProcess:
         self._membership: Membership | None = None
         self._endpoint: NixlEndpoint | None = None  # one for all links
         self._links: ExpertLinks | None = None
+        self._followers: Followers | None = None
         self._duty: Duty | None = None
         self._draining = False
         self._last_report: object = None
@@ -77,12 +81,13 @@ class AttentionProcess:
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         site, membership = await self._join(checkpoint)
-        followers = self._accept_followers(site)
         group = await self._meet(site, membership)
         tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
         weights = await asyncio.to_thread(_load, checkpoint, site)
+        terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership, tensor_parallel)
-        duty = make_duty(site, weights, links, group, followers)
+        followers = self._followers
+        duty = make_duty(site, weights, links, group, followers, terms)
         if isinstance(duty, Leading):
             self._servicer.lead(duty.engine)
         else:
@@ -150,15 +155,6 @@ class AttentionProcess:
         )
         return site, membership
 
-    def _accept_followers(self, site: Site) -> Followers | None:
-        """Before the group forms, since the others follow as soon as it has."""
-        rank = site.group_rank
-        if rank.tp_size == 1 or rank.tp_rank != 0:
-            return None
-        followers = Followers(rank, site.own_terms, self._collective_timeout_s)
-        self._servicer.accept(followers)
-        return followers
-
     async def _meet(self, site: Site, membership: Membership) -> Group | None:
         if site.group_rank.tp_size == 1:
             return None
@@ -172,6 +168,29 @@ class AttentionProcess:
         )
         self._store_address = group.store_address
         return group
+
+    async def _settle_terms(self, site: Site, group: Group | None) -> GroupTerms:
+        """How many KV blocks there are, now that the weights have taken their memory. On the
+        leader, followers are accepted from then on."""
+        settings = self._settings
+        num_blocks = num_kv_blocks(settings, site.model, site.parallel, site.dtype, site.device)
+        terms = GroupTerms(site.instance_epoch, num_blocks, settings.block_size)
+        if group is not None:
+            own = replace(terms, leader_instance_epoch=group.leader.instance_epoch)
+            measured = settings.memory_utilization is not None
+            offer = KvOffer(num_blocks, settings.block_size, measured)
+
+            def accept(agreed: int) -> None:
+                self._accept_followers(group.rank, replace(own, num_blocks=agreed))
+
+            agreed = await agree(group.rank, group.store, offer, accept, ARRIVAL_TIMEOUT_S)
+            terms = replace(own, num_blocks=agreed)
+        log.info("KV cache", blocks=terms.num_blocks, block_size=terms.block_size)
+        return terms
+
+    def _accept_followers(self, rank: GroupRank, terms: GroupTerms) -> None:
+        self._followers = Followers(rank, terms, self._collective_timeout_s)
+        self._servicer.accept(self._followers)
 
     async def _connect(
         self, site: Site, membership: Membership, tensor_parallel: TensorParallel

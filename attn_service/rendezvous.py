@@ -8,6 +8,7 @@ import asyncio
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import Store  # type: ignore[attr-defined]  # torch exports it silently
 
 from attn_service.tensor_parallel import (
     DistributedTensorParallel,
@@ -28,6 +29,7 @@ class Group:
     rank: GroupRank
     leader: Member
     store_address: str  # empty on all ranks but 0
+    store: Store
     tensor_parallel: DistributedTensorParallel
 
 
@@ -57,7 +59,7 @@ async def meet(
         host, port = split_address("store_address", leader.store_address)
         store = await asyncio.to_thread(join_store, host, port, rank.tp_size, collective_timeout_s)
     tensor_parallel = await asyncio.to_thread(form, rank, store, device, collective_timeout_s)
-    return Group(rank, leader, store_address, tensor_parallel)
+    return Group(rank, leader, store_address, store, tensor_parallel)
 
 
 def _members(state: ClusterState, rank: GroupRank) -> list[Member]:

@@ -1,34 +1,60 @@
-"""Which tokens the next step computes.
+"""Which tokens the next step computes, and which blocks hold them.
 
-Knows waiting and running sequences, one token budget per step and the block pool. Knows no
-tensors, no sampling and no clients.
+Knows waiting and running sequences, one token budget per step, the block pool and its prefix
+cache. Knows no tensors, no sampling and no clients.
 
 There are no phases: a sequence is behind by `num_pending_tokens` (its prompt at first, one
-token later on), and a step lets every running sequence catch up as far as the budget goes.
+token later on), and a step lets sequences catch up as far as budget and blocks go. All is done
+in one order, `Sequence.order`: by priority, then by arrival. A step first serves the running
+sequences that are one token behind, then gives what is left of the budget, in that order, to
+prompts, running or waiting. Since `max_num_seqs <= max_step_tokens`, a long prompt is one step's
+budget at most between a running sequence and its next token.
 
-Invariants:
-* Admission is first come, first served, and takes the blocks of the prompt and of all
-  `max_tokens` outputs at once, so a running sequence never runs out of blocks.
-* A sequence is admitted only while budget is left, and running ones are served in the order
-  of admission. So at most one, the last, is short of its prompt, and since
-  `max_num_seqs <= max_step_tokens` it never keeps another from its next token.
+Blocks are taken as tokens come. A sequence is admitted when its tokens fit into free blocks that
+no running one needs, now or for its next `growth_blocks` blocks. Nobody who comes later in the
+order is admitted before it, except past one that is held back (prefix_wait.py), whose place is
+kept. Where a running sequence finds no block for its next token, the last running one in the
+order is preempted, again and again: its blocks are freed, and it waits, in its place in the
+order, to compute all its tokens once more (those whose blocks nobody took meanwhile are found in
+the cache). The last one itself keeps its blocks and is passed over.
+
+Why every sequence ends (no livelock). The order is total and never changes for a sequence.
+1. Of the running sequences, the first in the order gets at least one token in every step: the
+   others one token behind are fewer than the budget, and only sequences after it in the order
+   are preempted for another, so it loses nothing; all blocks but its own can be freed for it,
+   and `check` has seen that it fits into the pool alone. It ends after finitely many steps.
+2. Take the first in the order of all sequences. Running, it ends by 1. Waiting, nobody is
+   admitted before it, except past it while it is held back for one that comes before it, and
+   there is none. So the running ones end, one after the other by 1, until it is admitted, at
+   the latest into an empty pool.
+3. So, unless ever more come before it in the order, every sequence becomes the first, and ends.
 """
 
-from collections import deque
-from dataclasses import dataclass
+import heapq
+import itertools
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 from attn_service.kv_blocks import BlockPool
+from attn_service.prefix_cache import PrefixCache
+from attn_service.prefix_wait import PrefixWait
 from attn_service.sequence import Sequence, SequenceRequest
 from moe_core.errors import ConfigError, RequestError
+
+_ORDER = attrgetter("order")
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """max_step_tokens: budget of one step. max_model_len: prompt and outputs together."""
+    """max_step_tokens: budget of one step. max_model_len: prompt and outputs together.
+    growth_blocks: free blocks that admitting a sequence leaves for each that runs."""
 
     max_num_seqs: int
     max_step_tokens: int
     max_model_len: int
+    growth_blocks: int = 2
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1:
@@ -45,6 +71,8 @@ class SchedulerConfig:
             raise ConfigError(
                 "max_model_len", self.max_model_len, "needs room for a prompt and an output", (2,)
             )
+        if self.growth_blocks < 0:
+            raise ConfigError("growth_blocks", self.growth_blocks, "must be at least 0", (0,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +88,25 @@ class Scheduled:
         return self.num_new_tokens == self.sequence.num_pending_tokens
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step in the making: tokens and running places that are left, and what is computed."""
+
+    budget: int
+    seats: int
+    counts: dict[Sequence, int] = field(default_factory=dict)
+
+
 class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self._config = config
         self._pool = pool
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []  # both are kept in the order of service
         self._running: list[Sequence] = []
+        self._arrivals = itertools.count()
+        self.cache = PrefixCache(pool)
+        self._prefix_wait = PrefixWait(self.cache)
+        self.num_preemptions = 0
 
     @property
     def num_waiting(self) -> int:
@@ -106,37 +147,115 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises RequestError as `check` does."""
         self.check(sequence.request)
-        self._waiting.append(sequence)
+        sequence.arrival = next(self._arrivals)
+        insort(self._waiting, sequence, key=_ORDER)
 
     def schedule(self) -> tuple[Scheduled, ...]:
-        """The next step: never more than max_step_tokens, in order of admission."""
-        budget = self._config.max_step_tokens
-        scheduled: list[Scheduled] = []
-        served = 0
-        while budget > 0 and (served < len(self._running) or self._admit_next()):
-            sequence = self._running[served]
-            count = min(sequence.num_pending_tokens, budget)
-            scheduled.append(Scheduled(sequence, count))
-            budget -= count
-            served += 1
-        return tuple(scheduled)
+        """The next step: at most max_step_tokens, and never empty while there is work."""
+        config = self._config
+        step = _Step(config.max_step_tokens, config.max_num_seqs - len(self._running))
+        for sequence in tuple(self._running):
+            if sequence.is_running and sequence.num_pending_tokens == 1:
+                self._serve(sequence, step)
+        prompts = [each for each in self._running if each.num_pending_tokens > 1]
+        for sequence in heapq.merge(prompts, self._candidates(step), key=_ORDER):
+            if step.budget == 0:
+                break
+            if sequence.is_running:
+                self._serve(sequence, step)
+            elif step.seats > 0:
+                self._admit(sequence, step)
+        return tuple(Scheduled(sequence, count) for sequence, count in step.counts.items())
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its blocks."""
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self._pool.free(sequence.block_table)
-            sequence.block_table = ()
+    def computed(self, scheduled: Scheduled) -> None:
+        """The step has computed these tokens; called before the sequence takes another."""
+        self.cache.computed(scheduled.sequence, scheduled.num_new_tokens)
+
+    def remove(self, sequence: Sequence, *, reusable: bool = True) -> None:
+        """Forget a sequence, wherever it is, and free its blocks. Unless they are `reusable`,
+        nobody finds what they hold any more."""
+        if sequence.is_running:
+            if not reusable:
+                self._pool.forget(sequence.block_table)
+            self._stop(sequence)
         else:
             self._waiting.remove(sequence)
+            self._prefix_wait.forget(sequence)
 
-    def _admit_next(self) -> bool:
-        if not self._waiting or len(self._running) == self._config.max_num_seqs:
+    def _serve(self, sequence: Sequence, step: _Step) -> None:
+        """Let a running sequence catch up as far as budget and blocks go."""
+        wanted = min(sequence.num_pending_tokens, step.budget)
+        room = self._make_room(sequence, wanted, step)
+        count = min(sequence.num_pending_tokens, step.budget, room)
+        if count > 0:
+            step.counts[sequence] = count
+            step.budget -= count
+
+    def _make_room(self, sequence: Sequence, count: int, step: _Step) -> int:
+        """Take blocks for `count` more tokens, or for as many as there are free ones; only where
+        there would be no room at all is another preempted. Returns the tokens that have room."""
+        room = self._room(sequence)
+        if room >= count:
+            return room
+        while room == 0 and self._pool.num_free == 0 and self._preempt_last(sequence, step):
+            pass
+        missing = self._pool.blocks_for(count - room)
+        sequence.block_table.extend(self._pool.allocate(min(missing, self._pool.num_free)))
+        return self._room(sequence)
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that still fit into the sequence's blocks."""
+        return len(sequence.block_table) * self._pool.block_size - sequence.num_computed_tokens
+
+    def _preempt_last(self, sequence: Sequence, step: _Step) -> bool:
+        """Preempt the last running sequence, unless that is `sequence` itself."""
+        last = self._running[-1]
+        if last is sequence:
             return False
-        count = self._pool.blocks_for(self._waiting[0].request.max_computed_tokens)
-        if count > self._pool.num_free:
-            return False
-        sequence = self._waiting.popleft()
-        sequence.block_table = self._pool.allocate(count)
-        self._running.append(sequence)
+        self._stop(last)
+        last.num_computed_tokens = 0
+        insort(self._waiting, last, key=_ORDER)
+        step.budget += step.counts.pop(last, 0)
+        step.seats = 0  # blocks are short: nobody is admitted to the step
+        self.num_preemptions += 1
         return True
+
+    def _candidates(self, step: _Step) -> Iterator[Sequence]:
+        """The waiting sequences in order, for as long as the step has a seat for one."""
+        for sequence in tuple(self._waiting):
+            if step.seats < 1:
+                return
+            yield sequence
+
+    def _admit(self, sequence: Sequence, step: _Step) -> None:
+        """Let a waiting sequence run and serve it, or hold it back and keep its seat. If its
+        turn has come but not its blocks, nobody behind it gets a seat."""
+        step.seats -= 1
+        if self._prefix_wait.still_held(sequence):
+            return
+        found = self.cache.find(sequence)
+        if self._prefix_wait.is_held(sequence, len(found), self._running):
+            return
+        needed = self._pool.blocks_for(sequence.num_tokens) - len(found)
+        spare = self._num_spare() - self._pool.num_cached_of(found)
+        if needed > spare:
+            step.seats = 0
+            return
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_ORDER)
+        sequence.is_running = True
+        self.cache.reuse(sequence, found)
+        self._serve(sequence, step)
+
+    def _num_spare(self) -> int:
+        """Free blocks beyond what running sequences need for their tokens and to grow a little."""
+        needed = len(self._running) * self._config.growth_blocks
+        for each in self._running:
+            needed += self._pool.blocks_for(each.num_tokens) - len(each.block_table)
+        return self._pool.num_free - needed
+
+    def _stop(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        sequence.is_running = False
+        self._pool.free(sequence.block_table)
+        sequence.block_table = []

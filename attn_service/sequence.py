@@ -55,12 +55,14 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """`output_ids` were generated before, by another process: the sequence goes on after them,
-    and every setting counts them as outputs."""
+    and every setting counts them as outputs. priority: lower is served first; equal ones are
+    served in order of arrival."""
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     output_ids: tuple[int, ...] = ()
+    priority: int = 0
 
     @property
     def max_computed_tokens(self) -> int:
@@ -71,12 +73,21 @@ class SequenceRequest:
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A sequence under way. Prompt and outputs form one row of tokens, of which the first
-    `num_computed_tokens` have their keys and values in the cache."""
+    `num_computed_tokens` have their keys and values in the cache.
+
+    Between two steps it has blocks just if it is_running. arrival: its number among all
+    sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
+    when it was first admitted; None before.
+    """
 
     request: SequenceRequest
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
-    block_table: tuple[int, ...] = ()
+    block_table: list[int] = field(default_factory=list)
+    is_running: bool = False
+    arrival: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int | None = None
     token_counts: TokenCounts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -89,6 +100,11 @@ class Sequence:
             )
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Who is served first: the smallest. No two sequences have the same."""
+        return self.request.priority, self.arrival
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -99,6 +115,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_cached_prompt_tokens(self) -> int:
+        """Those of the prompt that were in the cache when it was first admitted."""
+        return min(self.num_cached_tokens or 0, len(self.request.prompt_ids))
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; the reason why it is the last one, if it is."""
@@ -146,7 +167,8 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
     """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only.
-    `logprobs` has one entry per token where they were asked for, else none."""
+    `logprobs` has one entry per token where they were asked for, else none. num_cached_tokens,
+    with the first token: those of the prompt that were not computed again."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
@@ -154,6 +176,7 @@ class SequenceOutput:
     error_code: str = ""
     error: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

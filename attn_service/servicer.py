@@ -123,6 +123,7 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         ),
+        priority=message.priority,
     )
 
 
@@ -137,6 +138,7 @@ def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
                 error_code=each.error_code,
                 error=each.error,
                 logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
+                num_cached_tokens=each.num_cached_tokens,
             )
             for each in output.outputs
         ],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_service.scheduler import SchedulerConfig
+from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
 
@@ -18,7 +19,11 @@ DEFAULT_KV_CACHE_TOKENS = 65_536
 class AttnSettings:
     """host and port are listened on (port 0: any free one); `rank` None asks the gateway for
     the lowest free one. `expert_wait_s`: the longest that one layer may wait for its experts.
-    `kv_cache_tokens` None: what max_num_seqs full contexts need, but at most 65,536."""
+
+    The KV cache is set by one of kv_cache_tokens, kv_cache_memory (bytes) and memory_utilization
+    (see moe_core.memory.memory_budget); without, it holds max_num_seqs full contexts, but at
+    most 65,536 tokens.
+    """
 
     gateway: str
     model: Path
@@ -30,6 +35,8 @@ class AttnSettings:
     dtype: str = "auto"
     transport: str = "auto"
     kv_cache_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    memory_utilization: float | None = None
     block_size: int = 16
     max_num_seqs: int = 64
     max_step_tokens: int = 512
@@ -39,6 +46,7 @@ class AttnSettings:
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ConfigError("block_size", self.block_size, "must be at least 1", (16,))
+        check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.block_size:
             rule = f"must hold at least one block of block_size={self.block_size} tokens"
             raise ConfigError("kv_cache_tokens", self.kv_cache_tokens, rule, (self.block_size,))
@@ -46,6 +54,7 @@ class AttnSettings:
             raise ConfigError("expert_wait_s", self.expert_wait_s, "must be above 0", (30.0,))
 
     def num_kv_blocks(self, model: ModelConfig) -> int:
+        """From kv_cache_tokens or its default; kv_budget.py knows the other settings."""
         tokens = self.kv_cache_tokens
         if tokens is None:
             contexts = self.max_num_seqs * model.max_position_embeddings

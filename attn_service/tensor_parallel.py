@@ -92,7 +92,7 @@ def open_store(host: str, tp_size: int, timeout_s: float) -> TCPStore:
 
 def join_store(host: str, port: int, tp_size: int, timeout_s: float) -> TCPStore:
     """The store of the group's tp_rank 0. Raises GroupLostError when nobody answers."""
-    return _bounded(
+    return bounded(
         lambda: TCPStore(
             host, port, tp_size, False, timedelta(seconds=timeout_s), wait_for_workers=False
         ),
@@ -106,7 +106,7 @@ def form(
     """Meet the other ranks; blocks until all have come. Raises GroupLostError when one does not
     come within `timeout_s`, which is also every later collective's deadline."""
     on_cuda = device.type == "cuda"
-    _bounded(
+    bounded(
         lambda: dist.init_process_group(
             "nccl" if on_cuda else "gloo",
             store=store,
@@ -126,7 +126,8 @@ def dissolve() -> None:
         dist.destroy_process_group()
 
 
-def _bounded(action: Callable[[], T], what: str) -> T:
+def bounded(action: Callable[[], T], what: str) -> T:
+    """What `action` returns. Raises GroupLostError, beginning with `what`, where torch fails."""
     try:
         return action()
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from epserve.layout import Place, derive_layout, spread_devices
 from epserve.supervisor import ChildSpec
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import Role
+from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
@@ -39,9 +40,14 @@ class ClusterSettings:
     host: str = "127.0.0.1"
     grpc_port: int = 0  # 0: a free one is chosen when the plan is made
     kv_cache_tokens: int | None = None
+    kv_cache_memory: int | None = None  # bytes
+    memory_utilization: float | None = None
     block_size: int | None = None
     max_num_seqs: int | None = None
     debug: bool = False
+
+    def __post_init__(self) -> None:
+        check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ class LaunchPlan:
         arguments += ["--transport", settings.transport]
         if place.role is Role.ATTN:
             arguments += _given("--kv-cache-tokens", settings.kv_cache_tokens)
+            arguments += _given("--kv-cache-memory", settings.kv_cache_memory)
+            arguments += _given("--memory-utilization", settings.memory_utilization)
             arguments += _given("--block-size", settings.block_size)
             arguments += _given("--max-num-seqs", settings.max_num_seqs)
         return arguments

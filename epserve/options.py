@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from moe_core.config.kv_cache_size import parse_bytes
 from moe_core.errors import ConfigError
 
 DEFAULT_GRPC_PORT = 50051
@@ -101,7 +102,24 @@ ColocatedOption = Annotated[
 ]
 KvCacheTokensOption = Annotated[
     int | None,
-    typer.Option(help="Tokens that one attention process's KV cache holds. Default: what fits."),
+    typer.Option(
+        help="Tokens that one attention process's KV cache holds. "
+        "Default: what --max-num-seqs full contexts need, but at most 65536."
+    ),
+]
+KvCacheMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes, metavar="BYTES", help="The same in memory per process, as in 2GiB."
+    ),
+]
+MemoryUtilizationOption = Annotated[
+    float | None,
+    typer.Option(
+        help="The same as a part (0 to 1): of a GPU's memory, with all that is in use beside it; "
+        "of the memory that a CPU process finds available once its weights are loaded. "
+        "What is left is for activations."
+    ),
 ]
 BlockSizeOption = Annotated[int, typer.Option(help="Tokens per KV block.")]
 MaxNumSeqsOption = Annotated[int, typer.Option(help="Sequences that one step computes at most.")]

@@ -1,8 +1,7 @@
 """Which requests are let in, and what their defaults become.
 
 Knows the model's limits and the largest KV pool. Every refusal is a RequestError that names the
-field, its value and the rule, before the request has cost anything. Knows no engine: what the
-engines cannot do yet is refused here by name, never ignored.
+field, its value and the rule, before the request has cost anything. Knows no engine.
 """
 
 import math
@@ -48,7 +47,6 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     if len(request.request_id) > MAX_REQUEST_ID:
         raise RequestError(f"request_id: must have at most {MAX_REQUEST_ID} characters")
     sampling = request.sampling
-    _refuse_unsupported(request)
     _check_numbers(sampling)
     _check_tokens(sampling, model)
     _check_stop_strings(sampling.stop, model)
@@ -78,11 +76,6 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _refuse_unsupported(request: GenerationRequest) -> None:
-    if request.priority:
-        raise RequestError(f"priority={request.priority}: not supported yet; leave it out")
 
 
 def _check_numbers(sampling: Sampling) -> None:

@@ -150,6 +150,24 @@ async def test_what_can_not_be_served_is_refused_on_the_stream_by_name(service: 
     assert outputs["good"] == (continuation((1,), 6), "length")
 
 
+async def test_priority_and_cached_tokens_cross_the_wire(service: Service) -> None:
+    service.runner.gate = asyncio.Event()
+    call = service.stub.Serve()
+    for name, priority in [("a", 0), ("b", 0), ("c", 0), ("d", 0), ("late", 1), ("urgent", -1)]:
+        request = add(name, 1, 2, 3, 4, 5, max_tokens=1)
+        request.add.priority = priority
+        await call.write(request)
+    await call.done_writing()
+    while sum((service.engine.load.num_waiting, service.engine.load.num_running)) < 6:
+        await asyncio.sleep(0.005)
+    service.runner.gate.set()
+    outputs = [output async for step in call for output in step.outputs]
+    names = [output.sequence_id for output in outputs]
+    assert names.index("urgent") < names.index("late") == 5
+    cached = {output.sequence_id: output.num_cached_tokens for output in outputs}
+    assert cached == {"a": 0, "b": 4, "c": 4, "d": 4, "late": 4, "urgent": 4}
+
+
 async def test_a_failed_step_is_told_with_code_and_cause_and_later_requests_work(
     service: Service,
 ) -> None:

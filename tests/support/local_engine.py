@@ -17,6 +17,7 @@ from attn_service.duties import Leading
 from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.expert_client import ExpertClient
+from attn_service.follow import GroupTerms
 from attn_service.sequence import SequenceRequest
 from attn_service.settings import AttnSettings
 from expert_service.batcher import Batcher
@@ -77,6 +78,7 @@ async def local_engine(
     *,
     dtype: torch.dtype,
     kv_cache_tokens: int | None = None,
+    block_size: int = 16,
     max_num_seqs: int = 16,
     max_step_tokens: int = 64,
 ) -> AsyncIterator[LocalEngine]:
@@ -86,6 +88,7 @@ async def local_engine(
         gateway="",
         model=directory,
         kv_cache_tokens=kv_cache_tokens,
+        block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
     )
@@ -102,7 +105,9 @@ async def local_engine(
         placement=ExpertPlacement.initial(checkpoint.config, parallel),
     )
     links = tuple(_link(checkpoint, site, rank) for rank in range(parallel.expert_devices))
-    duty = make_duty(site, _weights(checkpoint, site), _experts(site, links), None, None)
+    terms = GroupTerms(1, settings.num_kv_blocks(checkpoint.config), settings.block_size)
+    weights = _weights(checkpoint, site)
+    duty = make_duty(site, weights, _experts(site, links), None, None, terms)
     assert isinstance(duty, Leading)
     running = asyncio.create_task(duty.run())
     try:

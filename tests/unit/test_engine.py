@@ -21,10 +21,12 @@ def request(name: str, *prompt: int, **sampling: object) -> SequenceRequest:
 
 
 @asynccontextmanager
-async def running(runner: FakeRunner, *, budget: int = 8) -> AsyncIterator[Engine]:
+async def running(
+    runner: FakeRunner, *, budget: int = 8, num_blocks: int = NUM_BLOCKS
+) -> AsyncIterator[Engine]:
     engine = Engine(
         runner,
-        BlockPool(NUM_BLOCKS, runner.block_size),
+        BlockPool(num_blocks, runner.block_size),
         SchedulerConfig(max_num_seqs=4, max_step_tokens=budget, max_model_len=64),
         vocab_size=VOCAB,
         placement_epoch=3,
@@ -125,7 +127,7 @@ async def test_abort_during_a_step_frees_the_blocks_when_the_step_is_over() -> N
         held = NUM_BLOCKS - engine.load.free_kv_blocks
         runner.gate.set()
         outputs = await collect(stream)
-        assert held == 4  # the step under way still writes to them
+        assert held == 2  # the step under way still writes to them
         assert outputs == {
             "gone": ([], FinishReason.ABORT),
             "stays": (continuation((3,), 6), FinishReason.LENGTH),
@@ -243,3 +245,105 @@ async def test_every_plan_carries_the_placement_epoch_and_a_step_number_of_its_o
         await collect(stream)
     assert {plan.placement_epoch for plan in runner.plans} == {3}
     assert [plan.step for plan in runner.plans] == list(range(1, len(runner.plans) + 1))
+
+
+async def test_a_sequence_reports_with_its_first_token_what_was_cached() -> None:
+    prompt = tuple(range(10))
+    async with running(FakeRunner()) as engine:
+        reported = []
+        for name in "ab":
+            stream = engine.open_stream()
+            stream.add(request(name, *prompt, max_tokens=2))
+            stream.end_of_requests()
+            reported.append(
+                [o.num_cached_tokens async for step in stream.outputs() for o in step.outputs]
+            )
+        assert reported == [[0, 0], [8, 0]]
+        counters = engine.counters
+    assert (counters.prefix_query_tokens, counters.prefix_hit_tokens) == (20, 8)
+
+
+async def test_a_resumed_sequence_reports_no_more_cached_tokens_than_its_prompt_has() -> None:
+    prompt, outputs = (1, 2, 3, 4, 5), tuple(continuation((1, 2, 3, 4, 5), 12))
+    async with running(FakeRunner()) as engine:
+        first = engine.open_stream()
+        first.add(request("a", *prompt, max_tokens=12))
+        await collect(first)
+        resumed = engine.open_stream()
+        sampling = Sampling(max_tokens=14)
+        resumed.add(SequenceRequest("a", prompt, sampling, output_ids=outputs[:10]))
+        resumed.end_of_requests()
+        steps = [o async for step in resumed.outputs() for o in step.outputs]
+    assert [o.token_ids for o in steps[:2]] == [(token,) for token in outputs[10:]]
+    assert [o.num_cached_tokens for o in steps] == [5, 0, 0, 0]
+
+
+async def test_priorities_decide_who_is_served_first() -> None:
+    runner = FakeRunner()
+    async with running(runner, num_blocks=4) as engine:  # one at a time
+        stream = engine.open_stream()
+        for name, priority in [("late", 1), ("normal", 0), ("first", -1)]:
+            sampling = Sampling(max_tokens=1)
+            prompt = (ord(name[0]) % VOCAB,) * 13
+            stream.add(SequenceRequest(name, prompt, sampling, priority=priority))
+        stream.end_of_requests()
+        order = [o.sequence_id async for step in stream.outputs() for o in step.outputs]
+    assert order == ["first", "normal", "late"]
+
+
+async def test_preemption_changes_no_output_and_is_counted() -> None:
+    prompts = {name: (index, 2, 3) for index, name in enumerate("abcd")}
+    async with running(FakeRunner(), num_blocks=9) as engine:
+        stream = engine.open_stream()
+        for name, prompt in prompts.items():
+            stream.add(request(name, *prompt, max_tokens=30))
+        outputs = await collect(stream)
+        counters = engine.counters
+    assert outputs == {
+        name: (continuation(prompt, 30), "length") for name, prompt in prompts.items()
+    }
+    assert counters.preemptions > 0
+    assert counters.used_kv_blocks == 0
+    assert counters.finished[FinishReason.LENGTH] == 4
+
+
+@pytest.mark.parametrize("how", ["experts", "not finite"])
+async def test_what_a_failed_sequence_has_computed_is_never_reused(how: str) -> None:
+    class Failing(FakeRunner):
+        async def execute(self, plan):  # noqa: ANN001
+            logits = await super().execute(plan)
+            if len(self.plans) != 2:
+                return logits
+            if how == "experts":
+                raise PeerLostError("lost")
+            return logits * float("nan")
+
+    prompt = tuple(range(12))
+    async with running(Failing()) as engine:
+        first = engine.open_stream()
+        first.add(request("a", *prompt))
+        await collect(first)
+        second = engine.open_stream()
+        second.add(request("a", *prompt))
+        assert (await collect(second))["a"] == (continuation(prompt, 6), "length")
+        counters = engine.counters
+    assert counters.prefix_hit_tokens == 0
+    assert (counters.finished[FinishReason.ERROR], counters.finished[FinishReason.LENGTH]) == (1, 1)
+
+
+async def test_finished_sequences_are_counted_by_reason() -> None:
+    stop = continuation((1, 2), 1)[0]
+    async with running(FakeRunner()) as engine:
+        stream = engine.open_stream()
+        stream.add(request("length", 3))
+        stream.add(request("stop", 1, 2, stop_token_ids=frozenset({stop})))
+        stream.add(request("abort", 4))
+        stream.abort("abort")
+        await collect(stream)
+        finished = engine.counters.finished
+    assert finished == {
+        FinishReason.LENGTH: 1,
+        FinishReason.STOP: 1,
+        FinishReason.ABORT: 1,
+        FinishReason.ERROR: 0,
+    }

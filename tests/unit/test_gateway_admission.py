@@ -98,10 +98,10 @@ def test_other_models_name_is_not_found() -> None:
         admit(request, MODEL, KV_TOKENS)
 
 
-def test_priority_is_refused_until_engines_know_it() -> None:
-    request = GenerationRequest("", "", (5,), Sampling(), priority=3)
-    with pytest.raises(RequestError, match="priority=3"):
-        admit(request, MODEL, KV_TOKENS)
+@pytest.mark.parametrize("priority", [-(2**31), 0, 3])
+def test_priority_is_passed_on(priority: int) -> None:
+    request = GenerationRequest("", "", (5,), Sampling(), priority=priority)
+    assert admit(request, MODEL, KV_TOKENS).priority == priority
 
 
 def test_text_and_stop_strings_need_a_tokenizer() -> None:

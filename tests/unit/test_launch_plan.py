@@ -45,6 +45,19 @@ def test_each_process_gets_its_command():
     assert "--kv-cache-tokens" not in command_of(plan, "expert 1")
 
 
+def test_the_size_of_the_kv_cache_travels_to_attention_processes():
+    attn = command_of(make_plan(settings(kv_cache_memory=2 * 1024**3)), "attn 0")
+    assert "--kv-cache-memory 2147483648" in attn
+    plan = make_plan(settings(memory_utilization=0.4))
+    assert "--memory-utilization 0.4" in command_of(plan, "attn 0")
+    assert "--memory-utilization" not in command_of(plan, "expert 0")
+
+
+def test_two_sizes_of_the_kv_cache_are_refused():
+    with pytest.raises(ConfigError, match=r"kv_cache_tokens=64: .*memory_utilization=0\.4"):
+        settings(kv_cache_tokens=64, memory_utilization=0.4)
+
+
 def test_port_zero_becomes_a_free_port():
     assert make_plan(settings(grpc_port=0)).settings.grpc_port > 0
 

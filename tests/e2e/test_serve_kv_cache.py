@@ -1,0 +1,41 @@
+"""The KV cache of a served cluster: its size by memory, agreed on within a TP group."""
+
+import json
+import re
+
+from support.processes import TINY_MODEL, epserve, serving, started
+
+PROMPT = ",".join(str(token) for token in range(3, 43))
+
+
+def generate(target: str) -> list[int]:
+    done = epserve(
+        *("generate", "--target", target, "--prompt-ids", PROMPT, "--json"),
+        *("--max-tokens", "8", "--temperature", "0", "--ignore-eos"),
+    )
+    assert done.returncode == 0, done
+    return json.loads(done.stdout)["token_ids"]
+
+
+def test_ranks_of_a_group_agree_on_what_each_has_measured():
+    with serving("--attn-devices", "2", "--memory-utilization", "0.002") as (serve, target):
+        first, again = generate(target), generate(target)  # the second from the cache
+        lines = [line for line in serve.err + serve.out if "KV cache" in line]
+    assert first == again
+    sizes = [int(re.search(r"blocks[=\D]+(\d+)", line)[1]) for line in lines]
+    assert len(sizes) == 2, lines
+    assert sizes[0] == sizes[1] > 100
+
+
+def test_ranks_with_different_sizes_are_refused_on_both_with_the_numbers():
+    options = ("--model", str(TINY_MODEL), "--device", "cpu")
+    with started("gateway", *options[:2], "--attn-devices", "2", "--grpc-port", "0") as gateway:
+        line = gateway.wait_for("listening")
+        worker = (*options, "--gateway", re.search(r"127\.0\.0\.1:\d+", line)[0])
+        with (
+            started("attn", *worker, "--rank", "0", "--kv-cache-tokens", "1024") as leader,
+            started("attn", *worker, "--rank", "1", "--kv-cache-memory", "1MiB") as follower,
+        ):
+            assert (leader.wait(60), follower.wait(60)) == (2, 2), f"{leader}\n{follower}"
+    for process in (leader, follower):
+        assert "KV blocks by tp rank=[64, " in process.err[-1]

@@ -1,0 +1,155 @@
+"""The same tokens whatever the batch, the chunks, the preemptions and the prefix hits.
+
+Random traffic on the tiny model in float64. The reference computes every request alone, its
+prompt in one step, in a block that is larger than it: nothing is batched, cut, preempted or
+shared.
+"""
+
+import asyncio
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from attn_service.counters import EngineCounters
+from attn_service.sequence import Sampling, SequenceRequest
+from moe_core.config.parallel import ParallelConfig
+from support.local_engine import Generated, LocalEngine, collect, local_engine
+from support.tiny_checkpoints import Checkpoints
+
+NUM_REQUESTS = 220
+VOCAB = 128
+LEVEL_0 = ParallelConfig()
+LEVEL_2 = ParallelConfig(expert_devices=2, ep_size=2, expert_parallel_degree=2)
+
+
+def traffic() -> list[SequenceRequest]:
+    """Prompts that begin with one of a few system prompts, some in several copies, half of them
+    greedy and half with a seed."""
+    chance = random.Random(5)
+    systems = [tuple(chance.choices(range(2, VOCAB), k=size)) for size in (0, 9, 20, 33)]
+    requests: list[SequenceRequest] = []
+    while len(requests) < NUM_REQUESTS:
+        prompt = (*chance.choice(systems), *chance.choices(range(2, VOCAB), k=chance.randint(1, 9)))
+        drawn = chance.random() < 0.5
+        for index in range(chance.choice((1, 1, 1, 4))):
+            sampling = Sampling(
+                max_tokens=chance.randint(1, 14),
+                temperature=0.8 if drawn else 0.0,
+                top_p=0.95,
+                seed=len(prompt) * 1000 + prompt[-1],
+                index=index,
+                repetition_penalty=1.3 if len(prompt) % 3 == 0 else 1.0,
+            )
+            priority = chance.choice((0, 0, 1))
+            requests.append(
+                SequenceRequest(str(len(requests)), prompt, sampling, priority=priority)
+            )
+    return requests
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the engine and of the arrivals: at most `burst` requests at once."""
+
+    max_num_seqs: int
+    max_step_tokens: int
+    kv_cache_tokens: int
+    burst: int
+    block_size: int = 4
+    parallel: ParallelConfig = LEVEL_0
+
+
+SHAPES = {
+    "wide": Shape(max_num_seqs=16, max_step_tokens=256, kv_cache_tokens=4096, burst=220),
+    "short chunks": Shape(max_num_seqs=6, max_step_tokens=7, kv_cache_tokens=512, burst=12),
+    "few blocks": Shape(
+        max_num_seqs=12, max_step_tokens=32, kv_cache_tokens=64, burst=30, block_size=1
+    ),
+    "two experts": Shape(8, 24, 128, burst=9, parallel=LEVEL_2),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoints: Checkpoints) -> dict[str, Generated]:
+    async def run() -> dict[str, Generated]:
+        results: dict[str, Generated] = {}
+        async with local_engine(
+            checkpoints.directory("deepseek_v3"),
+            LEVEL_0,
+            dtype=torch.float64,
+            block_size=64,
+            kv_cache_tokens=64,
+            max_num_seqs=1,
+        ) as local:
+            for request in traffic():
+                results |= await local.generate([request])
+            counters = local.engine.counters
+        assert (counters.prefix_hit_tokens, counters.preemptions) == (0, 0)
+        return results
+
+    return asyncio.run(run())
+
+
+async def play(
+    local: LocalEngine, requests: list[SequenceRequest], burst: int
+) -> dict[str, Generated]:
+    """The requests in bursts of random size, each some steps after the last."""
+    chance = random.Random(burst)
+    stream = local.engine.open_stream()
+    results = asyncio.create_task(collect(stream))
+    while requests:
+        size = chance.randint(1, burst)
+        for request in requests[:size]:
+            stream.add(request)
+        requests = requests[size:]
+        goal = local.engine.step + chance.randint(0, 12)
+        while local.engine.step < goal and local.engine.load.num_running:
+            await asyncio.sleep(0)
+    stream.end_of_requests()
+    return await results
+
+
+async def run_shape(
+    checkpoints: Checkpoints, shape: Shape, model: str = "deepseek_v3"
+) -> tuple[dict[str, Generated], EngineCounters]:
+    async with local_engine(
+        checkpoints.directory(model),
+        shape.parallel,
+        dtype=torch.float64,
+        block_size=shape.block_size,
+        kv_cache_tokens=shape.kv_cache_tokens,
+        max_num_seqs=shape.max_num_seqs,
+        max_step_tokens=shape.max_step_tokens,
+    ) as local:
+        results = await play(local, traffic(), shape.burst)
+        return results, local.engine.counters
+
+
+@pytest.mark.parametrize("name", SHAPES)
+async def test_traffic_gives_the_tokens_of_each_request_alone(
+    checkpoints: Checkpoints, reference: dict[str, Generated], name: str
+) -> None:
+    results, counters = await run_shape(checkpoints, SHAPES[name])
+    assert results == reference
+    assert len(results) >= 200
+    _check_that_it_was_disturbed(name, counters)
+
+
+async def test_preemption_and_reuse_change_no_token_with_keys_and_values_per_head(
+    checkpoints: Checkpoints,
+) -> None:
+    wide, _ = await run_shape(checkpoints, SHAPES["wide"], "qwen3_moe-norm")
+    few, counters = await run_shape(checkpoints, SHAPES["few blocks"], "qwen3_moe-norm")
+    assert few == wide
+    _check_that_it_was_disturbed("few blocks", counters)
+
+
+def _check_that_it_was_disturbed(name: str, counters: EngineCounters) -> None:
+    assert counters.prefix_hit_tokens > 0.2 * counters.prefix_query_tokens
+    assert counters.used_kv_blocks == 0
+    if name == "few blocks":
+        assert counters.preemptions > 20
+    if name == "wide":
+        assert counters.preemptions == 0
