@@ -10,8 +10,10 @@ when the step is over, since the step still writes to its KV blocks.
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Sequence as Many
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -20,6 +22,7 @@ import torch
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.logprobs import token_logprobs
+from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
 from attn_service.request_check import check_request
 from attn_service.sampler import NO_TOKEN, SamplingRow, sample
 from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
@@ -32,16 +35,25 @@ from attn_service.sequence import (
     StepPlan,
     TokenLogprobs,
 )
-from moe_core.cluster import AttentionLoad
+from attn_service.step_times import StepTimes
+from moe_core.cluster import AttentionLoad, EngineMetrics
 from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
+    plan's order. times: without step_s and sampling_s."""
+
+    logits: torch.Tensor
+    times: StepTimes
+
+
 class StepRunner(Protocol):
-    async def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [slices that need them, vocab_size] of the last token of each such slice, in
-        the plan's order. Raises TransportError when the experts fail the step."""
+    async def execute(self, plan: StepPlan) -> StepResult:
+        """Raises TransportError when the experts fail the step."""
 
 
 class Engine:
@@ -55,12 +67,14 @@ class Engine:
         *,
         vocab_size: int,
         placement_epoch: int,
+        microbatches: MicrobatchRule = ALWAYS_ONE,
     ) -> None:
         self._runner = runner
         self._pool = pool
         self._scheduler = Scheduler(config, pool)
         self._vocab_size = vocab_size
         self._placement_epoch = placement_epoch
+        self._microbatches = microbatches
         self._streams: set[EngineStream] = set()
         self._owner: dict[Sequence, EngineStream] = {}
         self._discarded: set[Sequence] = set()
@@ -69,6 +83,7 @@ class Engine:
         self._accepting = True
         self.failure: UnavailableError | None = None
         self.step = 0
+        self.times = StepTimes()
 
     @property
     def load(self) -> AttentionLoad:
@@ -79,6 +94,11 @@ class Engine:
             total_kv_blocks=self._pool.num_blocks,
             kv_block_size=self._pool.block_size,
         )
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Totals since the engine began."""
+        return EngineMetrics(**asdict(self.times), other_s=self.times.other_s)
 
     def open_stream(self) -> EngineStream:
         """Raises UnavailableError when the engine has failed."""
@@ -163,31 +183,40 @@ class Engine:
         del self._owner[sequence]
 
     async def _run_step(self) -> None:
+        started = time.perf_counter()
         scheduled = self._scheduler.schedule()
         plan = self._plan(scheduled)
         try:
-            logits = await self._runner.execute(plan)
+            result = await self._runner.execute(plan)
         except TransportError as error:
             log.warning("the experts failed a step", step=self.step, error=str(error))
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
-            self._advance(scheduled, logits)
+            sampling_s = self._advance(scheduled, result.logits)
+            step_s = time.perf_counter() - started
+            self.times += replace(result.times, step_s=step_s, sampling_s=sampling_s)
 
     def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
         self.step += 1
-        return StepPlan(self.step, self._placement_epoch, tuple(map(_slice, scheduled)))
+        slices = tuple(map(_slice, scheduled))
+        count = self._microbatches.count(slices)
+        return StepPlan(self.step, self._placement_epoch, slices, count)
 
-    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> None:
-        """Count what was computed, sample where a sequence has caught up, and put it out."""
+    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> float:
+        """Count what was computed, sample where a sequence has caught up, and put it out. Returns
+        the seconds that sampling took."""
         ready = [s.sequence for s in scheduled if s.catches_up]
         for item in scheduled:
             item.sequence.num_computed_tokens += item.num_new_tokens
         rows = [_row(sequence) for sequence in ready]
+        started = time.perf_counter()
         tokens = sample(logits, rows) if rows else []
         logprobs = token_logprobs(logits, [row.sampling.logprobs for row in rows], tokens)
+        sampling_s = time.perf_counter() - started
         new = zip(ready, tokens, logprobs, strict=True)
         wanted = [each for each in new if each[0] not in self._discarded]
         self._put_out([(s, _next_output(s, token, told)) for s, token, told in wanted])
+        return sampling_s
 
     def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:
         by_stream: defaultdict[EngineStream, list[SequenceOutput]] = defaultdict(list)

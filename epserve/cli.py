@@ -62,6 +62,7 @@ def serve(
     kv_cache_tokens: o.KvCacheTokensOption = None,
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
+    microbatches: o.MicrobatchesOption = "auto",
     debug: o.DebugOption = False,
 ) -> None:
     """Serve a model, all processes on this machine."""
@@ -91,6 +92,7 @@ def serve(
             kv_cache_tokens=kv_cache_tokens,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
+            microbatches=microbatches,
             debug=debug,
         )
     )

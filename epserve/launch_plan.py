@@ -41,6 +41,7 @@ class ClusterSettings:
     kv_cache_tokens: int | None = None
     block_size: int | None = None
     max_num_seqs: int | None = None
+    microbatches: str | None = None
     debug: bool = False
 
 
@@ -86,6 +87,7 @@ class LaunchPlan:
             arguments += _given("--kv-cache-tokens", settings.kv_cache_tokens)
             arguments += _given("--block-size", settings.block_size)
             arguments += _given("--max-num-seqs", settings.max_num_seqs)
+            arguments += _given("--microbatches", settings.microbatches)
         return arguments
 
 

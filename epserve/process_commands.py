@@ -64,6 +64,7 @@ def attn(
     kv_cache_tokens: o.KvCacheTokensOption = None,
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
+    microbatches: o.MicrobatchesOption = "auto",
     threads: o.ThreadsOption = None,
     debug: o.DebugOption = False,
 ) -> None:
@@ -84,6 +85,7 @@ def attn(
         kv_cache_tokens=kv_cache_tokens,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
+        microbatches=microbatches,
         threads=threads,
     )
     raise typer.Exit(main(settings))

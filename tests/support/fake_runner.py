@@ -4,7 +4,9 @@ import asyncio
 
 import torch
 
+from attn_service.engine import StepResult
 from attn_service.sequence import StepPlan
+from attn_service.step_times import StepTimes
 from moe_core.errors import TransportError
 
 VOCAB = 32
@@ -33,7 +35,7 @@ class FakeRunner:
         self.fail_next: TransportError | None = None
         self.gate: asyncio.Event | None = None
 
-    async def execute(self, plan: StepPlan) -> torch.Tensor:
+    async def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         if self.gate is not None:
             await self.gate.wait()
@@ -48,7 +50,8 @@ class FakeRunner:
             if part.needs_logits:
                 tokens = [self.slots[self._slot(part.block_table, p)] for p in range(end)]
                 rows.append(next_token(tokens))
-        return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), VOCAB).float()
+        favoured = torch.tensor(rows, dtype=torch.int64)
+        return StepResult(torch.nn.functional.one_hot(favoured, VOCAB).float(), StepTimes(steps=1))
 
     def _slot(self, block_table: tuple[int, ...], position: int) -> int:
         block = block_table[position // self.block_size]

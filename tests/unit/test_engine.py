@@ -181,9 +181,9 @@ async def test_a_step_that_the_experts_fail_ends_its_sequences_and_no_others() -
 async def test_logits_that_are_not_finite_end_only_their_sequence() -> None:
     class Broken(FakeRunner):
         async def execute(self, plan):  # noqa: ANN001
-            logits = await super().execute(plan)
-            logits[0] = float("nan")
-            return logits
+            result = await super().execute(plan)
+            result.logits[0] = float("nan")
+            return result
 
     async with running(Broken()) as engine:
         stream = engine.open_stream()
