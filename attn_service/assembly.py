@@ -17,6 +17,7 @@ from attn_service.experts import Experts
 from attn_service.follow import Followers, GroupTerms
 from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.kv_blocks import BlockPool
+from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
 from attn_service.rendezvous import Group
 from attn_service.settings import AttnSettings
@@ -146,4 +147,5 @@ def _engine(site: Site, runner: ModelRunner | GroupRunner, terms: GroupTerms) ->
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
         placement_epoch=site.placement.epoch,
+        microbatches=MicrobatchRule.of(site.settings.microbatches, site.model, site.parallel),
     )

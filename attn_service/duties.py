@@ -12,7 +12,7 @@ from attn_service.engine import Engine
 from attn_service.follow import Followers, GroupTerms, follow
 from attn_service.group_experts import GroupRunner
 from attn_service.tensor_parallel import GroupLostError, GroupRank
-from moe_core.cluster import AttentionLoad
+from moe_core.cluster import AttentionLoad, EngineMetrics
 
 
 class Duty(Protocol):
@@ -25,6 +25,9 @@ class Duty(Protocol):
     @property
     def load(self) -> AttentionLoad | None: ...
 
+    @property
+    def metrics(self) -> EngineMetrics | None: ...
+
 
 class Leading:
     """tp_rank 0: the engine, and the ranks that follow it (None in a group of one)."""
@@ -36,6 +39,10 @@ class Leading:
     @property
     def load(self) -> AttentionLoad | None:
         return self.engine.load
+
+    @property
+    def metrics(self) -> EngineMetrics | None:
+        return self.engine.metrics
 
     async def run(self) -> None:
         if self._followers is None:
@@ -72,6 +79,10 @@ class Following:
 
     @property
     def load(self) -> AttentionLoad | None:
+        return None
+
+    @property
+    def metrics(self) -> EngineMetrics | None:
         return None
 
     async def run(self) -> None:

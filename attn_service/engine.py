@@ -10,8 +10,10 @@ when the step is over, since the step still writes to its KV blocks.
 """
 
 import asyncio
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence as Many
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -21,28 +23,37 @@ from attn_service.counters import EngineCounters
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.logprobs import token_logprobs
+from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
 from attn_service.request_check import check_request
-from attn_service.sampler import NO_TOKEN, SamplingRow, sample
+from attn_service.sampler import sample
 from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
 from attn_service.sequence import (
     FinishReason,
     Sequence,
     SequenceOutput,
     SequenceRequest,
-    SequenceSlice,
     StepPlan,
-    TokenLogprobs,
 )
-from moe_core.cluster import AttentionLoad
+from attn_service.sequence_step import error_output, next_output, row_of, slice_of
+from attn_service.step_times import StepTimes
+from moe_core.cluster import AttentionLoad, EngineMetrics
 from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
+    plan's order. times: without step_s and sampling_s."""
+
+    logits: torch.Tensor
+    times: StepTimes
+
+
 class StepRunner(Protocol):
-    async def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Logits [slices that need them, vocab_size] of the last token of each such slice, in
-        the plan's order. Raises TransportError when the experts fail the step."""
+    async def execute(self, plan: StepPlan) -> StepResult:
+        """Raises TransportError when the experts fail the step."""
 
 
 class Engine:
@@ -56,12 +67,14 @@ class Engine:
         *,
         vocab_size: int,
         placement_epoch: int,
+        microbatches: MicrobatchRule = ALWAYS_ONE,
     ) -> None:
         self._runner = runner
         self._pool = pool
         self._scheduler = Scheduler(config, pool)
         self._vocab_size = vocab_size
         self._placement_epoch = placement_epoch
+        self._microbatches = microbatches
         self._streams: set[EngineStream] = set()
         self._owner: dict[Sequence, EngineStream] = {}
         self._discarded: set[Sequence] = set()
@@ -71,6 +84,7 @@ class Engine:
         self._finished: Counter[FinishReason] = Counter()
         self.failure: UnavailableError | None = None
         self.step = 0
+        self.times = StepTimes()
 
     @property
     def load(self) -> AttentionLoad:
@@ -95,6 +109,18 @@ class Engine:
             cached_kv_blocks=self._pool.num_cached,
             total_kv_blocks=self._pool.num_blocks,
             finished={reason: self._finished[reason] for reason in FinishReason},
+        )
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Totals since the engine began."""
+        counters = self.counters
+        return EngineMetrics(
+            **asdict(self.times),
+            other_s=self.times.other_s,
+            preemptions=counters.preemptions,
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
         )
 
     def open_stream(self) -> EngineStream:
@@ -181,31 +207,40 @@ class Engine:
         del self._owner[sequence]
 
     async def _run_step(self) -> None:
+        started = time.perf_counter()
         scheduled = self._scheduler.schedule()
         plan = self._plan(scheduled)
         try:
-            logits = await self._runner.execute(plan)
+            result = await self._runner.execute(plan)
         except TransportError as error:
             log.warning("the experts failed a step", step=self.step, error=str(error))
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
-            self._advance(scheduled, logits)
+            sampling_s = self._advance(scheduled, result.logits)
+            step_s = time.perf_counter() - started
+            self.times += replace(result.times, step_s=step_s, sampling_s=sampling_s)
 
     def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
         self.step += 1
-        return StepPlan(self.step, self._placement_epoch, tuple(map(_slice, scheduled)))
+        slices = tuple(map(slice_of, scheduled))
+        count = self._microbatches.count(slices)
+        return StepPlan(self.step, self._placement_epoch, slices, count)
 
-    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> None:
-        """Count what was computed, sample where a sequence has caught up, and put it out."""
+    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> float:
+        """Count what was computed, sample where a sequence has caught up, and put it out. Returns
+        the seconds that sampling took."""
         ready = [s.sequence for s in scheduled if s.catches_up]
         for item in scheduled:
             self._scheduler.computed(item)
-        rows = [_row(sequence) for sequence in ready]
+        rows = [row_of(sequence) for sequence in ready]
+        started = time.perf_counter()
         tokens = sample(logits, rows) if rows else []
         logprobs = token_logprobs(logits, [row.sampling.logprobs for row in rows], tokens)
+        sampling_s = time.perf_counter() - started
         new = zip(ready, tokens, logprobs, strict=True)
         wanted = [each for each in new if each[0] not in self._discarded]
-        self._put_out([(s, _next_output(s, token, told)) for s, token, told in wanted])
+        self._put_out([(s, next_output(s, token, told)) for s, token, told in wanted])
+        return sampling_s
 
     def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:
         by_stream: defaultdict[EngineStream, list[SequenceOutput]] = defaultdict(list)
@@ -220,50 +255,4 @@ class Engine:
     def _finish_with(self, code: str, message: str, sequences: Many[Sequence]) -> None:
         """End those of `sequences` that are still wanted with an error."""
         wanted = [s for s in sequences if s not in self._discarded]
-        self._put_out([(s, _error_output(s, code, message)) for s in wanted])
-
-
-def _slice(item: Scheduled) -> SequenceSlice:
-    sequence, start = item.sequence, item.sequence.num_computed_tokens
-    return SequenceSlice(
-        token_ids=tuple(sequence.token_ids[start : start + item.num_new_tokens]),
-        num_computed_tokens=start,
-        block_table=tuple(sequence.block_table),
-        needs_logits=item.catches_up,
-    )
-
-
-def _row(sequence: Sequence) -> SamplingRow:
-    return SamplingRow(
-        sequence.request.sampling,
-        sequence.num_tokens,
-        sequence.num_output_tokens,
-        sequence.token_counts,
-    )
-
-
-def _error_output(sequence: Sequence, code: str, message: str) -> SequenceOutput:
-    return SequenceOutput(
-        sequence.request.sequence_id,
-        finish_reason=FinishReason.ERROR,
-        error_code=code,
-        error=message,
-    )
-
-
-def _next_output(sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> SequenceOutput:
-    if token == NO_TOKEN:
-        position = sequence.num_tokens
-        return _error_output(
-            sequence, "INTERNAL", f"the logits for position {position} are not finite"
-        )
-    reason = sequence.append(token)
-    told = () if logprobs is None else (logprobs,)
-    first = sequence.num_output_tokens == len(sequence.request.output_ids) + 1
-    return SequenceOutput(
-        sequence.request.sequence_id,
-        (token,),
-        reason,
-        logprobs=told,
-        num_cached_tokens=sequence.num_cached_prompt_tokens if first else 0,
-    )
+        self._put_out([(s, error_output(s, code, message)) for s in wanted])

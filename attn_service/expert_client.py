@@ -18,6 +18,7 @@ when the collective's own deadline ends.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,13 +31,13 @@ from attn_service.dispatch_plan import (
     plan_dispatch,
     with_shared_weight,
 )
-from attn_service.experts import StepKey
+from attn_service.experts import Combined, ExpertTimes, StepKey
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import PeerFailedError, TransportError
 from moe_core.model.experts import accumulation_dtype
 from moe_core.model.tensor_parallel import TensorParallel
 from moe_core.placement import ExpertPlacement
-from moe_core.transport.base import Dispatch, DispatchKey, ExpertLink, PendingCombine
+from moe_core.transport.base import Combine, Dispatch, DispatchKey, ExpertLink, PendingCombine
 
 _MAX_EXPERTS_IN_ERRORS = 16
 
@@ -196,32 +197,45 @@ class PendingLayer:
         self._sent = sent
         self._deadline = deadline
 
-    async def combine(self) -> Tensor:
+    async def combine(self) -> Combined:
         """See `PendingExperts.combine`."""
+        started = time.perf_counter()
         try:
-            partials = [await self._partial(sent) for sent in self._sent]
-            total = self._sum(partials)
+            answers = [await self._answer(sent) for sent in self._sent]
+            complete = time.perf_counter()
+            total = self._sum([answer.partial for answer in answers])
         finally:
-            for sent in self._sent:
-                sent.release()
-        return self._client.gather_rows(total, self._sizes)
+            self.release()
+        hidden = self._client.gather_rows(total, self._sizes)
+        queue_us, compute_us = _of_the_slowest(answers)
+        times = ExpertTimes(
+            wait_s=complete - started,
+            queue_s=queue_us * 1e-6,
+            compute_s=compute_us * 1e-6,
+            combine_s=time.perf_counter() - complete,
+        )
+        return Combined(hidden, times)
 
-    async def _partial(self, sent: _Sent) -> Tensor:
-        """[num_rows, hidden_size], valid until `sent` is released."""
+    def release(self) -> None:
+        """See `PendingExperts.release`."""
+        for sent in self._sent:
+            sent.release()
+
+    async def _answer(self, sent: _Sent) -> Combine:
+        """Its partial is valid until `sent` is released."""
         assert sent.answer is not None
         timeout_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
         try:
-            combine = await sent.answer.wait(timeout_s)
+            return await sent.answer.wait(timeout_s)
         except TransportError as error:
             raise self._client.explain(error, sent) from error
-        return combine.partial.to(self._like.device)
 
     def _sum(self, partials: Sequence[Tensor]) -> Tensor:
         """In the order of dispatch, which is ascending rank."""
         like = self._like
         total = like.new_zeros(like.shape, dtype=accumulation_dtype(like.dtype))
         for sent, partial in zip(self._sent, partials, strict=True):
-            rows = sent.group.rows
+            rows, partial = sent.group.rows, partial.to(like.device)
             if rows is None:
                 total += partial
             else:  # a row is there once, so the order of additions inside is no matter
@@ -240,6 +254,12 @@ def _dispatch_of(
     if group.rows is None:
         return Dispatch(key, hidden, group.physical_ids, weights)
     return Dispatch(key, hidden[group.rows], group.physical_ids, weights[group.rows])
+
+
+def _of_the_slowest(answers: Sequence[Combine]) -> tuple[int, int]:
+    """Queue and compute microseconds of the process that took longest."""
+    times = ((answer.queue_us, answer.compute_us) for answer in answers)
+    return max(times, key=sum, default=(0, 0))
 
 
 async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:

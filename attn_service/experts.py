@@ -5,26 +5,45 @@ layer. Knows nothing of processes, placements or wires; expert_client.py does.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepKey:
-    """Which step of which placement epoch a dispatch belongs to."""
+    """Which micro-batch of which step of which placement epoch a dispatch belongs to."""
 
     placement_epoch: int
     step: int
     microbatch: int = 0
 
 
-class PendingExperts(Protocol):
-    """A layer's tokens on their way. `combine` must be awaited exactly once."""
+class ExpertTimes(NamedTuple):
+    """Of one layer's dispatch, in seconds; see step_times.StepTimes."""
 
-    async def combine(self) -> Tensor:
-        """[num_tokens, hidden_size] in the model's dtype: the experts' outputs, summed over
-        expert processes in ascending rank order. Raises TransportError."""
+    wait_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    combine_s: float = 0.0
+
+
+class Combined(NamedTuple):
+    """hidden_states: [num_tokens, hidden_size] in the model's dtype: the experts' outputs, summed
+    over expert processes in ascending rank order."""
+
+    hidden_states: Tensor
+    times: ExpertTimes
+
+
+class PendingExperts(Protocol):
+    """A layer's tokens on their way. Either `combine` is awaited, once, or `release` is called."""
+
+    async def combine(self) -> Combined:
+        """Raises TransportError; after that as after a cancelled wait nothing is held any more."""
+
+    def release(self) -> None:
+        """The answer is not wanted. Without effect after `combine`."""
 
 
 class Experts(Protocol):

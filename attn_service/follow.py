@@ -172,6 +172,7 @@ def plan_to_pb(plan: StepPlan) -> Any:  # noqa: ANN401
     return pb.StepPlan(
         step=plan.step,
         placement_epoch=plan.placement_epoch,
+        num_microbatches=plan.num_microbatches,
         sequences=[
             pb.SequenceSlice(
                 token_ids=each.token_ids,
@@ -188,6 +189,7 @@ def plan_from_pb(message: Any) -> StepPlan:  # noqa: ANN401
     return StepPlan(
         step=message.step,
         placement_epoch=message.placement_epoch,
+        num_microbatches=message.num_microbatches,
         slices=tuple(
             SequenceSlice(
                 token_ids=tuple(each.token_ids),

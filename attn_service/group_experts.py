@@ -16,9 +16,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from attn_service.engine import StepRunner
+from attn_service.engine import StepResult, StepRunner
 from attn_service.expert_client import even_parts
-from attn_service.experts import Experts, PendingExperts, StepKey
+from attn_service.experts import Combined, Experts, ExpertTimes, PendingExperts, StepKey
 from attn_service.sequence import StepPlan
 from moe_core.errors import TransportError
 from moe_core.model.tensor_parallel import TensorParallel
@@ -65,7 +65,7 @@ class GroupExperts:
                 self._failure = error
         return _PendingGroup(self, inner, hidden_states)
 
-    async def combine(self, inner: PendingExperts | None, hidden_states: Tensor) -> Tensor:
+    async def combine(self, inner: PendingExperts | None, hidden_states: Tensor) -> Combined:
         if inner is not None:
             try:
                 return await inner.combine()
@@ -73,7 +73,7 @@ class GroupExperts:
                 self._failure = self._failure or error
         sizes = even_parts(hidden_states.shape[0], self._tensor_parallel.size)
         own = hidden_states.new_zeros((sizes[self._tensor_parallel.rank], *hidden_states.shape[1:]))
-        return self._tensor_parallel.all_gather(own, sizes)
+        return Combined(self._tensor_parallel.all_gather(own, sizes), ExpertTimes())
 
     def settle(self) -> None:
         """Once per step, on every rank. Raises AgreedTransportError on all or on none."""
@@ -100,13 +100,13 @@ class GroupRunner:
         self._experts = experts
         self._publish = publish
 
-    async def execute(self, plan: StepPlan) -> Tensor:
+    async def execute(self, plan: StepPlan) -> StepResult:
         """See `StepRunner.execute`; a failed step raises AgreedTransportError on all ranks."""
         if self._publish is not None:
             await self._publish(plan)
-        logits = await self._runner.execute(plan)
+        result = await self._runner.execute(plan)
         self._experts.settle()
-        return logits
+        return result
 
     async def follow(self, plan: StepPlan) -> None:
         """Execute one of the leader's plans. A step that the experts failed is the leader's to
@@ -125,8 +125,12 @@ class _PendingGroup:
         self._inner = inner
         self._hidden_states = hidden_states
 
-    async def combine(self) -> Tensor:
+    async def combine(self) -> Combined:
         return await self._group.combine(self._inner, self._hidden_states)
+
+    def release(self) -> None:
+        if self._inner is not None:
+            self._inner.release()
 
 
 def _encode(failure: TransportError | None) -> Tensor:

@@ -234,9 +234,9 @@ class AttentionProcess:
         if self._draining:
             state = MemberState.DRAINING
         detail = "; ".join(self._links.missing)
-        load = self._duty.load
+        load, metrics = self._duty.load, self._duty.metrics
         links = self._links.stats(f"{Role.ATTN} {membership.rank}")
-        if (report := (state, detail, load, links)) == self._last_report:
+        if (report := (state, detail, load, metrics, links)) == self._last_report:
             return
         self._last_report = report
         self._host.set_ready(state is MemberState.READY)
@@ -245,6 +245,7 @@ class AttentionProcess:
             detail=detail,
             store_address=self._store_address,
             attention_load=load,
+            engine_metrics=metrics,
             links=links,
         )
 

@@ -145,11 +145,13 @@ class SequenceSlice:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step, as every rank of an attention group executes it."""
+    """One step, as every rank of an attention group executes it, in num_microbatches parts (see
+    microbatches.split)."""
 
     step: int
     placement_epoch: int
     slices: tuple[SequenceSlice, ...]
+    num_microbatches: int = 1
 
 
 @dataclass(frozen=True, slots=True)

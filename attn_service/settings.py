@@ -7,6 +7,7 @@ length, and no cluster.
 from dataclasses import dataclass
 from pathlib import Path
 
+from attn_service.microbatches import AUTO, check_setting
 from attn_service.scheduler import SchedulerConfig
 from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
@@ -40,6 +41,7 @@ class AttnSettings:
     block_size: int = 16
     max_num_seqs: int = 64
     max_step_tokens: int = 512
+    microbatches: str = AUTO
     expert_wait_s: float = 30.0
     threads: int | None = None
 
@@ -50,6 +52,7 @@ class AttnSettings:
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.block_size:
             rule = f"must hold at least one block of block_size={self.block_size} tokens"
             raise ConfigError("kv_cache_tokens", self.kv_cache_tokens, rule, (self.block_size,))
+        check_setting(self.microbatches)
         if self.expert_wait_s <= 0:
             raise ConfigError("expert_wait_s", self.expert_wait_s, "must be above 0", (30.0,))
 

@@ -64,6 +64,7 @@ def serve(
     memory_utilization: o.MemoryUtilizationOption = None,
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
+    microbatches: o.MicrobatchesOption = "auto",
     debug: o.DebugOption = False,
 ) -> None:
     """Serve a model, all processes on this machine."""
@@ -95,6 +96,7 @@ def serve(
             memory_utilization=memory_utilization,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
+            microbatches=microbatches,
             debug=debug,
         )
     )

@@ -44,6 +44,7 @@ class ClusterSettings:
     memory_utilization: float | None = None
     block_size: int | None = None
     max_num_seqs: int | None = None
+    microbatches: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +95,7 @@ class LaunchPlan:
             arguments += _given("--memory-utilization", settings.memory_utilization)
             arguments += _given("--block-size", settings.block_size)
             arguments += _given("--max-num-seqs", settings.max_num_seqs)
+            arguments += _given("--microbatches", settings.microbatches)
         return arguments
 
 

@@ -23,6 +23,7 @@ Transport = Literal["auto", "nixl", "grpc"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 SharedExpertsOn = Literal["attention", "expert"]
+Microbatches = Literal["auto", "1", "2", "3"]
 
 
 @dataclass(slots=True)
@@ -123,6 +124,13 @@ MemoryUtilizationOption = Annotated[
 ]
 BlockSizeOption = Annotated[int, typer.Option(help="Tokens per KV block.")]
 MaxNumSeqsOption = Annotated[int, typer.Option(help="Sequences that one step computes at most.")]
+MicrobatchesOption = Annotated[
+    Microbatches,
+    typer.Option(
+        help="Parts of a step that take turns: one computes attention while others wait for their "
+        "experts. auto: 2 for steps of enough tokens, else 1."
+    ),
+]
 TargetOption = Annotated[str, typer.Option(help="HOST:PORT of a gateway.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

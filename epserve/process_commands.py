@@ -66,6 +66,7 @@ def attn(
     memory_utilization: o.MemoryUtilizationOption = None,
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
+    microbatches: o.MicrobatchesOption = "auto",
     threads: o.ThreadsOption = None,
     debug: o.DebugOption = False,
 ) -> None:
@@ -88,6 +89,7 @@ def attn(
         memory_utilization=memory_utilization,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
+        microbatches=microbatches,
         threads=threads,
     )
     raise typer.Exit(main(settings))

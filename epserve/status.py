@@ -5,6 +5,7 @@ Knows the cluster state as plain values; changes nothing.
 
 import asyncio
 import json
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
@@ -65,11 +66,18 @@ def status_document(state: ClusterState) -> dict[str, object]:
     return {
         "placement_epoch": state.placement.epoch,
         "members": [
-            {name: getattr(member, name) for name in _MEMBER_FIELDS}
+            {name: getattr(member, name) for name in _MEMBER_FIELDS} | {"metrics": _metrics(member)}
             for member in in_tier_order(state)
         ],
         "links": [{name: getattr(link, name) for name in _LINK_FIELDS} for link in links(state)],
     }
+
+
+def _metrics(member: Member) -> dict[str, float] | None:
+    """What an attention group's tp_rank 0 counts; None of other processes."""
+    if member.attention_load is None or member.engine_metrics is None:
+        return None
+    return asdict(member.attention_load) | asdict(member.engine_metrics)
 
 
 def members_table(state: ClusterState) -> Table:

@@ -87,6 +87,7 @@ class Registry:
             detail=report.detail,
             store_address=report.store_address,
             attention_load=report.attention_load,
+            engine_metrics=report.engine_metrics,
             links=report.links,
         )
         self._members[key.role, key.rank] = new

@@ -35,6 +35,31 @@ class AttentionLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineMetrics:
+    """An attention group's totals since it began. Seconds (…_s) are those of `steps` steps:
+    step_s is the sum of attention, dispatch, expert_wait, combine, sampling and other;
+    expert_queue and expert_compute are the expert tier's own account of them.
+
+    prefix_query_tokens: tokens of admitted requests; prefix_hit_tokens: those of them that were in
+    the cache.
+    """
+
+    steps: int
+    step_s: float
+    attention_s: float
+    dispatch_s: float
+    expert_wait_s: float
+    expert_queue_s: float
+    expert_compute_s: float
+    combine_s: float
+    sampling_s: float
+    other_s: float
+    preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LinkStats:
     """One attention process's totals towards one expert process, in bytes and counts."""
 
@@ -70,6 +95,7 @@ class Member:
     experts: int = 0
     attention_load: AttentionLoad | None = None
     links: tuple[LinkStats, ...] = ()
+    engine_metrics: EngineMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +122,7 @@ class StatusReport:
     store_address: str = ""
     attention_load: AttentionLoad | None = None
     links: tuple[LinkStats, ...] = ()
+    engine_metrics: EngineMetrics | None = None
 
 
 @dataclass(frozen=True, slots=True)

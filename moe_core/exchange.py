@@ -12,7 +12,9 @@ from moe_core.transport.base import LinkSpec
 
 # A decode batch fits one slot; a longer prefill goes in chunks of this many tokens.
 SLOT_TOKENS = 256
-MICROBATCHES_IN_FLIGHT = 1
+# The most parts that an attention process computes a step in, each with one dispatch in flight.
+# Both tiers reckon with it, since only the attention tier is told --microbatches.
+MAX_MICROBATCHES = 3
 
 
 def link_spec(
@@ -33,5 +35,5 @@ def link_spec(
         hidden_size=model.hidden_size,
         num_columns=model.moe.num_experts_per_tok + parallel.shared_on_experts,
         slot_tokens=SLOT_TOKENS,
-        slot_count=MICROBATCHES_IN_FLIGHT + spare_slots,
+        slot_count=MAX_MICROBATCHES + spare_slots,
     )

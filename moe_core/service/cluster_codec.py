@@ -4,11 +4,13 @@ Knows both forms and nothing else. Whatever a peer may send wrongly (an unknown 
 missing part) is refused with a RequestError that names the field.
 """
 
+import math
 from dataclasses import fields
 
 from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
+    EngineMetrics,
     Join,
     LinkStats,
     Member,
@@ -37,6 +39,7 @@ STATES = {
 STATES_BACK = {int(number): state for state, number in STATES.items()}
 RANKS = ("dp_rank", "tp_rank", "ep_rank", "etp_rank")
 LOAD_FIELDS = tuple(field.name for field in fields(AttentionLoad))
+METRIC_FIELDS = tuple(field.name for field in fields(EngineMetrics))
 LINK_FIELDS = tuple(field.name for field in fields(LinkStats))
 
 
@@ -90,6 +93,7 @@ def report_to_pb(report: StatusReport) -> pb.StatusReport:
         detail=report.detail,
         store_address=report.store_address,
         attention_load=load_to_pb(report.attention_load),
+        engine_metrics=metrics_to_pb(report.engine_metrics),
         links=[link_to_pb(link) for link in report.links],
     )
 
@@ -100,6 +104,7 @@ def report_from_pb(message: pb.StatusReport) -> StatusReport:
         detail=message.detail,
         store_address=message.store_address,
         attention_load=load_from_pb(message),
+        engine_metrics=metrics_from_pb(message),
         links=tuple(link_from_pb(link) for link in message.links),
     )
 
@@ -115,6 +120,22 @@ def load_from_pb(message: pb.StatusReport | pb.Member) -> AttentionLoad | None:
         return None
     load = message.attention_load
     return AttentionLoad(**{name: getattr(load, name) for name in LOAD_FIELDS})
+
+
+def metrics_to_pb(metrics: EngineMetrics | None) -> pb.EngineMetrics | None:
+    if metrics is None:
+        return None
+    return pb.EngineMetrics(**{name: getattr(metrics, name) for name in METRIC_FIELDS})
+
+
+def metrics_from_pb(message: pb.StatusReport | pb.Member) -> EngineMetrics | None:
+    if not message.HasField("engine_metrics"):
+        return None
+    metrics = message.engine_metrics
+    for name in METRIC_FIELDS:
+        if not math.isfinite(getattr(metrics, name)):
+            raise RequestError(f"engine_metrics.{name}={getattr(metrics, name)}: must be finite")
+    return EngineMetrics(**{name: getattr(metrics, name) for name in METRIC_FIELDS})
 
 
 def link_to_pb(link: LinkStats) -> pb.LinkStats:
@@ -169,6 +190,7 @@ def member_to_pb(member: Member) -> pb.Member:
         store_address=member.store_address,
         host_id=member.host_id,
         attention_load=load_to_pb(member.attention_load),
+        engine_metrics=metrics_to_pb(member.engine_metrics),
         links=[link_to_pb(link) for link in member.links],
         experts=member.experts,
         **{name: getattr(member, name) for name in RANKS},
@@ -189,6 +211,7 @@ def member_from_pb(message: pb.Member) -> Member:
         store_address=message.store_address,
         host_id=message.host_id,
         attention_load=load_from_pb(message),
+        engine_metrics=metrics_from_pb(message),
         links=tuple(link_from_pb(link) for link in message.links),
         experts=message.experts,
         **ranks,

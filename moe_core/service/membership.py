@@ -20,6 +20,7 @@ import structlog
 from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
+    EngineMetrics,
     Join,
     LinkStats,
     MemberState,
@@ -90,10 +91,13 @@ class Membership:
         store_address: str = "",
         attention_load: AttentionLoad | None = None,
         links: Sequence[LinkStats] = (),
+        engine_metrics: EngineMetrics | None = None,
     ) -> None:
         """Tell the gateway, and so everybody, how this worker is. Replaces the last report; of
         several that wait to be sent only the newest is."""
-        self._report = StatusReport(state, detail, store_address, attention_load, tuple(links))
+        self._report = StatusReport(
+            state, detail, store_address, attention_load, tuple(links), engine_metrics
+        )
         self._reported.set()
 
     async def wait_until(

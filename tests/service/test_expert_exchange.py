@@ -72,7 +72,7 @@ async def exchange(client: ExpertClient, routing: Routing) -> Tensor:
     pending = await client.dispatch(
         StepKey(0, 1), LAYER, routing.hidden, routing.topk_ids, routing.topk_weights
     )
-    return await pending.combine()
+    return (await pending.combine()).hidden_states
 
 
 @asynccontextmanager

@@ -151,7 +151,7 @@ async def test_expert_processes_serve_what_one_process_would_compute(layout: str
         pending = await client.dispatch(
             StepKey(0, 0), layer_id, routing.hidden, routing.topk_ids, routing.topk_weights
         )
-        total = await pending.combine()
+        total = (await pending.combine()).hidden_states
         alone = expected(checkpoint, layer_id, routing, state.parallel.shared_on_experts)
         torch.testing.assert_close(total, alone, rtol=1e-12, atol=1e-12)
 

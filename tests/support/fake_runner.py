@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from attn_service.engine import StepResult
 from attn_service.sequence import StepPlan
+from attn_service.step_times import StepTimes
 from moe_core.errors import TransportError
 
 VOCAB = 32
@@ -40,7 +42,7 @@ class FakeRunner:
         self.fail_next: TransportError | None = None
         self.gate: asyncio.Event | None = None
 
-    async def execute(self, plan: StepPlan) -> torch.Tensor:
+    async def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         if self.gate is not None:
             await self.gate.wait()
@@ -59,7 +61,8 @@ class FakeRunner:
             assert self._read(part.block_table, end) == tokens
             if part.needs_logits:
                 rows.append(next_token(tokens))
-        return torch.nn.functional.one_hot(torch.tensor(rows, dtype=torch.int64), VOCAB).float()
+        favoured = torch.tensor(rows, dtype=torch.int64)
+        return StepResult(torch.nn.functional.one_hot(favoured, VOCAB).float(), StepTimes(steps=1))
 
     def _check_writes(self, plan: StepPlan) -> None:
         written: list[int] = []

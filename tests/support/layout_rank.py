@@ -150,9 +150,9 @@ class GreedyBatch:
             SequenceSlice(tuple(row[done:]), done, table, needs_logits=True)
             for row, done, table in zip(rows, computed, tables, strict=True)
         )
-        logits = await self._runner.execute(StepPlan(self._step, 0, slices))
+        result = await self._runner.execute(StepPlan(self._step, 0, slices))
         self._experts.settle()
-        return logits
+        return result.logits
 
 
 def num_blocks(prompts: Sequence[Sequence[int]], num_tokens: int) -> int:

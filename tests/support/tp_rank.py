@@ -8,12 +8,13 @@ import sys
 
 import torch
 
-from attn_service.engine import StepRunner
+from attn_service.engine import StepResult, StepRunner
 from attn_service.expert_client import even_parts
-from attn_service.experts import PendingExperts, StepKey
+from attn_service.experts import Combined, ExpertTimes, PendingExperts, StepKey
 from attn_service.follow import GroupTerms, follow
 from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.sequence import StepPlan
+from attn_service.step_times import StepTimes
 from attn_service.tensor_parallel import GroupRank, dissolve, form, join_store
 from moe_core.errors import PeerLostError
 from moe_core.model.tensor_parallel import TensorParallel
@@ -57,11 +58,13 @@ class _Doubled:
         self._tp = tp
         self._hidden_states = hidden_states
 
-    async def combine(self) -> torch.Tensor:
+    async def combine(self) -> Combined:
         sizes = even_parts(self._hidden_states.shape[0], self._tp.size)
         start = sum(sizes[: self._tp.rank])
         own = self._hidden_states[start : start + sizes[self._tp.rank]]
-        return self._tp.all_gather(2 * own, sizes)
+        return Combined(self._tp.all_gather(2 * own, sizes), ExpertTimes())
+
+    def release(self) -> None: ...
 
 
 class LayeredRunner:
@@ -71,16 +74,16 @@ class LayeredRunner:
         self._tp = tp
         self._experts = experts
 
-    async def execute(self, plan: StepPlan) -> torch.Tensor:
+    async def execute(self, plan: StepPlan) -> StepResult:
         tokens = torch.tensor([part.token_ids[-1:] for part in plan.slices])  # [n, 1]
         rows = torch.tensor([[float(sum(part.token_ids))] for part in plan.slices])  # [n, 1]
         for layer_id in range(NUM_LAYERS):
             key = StepKey(plan.placement_epoch, plan.step)
             pending = await self._experts.dispatch(key, layer_id, rows, tokens, rows)
             shared = self._tp.all_reduce(rows / self._tp.size)
-            rows = await pending.combine() + shared
+            rows = (await pending.combine()).hidden_states + shared
         favoured = rows[:, 0].round().long() % VOCAB
-        return torch.nn.functional.one_hot(favoured, VOCAB).float()
+        return StepResult(torch.nn.functional.one_hot(favoured, VOCAB).float(), StepTimes(steps=1))
 
 
 def group_runner(tp: TensorParallel, publish=None) -> GroupRunner:  # noqa: ANN001

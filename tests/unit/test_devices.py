@@ -61,4 +61,4 @@ def test_a_shared_expert_on_the_expert_tier_is_one_more_column(
         dtype=torch.float32,
         spare_slots=2,
     )
-    assert (spec.num_columns, spec.slot_count) == (columns, 3)
+    assert (spec.num_columns, spec.slot_count) == (columns, 5)

@@ -4,7 +4,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from attn_service.engine import Engine
+from attn_service.engine import Engine, StepResult
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.scheduler import SchedulerConfig
@@ -183,9 +183,9 @@ async def test_a_step_that_the_experts_fail_ends_its_sequences_and_no_others() -
 async def test_logits_that_are_not_finite_end_only_their_sequence() -> None:
     class Broken(FakeRunner):
         async def execute(self, plan):  # noqa: ANN001
-            logits = await super().execute(plan)
-            logits[0] = float("nan")
-            return logits
+            result = await super().execute(plan)
+            result.logits[0] = float("nan")
+            return result
 
     async with running(Broken()) as engine:
         stream = engine.open_stream()
@@ -311,12 +311,12 @@ async def test_preemption_changes_no_output_and_is_counted() -> None:
 async def test_what_a_failed_sequence_has_computed_is_never_reused(how: str) -> None:
     class Failing(FakeRunner):
         async def execute(self, plan):  # noqa: ANN001
-            logits = await super().execute(plan)
+            result = await super().execute(plan)
             if len(self.plans) != 2:
-                return logits
+                return result
             if how == "experts":
                 raise PeerLostError("lost")
-            return logits * float("nan")
+            return StepResult(result.logits * float("nan"), result.times)
 
     prompt = tuple(range(12))
     async with running(Failing()) as engine:

@@ -94,7 +94,7 @@ async def exchange(client: ExpertClient) -> torch.Tensor:
     pending = await client.dispatch(
         StepKey(0, 0), 1, ROUTING.hidden, ROUTING.topk_ids, ROUTING.topk_weights
     )
-    return await pending.combine()
+    return (await pending.combine()).hidden_states
 
 
 async def test_all_bytes_have_left_before_any_answer_is_awaited(links: list[FakeLink]) -> None:

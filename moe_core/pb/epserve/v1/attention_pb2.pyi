@@ -113,14 +113,16 @@ class FollowRequest(_message.Message):
     def __init__(self, tp_rank: _Optional[int] = ..., leader_instance_epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step", "placement_epoch", "sequences")
+    __slots__ = ("step", "placement_epoch", "sequences", "num_microbatches")
     STEP_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     step: int
     placement_epoch: int
     sequences: _containers.RepeatedCompositeFieldContainer[SequenceSlice]
-    def __init__(self, step: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ...) -> None: ...
+    num_microbatches: int
+    def __init__(self, step: _Optional[int] = ..., placement_epoch: _Optional[int] = ..., sequences: _Optional[_Iterable[_Union[SequenceSlice, _Mapping]]] = ..., num_microbatches: _Optional[int] = ...) -> None: ...
 
 class SequenceSlice(_message.Message):
     __slots__ = ("token_ids", "num_computed_tokens", "block_table", "needs_logits")

@@ -72,18 +72,20 @@ class Join(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
 
 class StatusReport(_message.Message):
-    __slots__ = ("state", "detail", "store_address", "attention_load", "links")
+    __slots__ = ("state", "detail", "store_address", "attention_load", "links", "engine_metrics")
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_LOAD_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_METRICS_FIELD_NUMBER: _ClassVar[int]
     state: MemberState
     detail: str
     store_address: str
     attention_load: AttentionLoad
     links: _containers.RepeatedCompositeFieldContainer[LinkStats]
-    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ...) -> None: ...
+    engine_metrics: EngineMetrics
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size")
@@ -98,6 +100,36 @@ class AttentionLoad(_message.Message):
     total_kv_blocks: int
     kv_block_size: int
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ...) -> None: ...
+
+class EngineMetrics(_message.Message):
+    __slots__ = ("steps", "step_s", "attention_s", "dispatch_s", "expert_wait_s", "expert_queue_s", "expert_compute_s", "combine_s", "sampling_s", "other_s", "preemptions", "prefix_query_tokens", "prefix_hit_tokens")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    COMBINE_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_S_FIELD_NUMBER: _ClassVar[int]
+    OTHER_S_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    step_s: float
+    attention_s: float
+    dispatch_s: float
+    expert_wait_s: float
+    expert_queue_s: float
+    expert_compute_s: float
+    combine_s: float
+    sampling_s: float
+    other_s: float
+    preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., expert_queue_s: _Optional[float] = ..., expert_compute_s: _Optional[float] = ..., combine_s: _Optional[float] = ..., sampling_s: _Optional[float] = ..., other_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ...) -> None: ...
 
 class LinkStats(_message.Message):
     __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells")
@@ -152,7 +184,7 @@ class ParallelSettings(_message.Message):
     def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., enable_mla: _Optional[bool] = ..., expert_parallel_degree: _Optional[int] = ..., num_redundant_experts: _Optional[int] = ..., shared_experts: _Optional[str] = ..., colocated: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts")
+    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +202,7 @@ class Member(_message.Message):
     ATTENTION_LOAD_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_METRICS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     dp_rank: int
@@ -187,7 +220,8 @@ class Member(_message.Message):
     attention_load: AttentionLoad
     links: _containers.RepeatedCompositeFieldContainer[LinkStats]
     experts: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ...) -> None: ...
+    engine_metrics: EngineMetrics
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("epoch", "num_logical_experts", "ep_size", "layers")
