@@ -104,13 +104,6 @@ def test_the_same_seed_gives_the_same_tokens(target: str):
     assert first["token_ids"] == second["token_ids"]
 
 
-def test_a_refused_request_is_status_2(target: str):
-    done = epserve("generate", "--target", target, "--prompt-ids", "99999999")
-    assert done.returncode == 2
-    assert "99999999" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
 def test_ctrl_c_cancels_a_generation(target: str):
     with started(
         *("generate", "--target", target, "--prompt-ids", "5,6,7"),
