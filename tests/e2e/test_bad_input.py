@@ -72,7 +72,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             names[f"{model}_fingerprint"] = Checkpoint.open(Path(names[model])).fingerprint()
         names |= {f"{name}_port": at.rpartition(":")[2] for name, at in served.addresses.items()}
         yield Cluster(served, served.generate(WHOLE_POOL), names)
-        served.wait_until(num_running=0, all_blocks_free=True)
+        assert served.settled().is_idle
 
 
 @pytest.fixture

@@ -14,13 +14,32 @@ import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 
-from moe_core.cluster import AttentionLoad, ClusterState, Role
+from attn_service.process import TICK_S
+from moe_core.cluster import AttentionLoad, ClusterState, LinkStats, Role
 from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc
 from moe_core.service.cluster_codec import cluster_from_pb
 
 DEADLINE_S = 20.0
 # What a message about bad input would tell of the program instead.
 LEAKS = ("Error", "class", "Traceback", "_pb2", "google.")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of a cluster with one attention group: its load, and the totals of all links."""
+
+    load: AttentionLoad
+    links: tuple[LinkStats, ...]
+
+    @property
+    def is_idle(self) -> bool:
+        load = self.load
+        waiting, free = load.num_running + load.num_waiting, load.free_kv_blocks
+        return (waiting, free) == (0, load.total_kv_blocks)
+
+    @property
+    def dispatches(self) -> int:
+        return sum(link.dispatches for link in self.links)
 
 
 @dataclass(frozen=True)
@@ -34,13 +53,6 @@ class ServedCluster:
     @property
     def state(self) -> ClusterState:
         return _state(self.stub)
-
-    @property
-    def load(self) -> AttentionLoad:
-        """What the first attention group has reported last."""
-        load = self.state.tier(Role.ATTN)[0].attention_load
-        assert load is not None
-        return load
 
     def generate(self, request: gateway_pb2.GenerateRequest) -> list[int]:
         """All tokens of a request. Raises grpc.RpcError."""
@@ -58,17 +70,23 @@ class ServedCluster:
             return list(channel.unary_stream(path)(message, timeout=DEADLINE_S))
         return [channel.unary_unary(path)(message, timeout=DEADLINE_S)]
 
-    def wait_until(self, num_running: int, *, all_blocks_free: bool) -> None:
-        """Until the first attention group reports so many running sequences, none that waits,
-        and that all its KV blocks are free, or not."""
-        deadline = time.monotonic() + DEADLINE_S
+    def settled(self) -> Usage:
+        """What the attention tier reports once it reports nothing new."""
+        deadline = time.monotonic() + 2 * DEADLINE_S
+        usage = _usage(self.state)
         while True:
-            load = self.load
-            free = load.free_kv_blocks == load.total_kv_blocks
-            if (load.num_running, load.num_waiting, free) == (num_running, 0, all_blocks_free):
-                return
-            assert time.monotonic() < deadline, load
-            time.sleep(0.05)
+            time.sleep(2.5 * TICK_S)
+            before, usage = usage, _usage(self.state)
+            if usage == before:
+                return usage
+            assert time.monotonic() < deadline, usage
+
+
+def _usage(state: ClusterState) -> Usage:
+    tier = state.tier(Role.ATTN)
+    load = tier[0].attention_load
+    assert load is not None
+    return Usage(load, tuple(link for member in tier for link in member.links))
 
 
 def greedy(token_ids: Sequence[int], max_tokens: int) -> gateway_pb2.GenerateRequest:
