@@ -203,11 +203,9 @@ def manifest(
     debug: o.DebugOption = False,
 ) -> None:
     """Write the digests of a checkpoint's files."""
-    from epserve.launch_plan import open_checkpoint
     from moe_core.checkpoint.manifest import write_manifest
     from moe_core.checkpoint.progress import shown_progress
 
-    open_checkpoint(directory)
     with shown_progress("hashing", "tensor") as progress:
         path = write_manifest(directory, progress)
     typer.echo(f"wrote {path}")

@@ -106,11 +106,14 @@ async def _print_text(
     client: EpserveClient, prompt: str | Sequence[int], sampling: Sampling
 ) -> None:
     """Text where the model has a tokenizer, else token ids."""
+    shown = False
     has_text = (await client.list_models())[0].has_tokenizer
     try:
         async for output in client.generate(prompt, sampling):
             ids = "".join(f"{token} " for token in output.token_ids)
             sys.stdout.write(output.text if has_text else ids)
             sys.stdout.flush()
+            shown = True
     finally:
-        print(flush=True)
+        if shown:  # a refused request leaves stdout empty
+            print(flush=True)

@@ -104,23 +104,12 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
 
     Raises ConfigError for what cannot be set, CheckpointError for a damaged checkpoint.
     """
-    model = open_checkpoint(settings.model).config
+    model = Checkpoint.open(settings.model).config
     parallel = settings.parallel.with_model(model)
     settings = _with_port(settings)
     devices = spread_devices(parallel, num_cuda_devices(settings.device))
     places = derive_layout(parallel, model, *devices, gateway_port=settings.grpc_port)
     return LaunchPlan(settings, model, parallel, places)
-
-
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Its headers, checked. Raises ConfigError where there is no checkpoint at all."""
-    if not directory.is_dir():
-        raise ConfigError("model", str(directory), "must be an existing directory")
-    if not (directory / "config.json").is_file():
-        raise ConfigError("model", str(directory), "must hold a config.json")
-    if next(directory.glob("*.safetensors"), None) is None:
-        raise ConfigError("model", str(directory), "must hold *.safetensors files")
-    return Checkpoint.open(directory)
 
 
 def num_cuda_devices(device: str) -> int:

@@ -3,7 +3,8 @@
 Knows names and help texts; knows nothing of what a value leads to.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,11 +13,13 @@ import typer
 
 from moe_core.config.kv_cache_size import parse_bytes
 from moe_core.errors import ConfigError
+from moe_core.service.addresses import split_address
 
 DEFAULT_GRPC_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
+MAX_PORT = 65_535
 
 
 Transport = Literal["auto", "nixl", "grpc"]
@@ -39,6 +42,25 @@ def _note_debug(context: typer.Context, debug: bool) -> bool:
     return debug
 
 
+def _at_least(
+    least: int, most: float = math.inf
+) -> Callable[[typer.CallbackParam, int | None], int | None]:
+    """A check of an option's value, which is None where the option was not given."""
+
+    def check(parameter: typer.CallbackParam, value: int | None) -> int | None:
+        if value is not None and not least <= value <= most:
+            rule = f"must be at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            raise ConfigError(str(parameter.name), value, rule, (least if value < least else most,))
+        return value
+
+    return check
+
+
+def _address(parameter: typer.CallbackParam, value: str) -> str:
+    split_address(str(parameter.name), value)
+    return value
+
+
 ModelOption = Annotated[
     Path, typer.Option(help="Hugging Face directory: config.json, *.safetensors, tokenizer.json.")
 ]
@@ -56,18 +78,31 @@ DeviceKindOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
-GrpcPortOption = Annotated[int, typer.Option(help="The gateway's gRPC port; 0: any free one.")]
-WorkerPortOption = Annotated[int, typer.Option(help="This process's own port; 0: any free one.")]
-GatewayOption = Annotated[str, typer.Option(help="HOST:PORT of the gateway to register with.")]
+GrpcPortOption = Annotated[
+    int,
+    typer.Option(callback=_at_least(0, MAX_PORT), help="The gateway's gRPC port; 0: any free one."),
+]
+WorkerPortOption = Annotated[
+    int,
+    typer.Option(callback=_at_least(0, MAX_PORT), help="This process's own port; 0: any free one."),
+]
+GatewayOption = Annotated[
+    str, typer.Option(callback=_address, help="HOST:PORT of the gateway to register with.")
+]
 AdvertiseOption = Annotated[
     str | None,
     typer.Option(help="HOST or HOST:PORT where peers reach this process, if not where it listens."),
 ]
 RankOption = Annotated[
-    int | None, typer.Option(help="Rank in its tier; by default the gateway gives the lowest free.")
+    int | None,
+    typer.Option(
+        callback=_at_least(0),
+        help="Rank in its tier; by default the gateway gives the lowest free.",
+    ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(help="Threads that one tensor operation may use.")
+    int | None,
+    typer.Option(callback=_at_least(1), help="Threads that one tensor operation may use."),
 ]
 AttnDevicesOption = Annotated[int, typer.Option(help="Processes of the attention tier.")]
 DpSizeOption = Annotated[
@@ -104,6 +139,7 @@ ColocatedOption = Annotated[
 KvCacheTokensOption = Annotated[
     int | None,
     typer.Option(
+<<<<<<< HEAD
         help="Tokens that one attention process's KV cache holds. "
         "Default: what --max-num-seqs full contexts need, but at most 65536."
     ),
@@ -132,6 +168,17 @@ MicrobatchesOption = Annotated[
     ),
 ]
 TargetOption = Annotated[str, typer.Option(help="HOST:PORT of a gateway.")]
+=======
+        callback=_at_least(1),
+        help="Tokens that one attention process's KV cache holds. Default: what fits.",
+    ),
+]
+BlockSizeOption = Annotated[int, typer.Option(callback=_at_least(1), help="Tokens per KV block.")]
+MaxNumSeqsOption = Annotated[
+    int, typer.Option(callback=_at_least(1), help="Sequences that one step computes at most.")
+]
+TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]
+>>>>>>> wt-inputs
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -55,6 +55,12 @@ def describe_status(status: int) -> str:
         return f"was ended by signal {-status}"
 
 
+def _cancelled_twice() -> bool:
+    """Counted, since two cancellations may arrive as one CancelledError."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 1
+
+
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
     """One process to run. `environment` is added to ours; lower stages are stopped first."""
@@ -130,12 +136,14 @@ class Supervisor:
         self._signal(self._children, signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Stage by stage: ask, wait for `grace_s`, then kill. Safe to call twice."""
+        """Stage by stage: ask, wait for `grace_s`, then kill. Safe to call twice. Cancelling the
+        task that is here a second time, or while it waits here, leaves no more time."""
+        grace_s = 0.0 if _cancelled_twice() else self._grace_s
         try:
             for stage in sorted({child.spec.stop_stage for child in self._children}):
                 members = [child for child in self._children if child.spec.stop_stage == stage]
                 self._signal(members, signal.SIGTERM)
-                await asyncio.wait([c.watcher for c in members], timeout=self._grace_s)
+                await asyncio.wait([c.watcher for c in members], timeout=grace_s)
                 self._signal(members, signal.SIGKILL)
         finally:
             self.kill()

@@ -141,6 +141,7 @@ def _prompt_ids(prompt: str | tuple[int, ...] | None, model: ServedModel) -> tup
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise RequestError("text: this model has no tokenizer.json; send token_ids")
+        _require_short_text(prompt, model.max_model_len, model.tokenizer.longest_token)
         prompt = model.tokenizer.encode(prompt)
     if not prompt:
         raise RequestError("prompt: must have at least one token; send text or token_ids")
@@ -149,17 +150,30 @@ def _prompt_ids(prompt: str | tuple[int, ...] | None, model: ServedModel) -> tup
     return prompt
 
 
+def _require_short_text(text: str, max_model_len: int, longest_token: int) -> None:
+    """Before the text is cut into tokens, which takes a second for every million characters."""
+    most = max_model_len * longest_token
+    if len(text) > most:
+        raise RequestError(
+            f"text: {len(text)} characters; max_position_embeddings={max_model_len} tokens of at "
+            f"most {longest_token} characters take {most}"
+        )
+
+
 def _room(prompt_tokens: int, model: ServedModel, kv_tokens: int) -> tuple[int, str]:
     """How many tokens may follow the prompt, and the limit that says so. The last of them needs
-    no place in the KV pool."""
+    no place in the KV pool. A prompt too long for both is told of the model's limit, which no
+    setting moves."""
     limits = (
         (model.max_model_len - prompt_tokens, f"max_position_embeddings={model.max_model_len}"),
         (kv_tokens + 1 - prompt_tokens, f"the largest KV pool, of {kv_tokens} tokens"),
     )
-    left, limit = min(limits)
-    if left < 1:
-        raise RequestError(f"prompt: {prompt_tokens} tokens leave no room for output in {limit}")
-    return left, limit
+    for left, limit in limits:
+        if left < 1:
+            raise RequestError(
+                f"prompt: {prompt_tokens} tokens leave no room for output in {limit}"
+            )
+    return min(limits)
 
 
 def _max_tokens(asked: int | None, prompt_tokens: int, room: tuple[int, str]) -> int:

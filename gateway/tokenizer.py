@@ -18,6 +18,7 @@ MAX_HELD = 64
 class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextTokenizer | None":

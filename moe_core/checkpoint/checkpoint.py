@@ -17,6 +17,7 @@ from moe_core.checkpoint.reader import TensorReader
 from moe_core.checkpoint.shards import read_shards, tensor_table
 from moe_core.checkpoint.validation import check_tensors
 from moe_core.config.model import ModelConfig
+from moe_core.errors import ConfigError
 
 
 class Checkpoint:
@@ -46,8 +47,13 @@ class Checkpoint:
         """Read config.json, headers and manifest, and check that they agree.
 
         `use_manifest=False` is for whoever is about to write a new one. Raises ConfigError for a
-        config.json that cannot be served and CheckpointError for all else.
+        directory that is no checkpoint and a config.json that cannot be served, CheckpointError
+        for all else.
         """
+        if not directory.is_dir():
+            raise ConfigError("model", str(directory), "must be an existing directory")
+        if not (directory / "config.json").is_file():
+            raise ConfigError("model", str(directory), "must hold a config.json")
         found = load_manifest(directory) if use_manifest else None
         manifest, digest = found if found is not None else (None, None)
         shards = read_shards(directory)

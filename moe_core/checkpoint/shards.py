@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_core.checkpoint.headers import ShardHeader, TensorEntry, read_header
 from moe_core.checkpoint.json_files import parse_object, read_bytes
-from moe_core.errors import CheckpointError
+from moe_core.errors import CheckpointError, ConfigError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -18,13 +18,14 @@ _MAX_INDEX_BYTES = 256 << 20
 def read_shards(directory: Path) -> tuple[ShardHeader, ...]:
     """The headers of the files that the index names, or of the one file where there is no index.
 
-    Raises CheckpointError for a missing, damaged or unlisted file, a tensor that lies in two
-    files or not where the index says, and an index that points outside of the directory.
+    Raises ConfigError where there is neither, CheckpointError for a missing, damaged or unlisted
+    file, a tensor that lies in two files or not where the index says, and an index that points
+    outside of the directory.
     """
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if not index.exists():
         if not single.exists():
-            raise CheckpointError(f"{directory}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+            raise ConfigError("model", str(directory), f"must hold {SINGLE_NAME} or {INDEX_NAME}")
         return (read_header(single),)
     weight_map = _read_weight_map(index)
     files = sorted(set(weight_map.values()))

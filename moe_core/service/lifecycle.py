@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import structlog
 import uvloop
 
-from moe_core.errors import ConfigError, EpserveError, UnavailableError
+from moe_core.errors import ConfigError, EpserveError, RequestError, UnavailableError
 from moe_core.service.logs import configure_logging, is_debug
 
 log = structlog.get_logger(__name__)
@@ -50,8 +50,8 @@ class Service(Protocol):
 
 def run(service: Service, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> int:
     """Run `service` to its end on a new event loop. Returns the exit status: 0 when it ended or
-    was drained by a signal, 2 for a ConfigError, 1 for everything else; errors are one line on
-    stderr, with a traceback only in a debug run."""
+    was drained by a signal, 2 for a setting that was refused, here or by the gateway, 1 for
+    everything else; errors are one line on stderr, with a traceback only in a debug run."""
     if not structlog.is_configured():
         configure_logging()
     try:
@@ -82,7 +82,7 @@ async def _live_until(service: Service, stop: asyncio.Event, drain_timeout_s: fl
     await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
         await _cancel(working)
-    elif working.exception() is None:
+    elif not working.cancelled() and working.exception() is None:
         working = asyncio.create_task(service.serve(), name="serve")
         await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     in_order = await _drain(service, drain_timeout_s)
@@ -90,6 +90,8 @@ async def _live_until(service: Service, stop: asyncio.Event, drain_timeout_s: fl
     await _cancel(stopped)
     if not working.cancelled():
         working.result()
+    elif not stop.is_set():
+        raise EpserveError("internal error: its work was cancelled from within")
     if not in_order:
         raise UnavailableError(f"the drain did not end in order within {drain_timeout_s:g} s")
 
@@ -154,4 +156,4 @@ def _complain(name: str, message: str, error: Exception) -> int:
         traceback.print_exception(error)
     line = " ".join(message.split())
     print(f"epserve {name}: {line}", file=sys.stderr, flush=True)
-    return EXIT_REFUSED if isinstance(error, ConfigError) else EXIT_FAILED
+    return EXIT_REFUSED if isinstance(error, ConfigError | RequestError) else EXIT_FAILED

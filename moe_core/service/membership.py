@@ -160,7 +160,7 @@ class Membership:
 
     async def _join_once(self, join: Join) -> None:
         stub: Any = ClusterServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
-        call = stub.Register(self._requests(join))
+        call = stub.Register(self._requests(pb.RegisterRequest(join=join_to_pb(join))))
         answers = aiter(call)
         try:
             assigned = await self._next(answers)
@@ -175,8 +175,8 @@ class Membership:
         self._lease = Lease(self._gateway, join.role, self.rank, join.instance_epoch)
         self._reading = asyncio.create_task(self._read(call, answers), name="membership")
 
-    async def _requests(self, join: Join) -> AsyncIterator[pb.RegisterRequest]:
-        yield pb.RegisterRequest(join=join_to_pb(join))
+    async def _requests(self, join: pb.RegisterRequest) -> AsyncIterator[pb.RegisterRequest]:
+        yield join
         while True:
             await self._reported.wait()
             self._reported.clear()

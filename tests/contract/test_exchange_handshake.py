@@ -199,16 +199,6 @@ async def test_a_stream_that_does_not_begin_with_a_hello_is_refused():
     assert "must be a hello" in details
 
 
-async def test_bytes_that_are_no_message_are_an_invalid_argument_without_a_class_name():
-    async with serve(SPEC) as expert, grpc.aio.insecure_channel(expert.address) as channel:
-        call = channel.stream_stream("/epserve.v1.ExpertService/Exchange")()
-        await call.write(b"\xff\xff\xff\xff not protobuf")
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call.read()
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "DecodeError" not in caught.value.details()
-
-
 @pytest.mark.parametrize(
     ("message", "reason"),
     [

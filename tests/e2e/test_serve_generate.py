@@ -1,13 +1,22 @@
-"""A served cluster as its user meets it: generate, status, errors."""
+"""A served cluster as its users meet it: what it prints, generates, tells of itself and frees."""
 
 import json
 import os
 import signal
 from collections.abc import Iterator
+from itertools import product
 
+import grpc
 import pytest
+import torch
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
-from support.processes import epserve, serving, started
+from attn_service.sequence import Sampling, SequenceRequest
+from moe_core.config.parallel import ParallelConfig
+from support.local_engine import local_engine
+from support.processes import TINY_MODEL, Running, epserve, serving, started
+from support.served_cluster import DEADLINE_S, ServedCluster, connected, greedy, method
 
 MEMBER_FIELDS = {
     *("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank"),
@@ -19,11 +28,79 @@ LINK_FIELDS = {
 }
 
 
+LAYOUT = (
+    *("--attn-devices", "2", "--expert-devices", "2", "--ep-size", "2"),
+    *("--num-redundant-experts", "2", "--kv-cache-tokens", "4096"),
+    *("--transport", "nixl", "--dtype", "float64"),
+)
+PROCESSES = {
+    "gateway": {"epserve.v1.Gateway", "epserve.v1.ClusterService"},
+    "attn_0": {"epserve.v1.AttentionService"},
+    "attn_1": {"epserve.v1.AttentionService"},
+    "expert_0": {"epserve.v1.ExpertService"},
+    "expert_1": {"epserve.v1.ExpertService"},
+}
+LONG = greedy([5, 6, 7], max_tokens=1000)
+DISPATCHES_PER_TOKEN = 3 * 2  # MoE layers, expert processes
+
+
 @pytest.fixture(scope="module")
-def target() -> Iterator[str]:
-    layout = ("--expert-devices", "2", "--ep-size", "2", "--num-redundant-experts", "2")
-    with serving(*layout, "--kv-cache-tokens", "4096") as (_, address):
-        yield address
+def serve() -> Iterator[tuple[Running, str]]:
+    with serving(*LAYOUT) as started_and_target:
+        yield started_and_target
+
+
+@pytest.fixture(scope="module")
+def target(serve: tuple[Running, str]) -> str:
+    return serve[1]
+
+
+@pytest.fixture(scope="module")
+def served(target: str) -> Iterator[ServedCluster]:
+    with connected(target) as cluster:
+        yield cluster
+
+
+def test_the_layout_is_printed_before_anything_is_loaded(serve: tuple[Running, str]):
+    running, target = serve
+    first = next(i for i, line in enumerate(running.out) if line.startswith("waiting for"))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in running.out[:first]]
+    assert [row for row in rows if row] == [
+        ["gateway", "", "", "", "", "", "", target.rpartition(":")[2]],
+        ["attn 0", "0", "0", "", "", "", "cpu", "any"],
+        ["attn 1", "0", "1", "", "", "", "cpu", "any"],
+        ["expert 0", "", "", "0", "0", "8+1+0", "cpu", "any"],
+        ["expert 1", "", "", "1", "0", "8+1+0", "cpu", "any"],
+    ]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_every_process_answers_health_and_reflection(served: ServedCluster, process: str):
+    check = method(health_pb2, "Health", "Check")
+    (answer,) = served.send(process, check, health_pb2.HealthCheckRequest().SerializeToString())
+    response = health_pb2.HealthCheckResponse
+    assert response.FromString(answer).status == response.SERVING
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    reflect = method(reflection_pb2, "ServerReflection", "ServerReflectionInfo")
+    (answer,) = served.send(process, reflect, request.SerializeToString())
+    listed = reflection_pb2.ServerReflectionResponse.FromString(answer).list_services_response
+    assert {service.name for service in listed.service} == PROCESSES[process] | {
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+
+
+async def test_two_tiers_give_the_tokens_of_one_process_and_write_them_by_nixl(
+    served: ServedCluster,
+):
+    """Attention with tp 2, experts on two processes with copies: five processes in all."""
+    request = SequenceRequest("a", (5, 6, 7), Sampling(max_tokens=120))
+    async with local_engine(TINY_MODEL, ParallelConfig(), dtype=torch.float64) as local:
+        alone = (await local.generate([request]))["a"].token_ids
+    assert served.generate(greedy([5, 6, 7], max_tokens=120)) == list(alone)
+    links = served.settled().links
+    assert [(link.transport, link.stream_tensor_bytes) for link in links] == [("nixl", 0)] * 4
+    assert all(link.dispatches >= 120 for link in links if link.source == "attn 0")
 
 
 def generate_json(target: str, *arguments: str) -> dict[str, object]:
@@ -104,13 +181,6 @@ def test_the_same_seed_gives_the_same_tokens(target: str):
     assert first["token_ids"] == second["token_ids"]
 
 
-def test_a_refused_request_is_status_2(target: str):
-    done = epserve("generate", "--target", target, "--prompt-ids", "99999999")
-    assert done.returncode == 2
-    assert "99999999" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
 def test_ctrl_c_cancels_a_generation(target: str):
     with started(
         *("generate", "--target", target, "--prompt-ids", "5,6,7"),
@@ -119,6 +189,23 @@ def test_ctrl_c_cancels_a_generation(target: str):
         os.kill(generating.pid, signal.SIGINT)
         assert generating.wait() != 0
     assert not any("Traceback" in line for line in generating.err)
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_whoever_gives_up_frees_the_sequence_and_its_blocks(served: ServedCluster, how: str):
+    before = served.settled().dispatches
+    call = served.stub.Generate(LONG, timeout=DEADLINE_S if how == "cancel" else 1.5)
+    next(call)
+    if how == "cancel":
+        call.cancel()
+    with pytest.raises(grpc.RpcError) as ended:
+        list(call)
+    codes = {"cancel": grpc.StatusCode.CANCELLED, "deadline": grpc.StatusCode.DEADLINE_EXCEEDED}
+    assert ended.value.code() is codes[how]
+    after = served.settled()
+    assert after.is_idle
+    to_its_end = LONG.sampling.max_tokens * DISPATCHES_PER_TOKEN
+    assert 0 < after.dispatches - before < to_its_end, "it went on for nobody"
 
 
 def test_status_json_lists_members_and_links(target: str):
@@ -130,12 +217,12 @@ def test_status_json_lists_members_and_links(target: str):
     assert document["placement_epoch"] == 0
     assert all(set(member) == MEMBER_FIELDS for member in document["members"])
     named = {(m["role"], m["rank"]): m for m in document["members"]}
-    assert set(named) == {("gateway", 0), ("attn", 0), ("expert", 0), ("expert", 1)}
+    assert set(named) == {("gateway", 0), *product(("attn", "expert"), (0, 1))}
     assert all(member["state"] == "ready" for member in named.values())
     assert named["expert", 1]["experts"] == 9
-    assert (named["attn", 0]["dp_rank"], named["attn", 0]["ep_rank"]) == (0, None)
+    assert (named["attn", 1]["tp_rank"], named["attn", 1]["ep_rank"]) == (1, None)
     assert all(set(link) == LINK_FIELDS for link in document["links"])
-    assert len(document["links"]) == 2
+    assert len(document["links"]) == 4
 
 
 def test_status_prints_tables(target: str):

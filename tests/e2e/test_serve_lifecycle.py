@@ -64,7 +64,10 @@ def test_a_worker_that_cannot_start_is_named_with_what_it_said():
         *("serve", "--model", str(TINY_MODEL), "--grpc-port", "0", "--device", "cpu"),
         *("--kv-cache-tokens", "1"),
     ) as serve:
+        serve.wait_for("waiting for")
+        family = serve.family()
         status = serve.wait()
+        assert still_alive(family) == []
     last = serve.err[-1]
     assert last.startswith("epserve: attn 0 (pid "), serve
     assert "kv_cache_tokens" in last

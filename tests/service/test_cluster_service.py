@@ -63,16 +63,6 @@ async def test_rank_out_of_range_and_full_tier_are_refused() -> None:
             await gateway.worker(Role.EXPERT).start()
 
 
-async def test_other_model_and_other_dtype_are_refused_naming_both_sides() -> None:
-    async with SmallGateway(PARALLEL) as gateway:
-        stranger = FakeWorker(gateway.address, "blake3:22", Role.ATTN)
-        with pytest.raises(RequestError, match=f"blake3:22.*{FINGERPRINT}"):
-            await stranger.start()
-        await gateway.add_worker(Role.ATTN)
-        with pytest.raises(RequestError, match=r"dtype=bfloat16: attn 0 .*dtype=float32"):
-            await gateway.worker(Role.EXPERT).start(dtype="bfloat16")
-
-
 async def test_member_that_leaves_frees_its_rank_and_everybody_learns_it() -> None:
     async with SmallGateway(PARALLEL) as gateway:
         stays = await gateway.add_worker(Role.ATTN)

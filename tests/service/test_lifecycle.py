@@ -95,6 +95,15 @@ def test_failure_is_one_line_and_status_1() -> None:
     assert stdout == "draining\ndrained\n"
 
 
+@pytest.mark.parametrize("behaviour", ["cancelled", "cancelled later"])
+def test_work_that_cancels_itself_has_failed(behaviour: str) -> None:
+    """As grpc.aio's calls do where the program that makes the requests has a bug."""
+    with scripted(behaviour) as process:
+        status, _, stderr = finish(process)
+    assert status == 1
+    assert stderr == "epserve scripted: internal error: its work was cancelled from within\n"
+
+
 def test_bug_is_one_line_without_debug_and_has_its_traceback_with_it() -> None:
     with scripted("bug") as process:
         status, _, stderr = finish(process)

@@ -1,5 +1,6 @@
 """Real epserve processes for end-to-end tests: start, read what they print, leave none behind."""
 
+import os
 import queue
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -109,15 +110,33 @@ def serving(*arguments: str, model: Path = TINY_MODEL) -> Iterator[tuple[Running
 
 
 def epserve(*arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
-    return subprocess.run(
-        [*EPSERVE, *arguments],
+    """Run one command to its end. Nothing that it has started may be left by then."""
+    command = [*EPSERVE, *arguments]
+    with subprocess.Popen(
+        command,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            left = _of_session(process.pid)
+            for each in left:
+                each.kill()
+    assert not left, f"{command} has left {left}"
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _of_session(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session:
+                found.append(process)
+    return found
 
 
 def still_alive(processes: Sequence[psutil.Process], timeout_s: float = 10.0) -> list[str]:

@@ -16,6 +16,8 @@ class Scripted:
         self.behaviour = behaviour
 
     async def startup(self) -> None:
+        if self.behaviour == "cancelled":
+            raise asyncio.CancelledError
         if self.behaviour == "refused":
             raise ConfigError("port", 1, "must be\nsomething else", [2])
         if self.behaviour == "loads":
@@ -25,6 +27,8 @@ class Scripted:
     async def serve(self) -> None:
         if self.behaviour == "fails":
             raise UnavailableError("the gateway has left")
+        if self.behaviour == "cancelled later":
+            raise asyncio.CancelledError
         if self.behaviour == "bug":
             raise KeyError("lost")
         if self.behaviour == "returns":

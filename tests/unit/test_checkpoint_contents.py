@@ -161,11 +161,6 @@ def test_a_file_cut_after_it_was_opened_stops_the_load(single: Path) -> None:
         load_attention(checkpoint)
 
 
-def test_a_directory_without_weights_is_refused(single: Path) -> None:
-    (single / "model.safetensors").unlink()
-    assert "neither model.safetensors.index.json nor model.safetensors" in refusal(single)
-
-
 def test_weights_beside_an_index_that_does_not_name_them_are_refused(sharded: Path) -> None:
     save_file({"a": torch.zeros(1)}, sharded / "model.safetensors")
     assert "remove one" in refusal(sharded)

@@ -11,6 +11,7 @@ import typer.main
 
 from epserve import cli, options
 from epserve.client import Sampling
+from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
@@ -33,7 +34,6 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
     ("arguments", "words"),
     [
         (["serve"], "Missing option '--model'"),
-        (["serve", "--model", "/nowhere"], "model='/nowhere'"),
         (["serve", "--model", str(TINY), "--dp-size", "3"], "dp_size=3: must be a power of two"),
         (["serve", "--model", str(TINY), "--dtype", "int4"], "'int4' is not one of"),
         (["serve", "--model", str(TINY), "--nonsense"], "--nonsense"),
@@ -51,6 +51,13 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
             "kv_cache_tokens=64: cannot be combined with memory_utilization=0.5",
         ),
         (["nonsense"], "nonsense"),
+        (
+            ["serve", "--model", str(TINY), "--grpc-port", "99999"],
+            "must be at least 0 and at most 65535; nearest valid: 65535",
+        ),
+        (["attn", "--model", str(TINY), "--rank", "-1"], "rank=-1: must be at least 0"),
+        (["expert", "--model", str(TINY), "--gateway", "nowhere"], "gateway='nowhere'"),
+        (["status", "--target", "127.0.0.1"], "target='127.0.0.1': must be HOST:PORT"),
         (["generate"], "exactly one of --prompt and --prompt-ids"),
         (["generate", "--prompt-ids", "1,x"], "prompt_ids='1,x'"),
         (["generate", "--prompt-ids", "1", "--stop-token-ids", ""], "stop_token_ids=''"),
@@ -201,6 +208,16 @@ def test_manifest_writes_a_file_beside_the_checkpoint(
     assert words == "wrote"
     assert Path(path).parent == model
     assert Path(path).is_file()
+
+
+def test_manifest_of_a_changed_checkpoint_replaces_the_one_that_is_there(tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    assert cli.run(["manifest", str(model)]) == 0
+    with (model / "config.json").open("a") as config:
+        config.write("\n")
+    assert cli.run(["manifest", str(model)]) == 0
+    Checkpoint.open(model)
 
 
 def test_manifest_of_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,5 @@
-"""Every refusal names the field and the rule; every default is filled in."""
+"""Every refusal names the field and the rule; every default is filled in. What is plainly wrong is
+asked of a whole cluster, in tests/e2e/test_bad_input.py."""
 
 from typing import Any
 
@@ -6,14 +7,13 @@ import pytest
 
 from gateway.admission import ServedModel, admit
 from gateway.requests import GenerationRequest, Sampling, Sequence
-from moe_core.errors import NotFoundError, RequestError
+from moe_core.errors import RequestError
 from support.moe_configs import moe_model
 from support.words import WORDS, word_tokenizer
 
 MODEL = ServedModel("small", moe_model(), word_tokenizer())
 WITHOUT_TOKENIZER = ServedModel("small", moe_model(), None)
 KV_TOKENS = 96
-NAN, INF = float("nan"), float("inf")
 
 
 def admitted(
@@ -29,15 +29,9 @@ def admitted(
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"temperature": -0.5}, "temperature=-0.5"),
-        ({"temperature": NAN}, "temperature=nan"),
-        ({"temperature": INF}, "temperature=inf"),
         ({"top_p": 0.0}, "top_p=0"),
         ({"top_p": 1.5}, "top_p=1.5"),
-        ({"top_p": NAN}, "top_p=nan"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"min_p": -0.1}, "min_p=-0.1"),
-        ({"min_p": NAN}, "min_p=nan"),
+        ({"min_p": 1.5}, "min_p=1.5"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"max_tokens": 96}, "max_tokens=96: with 2 prompt tokens.*KV pool, of 96.*at most 95"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5"),
@@ -51,16 +45,10 @@ def admitted(
         ({"n": 2**32 - 1}, "n=4294967295: must be"),
         ({"logprobs": 21}, "logprobs=21: must be a number of at least 0 and at most 20"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0: must be above 0"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty=-1"),
-        ({"repetition_penalty": NAN}, "repetition_penalty=nan"),
-        ({"repetition_penalty": INF}, "repetition_penalty=inf"),
         ({"presence_penalty": 2.5}, "presence_penalty=2.5: must be .* -2 and at most 2"),
-        ({"presence_penalty": NAN}, "presence_penalty=nan"),
         ({"frequency_penalty": -2.5}, "frequency_penalty=-2.5"),
-        ({"frequency_penalty": NAN}, "frequency_penalty=nan"),
         ({"logit_bias": {64: 1.0}}, "logit_bias: token id 64 must be from 0 to 63"),
         ({"logit_bias": {3: 101.0}}, r"logit_bias\[3\]=101: must be .* -100 and at most 100"),
-        ({"logit_bias": {3: NAN}}, r"logit_bias\[3\]=nan"),
         ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, "logit_bias: at most 1024 tokens"),
     ],
 )
@@ -69,33 +57,9 @@ def test_bad_sampling_value_is_refused_by_name(sampling: dict[str, Any], message
         admitted(**sampling)
 
 
-@pytest.mark.parametrize("prompt", [None, (), ""])
-def test_empty_prompt_is_refused(prompt: str | tuple[int, ...] | None) -> None:
-    with pytest.raises(RequestError, match="prompt: must have at least one token"):
-        admitted(prompt)
-
-
-def test_token_id_out_of_range_is_refused_by_value() -> None:
-    with pytest.raises(RequestError, match="token id 64 must be from 0 to 63"):
-        admitted((1, 64))
-
-
-def test_prompt_longer_than_the_model_or_the_pool_is_refused_naming_which() -> None:
-    with pytest.raises(RequestError, match=r"128 tokens .* max_position_embeddings=128"):
-        admitted((5,) * 128, kv_tokens=1000)
-    with pytest.raises(RequestError, match=r"97 tokens .* KV pool, of 96 tokens"):
-        admitted((5,) * 97)
-
-
 def test_longest_prompt_leaves_one_token() -> None:
     assert admitted((5,) * 127, kv_tokens=1000).max_tokens == 1
     assert admitted((5,) * 96).max_tokens == 1
-
-
-def test_other_models_name_is_not_found() -> None:
-    request = GenerationRequest("", "large", (5,), Sampling())
-    with pytest.raises(NotFoundError, match=r"model='large'.*'small'"):
-        admit(request, MODEL, KV_TOKENS)
 
 
 @pytest.mark.parametrize("priority", [-(2**31), 0, 3])

@@ -1,7 +1,5 @@
 """What serve checks before it starts anything, and the commands that it would start."""
 
-import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -60,29 +58,6 @@ def test_two_sizes_of_the_kv_cache_are_refused():
 
 def test_port_zero_becomes_a_free_port():
     assert make_plan(settings(grpc_port=0)).settings.grpc_port > 0
-
-
-def test_a_port_in_use_is_refused_by_number():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"grpc_port={port}: .*Address already in use"):
-            make_plan(settings(grpc_port=port))
-
-
-def test_a_missing_model_directory_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"model=.*must be an existing directory"):
-        make_plan(settings(model=tmp_path / "nowhere"))
-
-
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path, missing: str):
-    for name in ("config.json", "model.safetensors"):
-        if name != missing:
-            shutil.copy(TINY / name, tmp_path)
-    with pytest.raises(ConfigError, match=r"model=.*must hold"):
-        make_plan(settings(model=tmp_path))
 
 
 def test_a_layout_that_the_model_does_not_allow_is_refused():

@@ -81,6 +81,22 @@ async def test_a_deaf_child_is_killed_after_the_grace_time():
     assert not psutil.pid_exists(pid)
 
 
+async def test_two_cancellations_at_once_leave_a_deaf_child_no_time():
+    lines = Lines()
+
+    async def work() -> None:
+        async with Supervisor([child("a", STUBBORN)], lines, grace_s=3600) as supervisor:
+            await supervisor.guard(asyncio.sleep(3600))
+
+    running = asyncio.create_task(work())
+    await lines.wait_for("deaf")
+    running.cancel()
+    running.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait({running})
+    assert running.cancelled()
+
+
 async def test_stages_stop_one_after_the_other():
     program = (
         "import signal, sys, time\n"
