@@ -7,6 +7,7 @@ shared.
 
 import asyncio
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -71,8 +72,17 @@ SHAPES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny steps: threads that meet for each would cost more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def reference(checkpoints: Checkpoints) -> dict[str, Generated]:
+def reference(one_thread: None, checkpoints: Checkpoints) -> dict[str, Generated]:
     async def run() -> dict[str, Generated]:
         results: dict[str, Generated] = {}
         async with local_engine(
