@@ -139,9 +139,9 @@ ColocatedOption = Annotated[
 KvCacheTokensOption = Annotated[
     int | None,
     typer.Option(
-<<<<<<< HEAD
+        callback=_at_least(1),
         help="Tokens that one attention process's KV cache holds. "
-        "Default: what --max-num-seqs full contexts need, but at most 65536."
+        "Default: what --max-num-seqs full contexts need, but at most 65536.",
     ),
 ]
 KvCacheMemoryOption = Annotated[
@@ -158,8 +158,10 @@ MemoryUtilizationOption = Annotated[
         "What is left is for activations."
     ),
 ]
-BlockSizeOption = Annotated[int, typer.Option(help="Tokens per KV block.")]
-MaxNumSeqsOption = Annotated[int, typer.Option(help="Sequences that one step computes at most.")]
+BlockSizeOption = Annotated[int, typer.Option(callback=_at_least(1), help="Tokens per KV block.")]
+MaxNumSeqsOption = Annotated[
+    int, typer.Option(callback=_at_least(1), help="Sequences that one step computes at most.")
+]
 MicrobatchesOption = Annotated[
     Microbatches,
     typer.Option(
@@ -167,18 +169,7 @@ MicrobatchesOption = Annotated[
         "experts. auto: 2 for steps of enough tokens, else 1."
     ),
 ]
-TargetOption = Annotated[str, typer.Option(help="HOST:PORT of a gateway.")]
-=======
-        callback=_at_least(1),
-        help="Tokens that one attention process's KV cache holds. Default: what fits.",
-    ),
-]
-BlockSizeOption = Annotated[int, typer.Option(callback=_at_least(1), help="Tokens per KV block.")]
-MaxNumSeqsOption = Annotated[
-    int, typer.Option(callback=_at_least(1), help="Sequences that one step computes at most.")
-]
 TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]
->>>>>>> wt-inputs
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
