@@ -124,7 +124,7 @@ class EpserveClient:
             request_id=request_id, model=model, sampling=_sampling_message(sampling or Sampling())
         )
         if isinstance(prompt, str):
-            request.text = prompt
+            request.text = _utf8(prompt)
         else:
             request.token_ids.CopyFrom(_token_ids(prompt))
         call = self._stub.Generate(request)
@@ -161,6 +161,14 @@ class EpserveClient:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"get cluster at {self.target}") from error
         return cluster_from_pb(answer)
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"text: is not valid Unicode: {error}") from None
+    return text
 
 
 def _token_ids(prompt: Sequence[int]) -> gateway_pb2.TokenIds:

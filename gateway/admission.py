@@ -53,6 +53,8 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     prompt_ids = _prompt_ids(request.prompt, model)
     room = _room(len(prompt_ids), model, kv_tokens)
     max_tokens = _max_tokens(sampling.max_tokens, len(prompt_ids), room)
+    for token_id in prompt_ids:
+        _require_token("token_ids", token_id, model)
     return Sequence(
         request_id=request.request_id or uuid.uuid4().hex,
         prompt_ids=prompt_ids,
@@ -145,13 +147,11 @@ def _prompt_ids(prompt: str | tuple[int, ...] | None, model: ServedModel) -> tup
         prompt = model.tokenizer.encode(prompt)
     if not prompt:
         raise RequestError("prompt: must have at least one token; send text or token_ids")
-    for token_id in prompt:
-        _require_token("token_ids", token_id, model)
     return prompt
 
 
 def _require_short_text(text: str, max_model_len: int, longest_token: int) -> None:
-    """Before the text is cut into tokens, which takes a second for every million characters."""
+    """Before the text is cut into tokens, which costs far more than to count its characters."""
     most = max_model_len * longest_token
     if len(text) > most:
         raise RequestError(

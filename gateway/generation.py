@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from gateway.admission import ServedModel, admit
 from gateway.attention_pool import AttentionPool, Delta, RequestStream
-from gateway.balancer import Balancer, require_groups
+from gateway.balancer import Balancer, Group, require_groups
 from gateway.cluster import Registry
 from gateway.requests import Chunk, GenerationRequest, Sequence, Usage
 from gateway.stop_strings import StopStrings
@@ -38,7 +38,7 @@ class Generator:
         finish_reason, and after all of them this ends. A caller that stops early (cancelled, or
         past its deadline) closes this, and the engine is told. What fails one choice, fails the
         request."""
-        choices, stream = self._start(request)
+        choices, stream = await self._start(request)
         request_id = choices[0].request_id
         outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
         try:
@@ -68,12 +68,12 @@ class Generator:
         self._draining = True
         await self._idle.wait()
 
-    def _start(self, request: GenerationRequest) -> tuple[list[Sequence], RequestStream]:
-        """All choices go to one group, where they can share the prompt's blocks."""
-        if self._draining:
-            raise UnavailableError("this gateway is shutting down and takes no new requests")
-        groups = require_groups(self._registry.state)
-        first = admit(request, self.model, max(group.kv_tokens for group in groups))
+    async def _start(self, request: GenerationRequest) -> tuple[list[Sequence], RequestStream]:
+        """All choices go to one group, where they can share the prompt's blocks. Admission cuts
+        text into tokens, a second for every million characters, and so runs beside the loop."""
+        kv_tokens = max(group.kv_tokens for group in self._usable_groups())
+        first = await asyncio.to_thread(admit, request, self.model, kv_tokens)
+        groups = self._usable_groups()
         if first.request_id in self._live:
             raise RequestError(f"request_id={first.request_id!r}: such a request is under way")
         choices = [replace(first, index=index) for index in range(request.sampling.n or 1)]
@@ -81,6 +81,11 @@ class Generator:
         stream = self._live[first.request_id] = self._pool.submit(group, choices)
         self._idle.clear()
         return choices, stream
+
+    def _usable_groups(self) -> tuple[Group, ...]:
+        if self._draining:
+            raise UnavailableError("this gateway is shutting down and takes no new requests")
+        return require_groups(self._registry.state)
 
 
 class SequenceOutput:

@@ -1,6 +1,7 @@
 """Generate, Abort and what happens when either side goes away, over real gRPC."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from gateway.tokenizer import TextTokenizer
 from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
@@ -81,6 +83,25 @@ async def test_text_prompt_is_tokenised(gateway: SmallGateway) -> None:
     await gateway.add_worker(Role.ATTN, fake)
     await collect(gateway, pb.GenerateRequest(text=f"{WORDS[3]} {WORDS[4]}"))
     assert list(fake.added[0].prompt_ids) == [3, 4]
+
+
+async def test_a_text_that_takes_long_to_cut_into_tokens_holds_up_nobody(
+    gateway: SmallGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    encode = TextTokenizer.encode
+
+    def slow_encode(tokenizer: TextTokenizer, text: str) -> tuple[int, ...]:
+        assert may_go_on.wait(DEADLINE_S)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(TextTokenizer, "encode", slow_encode)
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    slow = asyncio.create_task(collect(gateway, pb.GenerateRequest(text=WORDS[6])))
+    assert len(await collect(gateway, request(max_tokens=5))) == 5
+    assert not slow.done()
+    may_go_on.set()
+    assert len(await slow) == 5
 
 
 async def test_stop_string_across_tokens_ends_the_output_and_aborts(gateway: SmallGateway) -> None:

@@ -22,12 +22,10 @@ def make_wrong_models(model: Path, below: Path) -> dict[str, str]:
         return below / name
 
     copy("empty")
-    copy("without_config", WEIGHTS)
     copy("without_weights", CONFIG)
     _change_config(copy("unknown_family", CONFIG, WEIGHTS), model_type="llama")
     _cut(copy("cut_short", CONFIG, WEIGHTS))
     _change_one_weight(copy("retrained", CONFIG, WEIGHTS))
-    (below / "a_file").touch()
     return {path.name: str(path) for path in below.iterdir()} | {"missing": str(below / "missing")}
 
 
