@@ -3,8 +3,7 @@
 Knows its layout, its size per token, and how to write and gather by block. Knows no sequences:
 who owns which block is the caller's.
 
-Blocks start zeroed, so what a padded block table gathers is always finite; masked positions
-then contribute exactly nothing.
+Masked positions contribute exactly nothing: what a padded block table gathers is zeroed.
 """
 
 from dataclasses import dataclass
@@ -31,6 +30,14 @@ class PerHeadKv:
 def write_slots(blocks: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
     """Put row i of `new` [n, …] into slot slot_mapping[i] of `blocks`."""
     blocks.flatten(0, 1).index_copy_(0, slot_mapping, new)
+
+
+def gather_valid(blocks: Tensor, block_tables: Tensor, mask: Tensor) -> Tensor:
+    """`gather_blocks` for [b, blocks], with zeros where mask [b, blocks · block_size] is False:
+    what others have left there might not be finite, and 0 · NaN is NaN."""
+    rows = gather_blocks(blocks, block_tables)  # [b, blocks · block_size, …]
+    hidden = ~mask.view(*mask.shape, *[1] * (rows.dim() - 2))
+    return rows.masked_fill_(hidden, 0)
 
 
 def gather_blocks(blocks: Tensor, block_table: Tensor) -> Tensor:

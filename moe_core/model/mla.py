@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_core.config.model import MlaConfig, ModelConfig
 from moe_core.model.batch import AttentionBatch
-from moe_core.model.kv_cache import LatentKv, PerHeadKv, gather_blocks, write_slots
+from moe_core.model.kv_cache import LatentKv, PerHeadKv, gather_valid, write_slots
 from moe_core.model.layers import rms_norm
 from moe_core.model.linear import linear, matmul_dtype, values_of
 from moe_core.model.paged_attention import (
@@ -103,7 +103,7 @@ class MlaAttention:
         decodes = batch.decodes
         if decodes is not None:
             chosen = queries if decodes.rows is None else queries[decodes.rows]
-            past = gather_blocks(cache.latent, decodes.block_tables)  # [b, t, latent_dim]
+            past = gather_valid(cache.latent, decodes.block_tables, decodes.mask)
             result = self._absorbed(chosen, past, decodes.mask)
             if decodes.rows is None:
                 return result

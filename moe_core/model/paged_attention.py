@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_core.model.batch import AttentionBatch, PrefillRows
-from moe_core.model.kv_cache import PerHeadKv, gather_blocks, write_slots
+from moe_core.model.kv_cache import PerHeadKv, gather_blocks, gather_valid, write_slots
 from moe_core.model.layers import precise_dtype
 from moe_core.model.linear import matmul_dtype
 
@@ -85,7 +85,7 @@ def per_head_attention(
     if decodes is not None:
         chosen = queries if decodes.rows is None else queries[decodes.rows]
         past_keys = gather_blocks(cache.keys, decodes.block_tables)  # [b, t, kv_heads, d]
-        past_values = gather_blocks(cache.values, decodes.block_tables)
+        past_values = gather_valid(cache.values, decodes.block_tables, decodes.mask)
         wide = matmul_dtype(queries.dtype, queries.device)
         result = decode_attention(
             chosen.to(wide), past_keys.to(wide), past_values.to(wide), decodes.mask, scale

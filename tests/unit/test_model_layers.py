@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from moe_core.config.model import ModelConfig
-from moe_core.model.kv_cache import KvCache, LatentKv, bytes_per_token, gather_blocks, write_slots
+from moe_core.model.kv_cache import (
+    KvCache,
+    LatentKv,
+    bytes_per_token,
+    gather_blocks,
+    gather_valid,
+    write_slots,
+)
 from moe_core.model.layers import embed, rms_norm, vocab_logits, vocab_parts
 from moe_core.model.paged_attention import decode_attention, prefill_attention
 from moe_core.model.rotary import rotation_scale, softmax_scale, yarn_mscale
@@ -65,6 +72,16 @@ def test_gathered_blocks_hold_what_was_written_in_order() -> None:
 )
 def test_vocabulary_parts(vocab_size: int, tp_size: int, parts: tuple[int, ...]) -> None:
     assert vocab_parts(vocab_size, tp_size) == parts
+
+
+def test_what_others_left_in_a_block_reaches_no_sum() -> None:
+    blocks = torch.full((3, 2, 4), float("nan"))
+    blocks[2, 0] = 1.0
+    mask = torch.tensor([[True, False, False, False]])
+    gathered = gather_valid(blocks, torch.tensor([[2, 0]]), mask)
+    assert torch.equal(gathered[0, 0], torch.ones(4))
+    assert not gathered[0, 1:].any()
+    assert blocks.isnan().any(), "the cache itself stays as it is"
 
 
 @pytest.mark.parametrize("vocab_size", [5, 8])
