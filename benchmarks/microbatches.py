@@ -5,7 +5,7 @@
 
 Both sides are `epserve serve` with one attention and one expert process, alike but for
 --microbatches; both stay up and take turns, so that the machine's drift hits both. Two kinds of
-work: prompts of 128 tokens with one token each (prefill), and 32 tokens of each of a batch (decode).
+work: prompts of 128 tokens with one token each (prefill), and 32 tokens for each prompt (decode).
 Prints median rates, their ratio, and where the attention processes' steps spent their time.
 
 With --own-cores each tier has one thread on a core of its own, as if on a device of its own.
@@ -92,8 +92,12 @@ async def give_own_cores(client: EpserveClient) -> None:
     cores = sorted(os.sched_getaffinity(0))
     for role, core in ((Role.ATTN, cores[0]), (Role.EXPERT, cores[1])):
         for member in (await client.cluster()).tier(role):
-            for task in Path(f"/proc/{member.pid}/task").iterdir():
-                os.sched_setaffinity(int(task.name), {core})
+            pin(member.pid, core)
+
+
+def pin(pid: int, core: int) -> None:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {core})
 
 
 async def compare(sides: list[Side], work: str, batch: int, rounds: int) -> None:
