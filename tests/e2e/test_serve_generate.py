@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from itertools import product
 
@@ -20,7 +21,7 @@ from support.served_cluster import DEADLINE_S, ServedCluster, connected, greedy,
 
 MEMBER_FIELDS = {
     *("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank"),
-    *("pid", "address", "device", "state", "experts"),
+    *("pid", "address", "device", "state", "experts", "metrics"),
 }
 LINK_FIELDS = {
     *("source", "target", "transport"),
@@ -210,9 +211,7 @@ def test_whoever_gives_up_frees_the_sequence_and_its_blocks(served: ServedCluste
 
 def test_status_json_lists_members_and_links(target: str):
     generate_json(target, "--prompt-ids", "5,6,7", "--max-tokens", "4", "--ignore-eos")
-    done = epserve("status", "--target", target, "--json")
-    assert done.returncode == 0, done
-    document = json.loads(done.stdout)
+    document = status_json(target)
     assert set(document) == {"placement_epoch", "members", "links"}
     assert document["placement_epoch"] == 0
     assert all(set(member) == MEMBER_FIELDS for member in document["members"])
@@ -223,6 +222,33 @@ def test_status_json_lists_members_and_links(target: str):
     assert (named["attn", 1]["tp_rank"], named["attn", 1]["ep_rank"]) == (1, None)
     assert all(set(link) == LINK_FIELDS for link in document["links"])
     assert len(document["links"]) == 4
+
+
+def status_json(target: str) -> dict:
+    done = epserve("status", "--target", target, "--json")
+    assert done.returncode == 0, done
+    return json.loads(done.stdout)
+
+
+def metrics_by_member(target: str) -> dict[tuple[str, int], dict[str, float] | None]:
+    members = status_json(target)["members"]
+    return {(member["role"], member["rank"]): member["metrics"] for member in members}
+
+
+def test_status_json_says_what_the_leader_of_an_attention_group_counts(target: str):
+    before = metrics_by_member(target)["attn", 0]
+    assert before is not None
+    generate_json(target, "--prompt-ids", "5,6,7", "--max-tokens", "4", "--ignore-eos")
+    deadline = time.monotonic() + DEADLINE_S  # it reports twice a second
+    while (metrics := metrics_by_member(target))["attn", 0]["steps"] < before["steps"] + 4:
+        assert time.monotonic() < deadline
+    assert {who for who, counted in metrics.items() if counted is not None} == {("attn", 0)}
+    after = metrics["attn", 0]
+    assert (after["num_running"], after["total_kv_blocks"]) == (0, 256)
+    parts = ("attention_s", "dispatch_s", "expert_wait_s", "combine_s", "sampling_s", "other_s")
+    assert all(after[part] > before[part] for part in parts)
+    assert sum(after[part] for part in parts) == pytest.approx(after["step_s"])
+    assert after["expert_compute_s"] > before["expert_compute_s"]
 
 
 def test_status_prints_tables(target: str):

@@ -1,4 +1,5 @@
-"""The same tokens whatever the batch, the chunks, the preemptions and the prefix hits.
+"""The same tokens whatever the batch, the chunks, the micro-batches, the preemptions and the prefix
+hits.
 
 Random traffic on the tiny model in float64. The reference computes every request alone, its
 prompt in one step, in a block that is larger than it: nothing is batched, cut, preempted or
@@ -15,6 +16,7 @@ import torch
 
 from attn_service.counters import EngineCounters
 from attn_service.sequence import Sampling, SequenceRequest
+from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from support.local_engine import Generated, LocalEngine, collect, local_engine
 from support.tiny_checkpoints import Checkpoints
@@ -22,6 +24,7 @@ from support.tiny_checkpoints import Checkpoints
 NUM_REQUESTS = 220
 VOCAB = 128
 LEVEL_0 = ParallelConfig()
+LEVEL_1 = ParallelConfig(expert_devices=2, ep_size=2)
 LEVEL_2 = ParallelConfig(expert_devices=2, ep_size=2, expert_parallel_degree=2)
 
 
@@ -60,6 +63,7 @@ class Shape:
     burst: int
     block_size: int = 4
     parallel: ParallelConfig = LEVEL_0
+    microbatches: str = "1"
 
 
 SHAPES = {
@@ -69,6 +73,8 @@ SHAPES = {
         max_num_seqs=12, max_step_tokens=32, kv_cache_tokens=64, burst=30, block_size=1
     ),
     "two experts": Shape(8, 24, 128, burst=9, parallel=LEVEL_2),
+    "two micro-batches": Shape(8, 24, 96, burst=20, parallel=LEVEL_1, microbatches="2"),
+    "three micro-batches": Shape(12, 32, 80, burst=30, parallel=LEVEL_2, microbatches="3"),
 }
 
 
@@ -132,8 +138,11 @@ async def run_shape(
         kv_cache_tokens=shape.kv_cache_tokens,
         max_num_seqs=shape.max_num_seqs,
         max_step_tokens=shape.max_step_tokens,
+        microbatches=shape.microbatches,
     ) as local:
         results = await play(local, traffic(), shape.burst)
+        layers = ModelConfig.from_hf(checkpoints.directory(model)).moe_layer_ids
+        _check_micro_batches(local, len(layers), shape)
         return results, local.engine.counters
 
 
@@ -154,6 +163,14 @@ async def test_preemption_and_reuse_change_no_token_with_keys_and_values_per_hea
     few, counters = await run_shape(checkpoints, SHAPES["few blocks"], "qwen3_moe-norm")
     assert few == wide
     _check_that_it_was_disturbed("few blocks", counters)
+
+
+def _check_micro_batches(local: LocalEngine, layers: int, shape: Shape) -> None:
+    """A step sends an expert process one dispatch per micro-batch and MoE layer, at Level 2 at
+    most, and a step of few sequences has few micro-batches."""
+    dispatches = local.links[0].counters.dispatches
+    steps = local.engine.metrics.steps
+    assert (dispatches > 1.2 * steps * layers) is (shape.microbatches != "1")
 
 
 def _check_that_it_was_disturbed(name: str, counters: EngineCounters) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
+from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
 from attn_service.sequence import SequenceSlice, StepPlan
 from expert_service.batcher import Batcher
@@ -123,9 +124,12 @@ class Decoded:
 class GreedyBatch:
     """Decodes prompts together: one step for all prompts, then one token each a step."""
 
-    def __init__(self, runner: ModelRunner, experts: GroupExperts) -> None:
+    def __init__(
+        self, runner: ModelRunner, experts: GroupExperts, num_microbatches: int = 1
+    ) -> None:
         self._runner = runner
         self._experts = experts
+        self._rule = MicrobatchRule(num_microbatches)
         self._step = 0
 
     async def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Decoded]:
@@ -150,7 +154,8 @@ class GreedyBatch:
             SequenceSlice(tuple(row[done:]), done, table, needs_logits=True)
             for row, done, table in zip(rows, computed, tables, strict=True)
         )
-        result = await self._runner.execute(StepPlan(self._step, 0, slices))
+        plan = StepPlan(self._step, 0, slices, self._rule.count(slices))
+        result = await self._runner.execute(plan)
         self._experts.settle()
         return result.logits
 

@@ -81,6 +81,7 @@ async def local_engine(
     block_size: int = 16,
     max_num_seqs: int = 16,
     max_step_tokens: int = 64,
+    microbatches: str = "1",
 ) -> AsyncIterator[LocalEngine]:
     """A running engine; it is stopped on the way out."""
     checkpoint = Checkpoint.open(directory)
@@ -91,6 +92,7 @@ async def local_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
+        microbatches=microbatches,
     )
     parallel = parallel.with_model(checkpoint.config)
     site = Site(

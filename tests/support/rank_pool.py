@@ -82,6 +82,7 @@ class RankPool:
         batches: Sequence[Sequence[Batch]],
         num_tokens: int,
         dtype: str = "float32",
+        num_microbatches: int = 1,
     ) -> list[dict]:
         """`batches[dp_rank]` are decoded one after the other by that DP group, all groups at
         once. Returns each attention rank's answer: {"batches": …, "links": …}."""
@@ -101,6 +102,7 @@ class RankPool:
                 experts, [{**common, "op": "expert", "rank": r} for r in range(len(experts))]
             )
             common["experts"] = [f"127.0.0.1:{port}" for port in ports]
+            common["num_microbatches"] = num_microbatches
             return self._run_attention(common, parallel, batches, num_tokens)
         except (TimeoutError, RuntimeError):
             self.close()  # what state the workers are in is anybody's guess

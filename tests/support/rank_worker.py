@@ -53,6 +53,7 @@ class Command:
     store_port: int = 0
     batches: tuple[tuple[tuple[int, ...], ...], ...] = ()
     num_tokens: int = 0
+    num_microbatches: int = 1
 
     @property
     def layout(self) -> Layout:
@@ -114,7 +115,8 @@ class RankWorker:
         tp = self._join_group(command, layout.parallel)
         try:
             blocks = max(num_blocks(batch, command.num_tokens) for batch in command.batches)
-            greedy = GreedyBatch(*build_runner(layout, tp, links, blocks))
+            runner = build_runner(layout, tp, links, blocks)
+            greedy = GreedyBatch(*runner, command.num_microbatches)
             decoded = [
                 [asdict(one) for one in await greedy.decode(batch, command.num_tokens)]
                 for batch in command.batches

@@ -1,14 +1,17 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from attn_service.engine import Engine, StepResult
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
+from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
 from attn_service.scheduler import SchedulerConfig
 from attn_service.sequence import FinishReason, Sampling, SequenceRequest
+from attn_service.step_times import StepTimes
 from moe_core.errors import PeerLostError, RequestError, UnavailableError
 from support.fake_runner import VOCAB, FakeRunner, continuation
 
@@ -22,7 +25,11 @@ def request(name: str, *prompt: int, **sampling: object) -> SequenceRequest:
 
 @asynccontextmanager
 async def running(
-    runner: FakeRunner, *, budget: int = 8, num_blocks: int = NUM_BLOCKS
+    runner: FakeRunner,
+    *,
+    budget: int = 8,
+    num_blocks: int = NUM_BLOCKS,
+    microbatches: MicrobatchRule = ALWAYS_ONE,
 ) -> AsyncIterator[Engine]:
     engine = Engine(
         runner,
@@ -30,6 +37,7 @@ async def running(
         SchedulerConfig(max_num_seqs=4, max_step_tokens=budget, max_model_len=64),
         vocab_size=VOCAB,
         placement_epoch=3,
+        microbatches=microbatches,
     )
     task = asyncio.create_task(engine.run())
     try:
@@ -178,6 +186,42 @@ async def test_a_step_that_the_experts_fail_ends_its_sequences_and_no_others() -
         assert engine.load.free_kv_blocks == NUM_BLOCKS
         stream.add(request("a", 1, 2))
         assert (await collect(stream))["a"] == (continuation((1, 2), 6), "length")
+
+
+async def test_a_plan_says_in_how_many_micro_batches_all_ranks_compute_it() -> None:
+    runner = FakeRunner()
+    async with running(runner, microbatches=MicrobatchRule(3)) as engine:
+        stream = engine.open_stream()
+        for name, max_tokens in (("a", 1), ("b", 2), ("c", 3)):
+            stream.add(request(name, ord(name) % VOCAB, max_tokens=max_tokens))
+        await collect(stream)
+    assert [plan.num_microbatches for plan in runner.plans] == [3, 2, 1]
+
+
+async def test_metrics_count_the_steps_that_were_completed_and_their_time() -> None:
+    class Timed(FakeRunner):
+        async def execute(self, plan):  # noqa: ANN001
+            result = await super().execute(plan)
+            await asyncio.sleep(0.002)
+            times = StepTimes(steps=1, attention_s=0.001, expert_wait_s=0.0005)
+            return replace(result, times=times)
+
+    runner = Timed()
+    async with running(runner) as engine:
+        assert engine.metrics.steps == 0
+        stream = engine.open_stream()
+        runner.fail_next = PeerLostError("expert 0 is gone")
+        stream.add(request("a", 1))
+        await anext(aiter(stream.outputs()))
+        stream.add(request("a", 1, max_tokens=3))
+        await collect(stream)
+        metrics = engine.metrics
+    assert metrics.steps == 3
+    assert metrics.step_s >= 3 * 0.002
+    assert (metrics.attention_s, metrics.expert_wait_s) == pytest.approx((0.003, 0.0015))
+    assert metrics.sampling_s > 0
+    known = metrics.attention_s + metrics.expert_wait_s + metrics.sampling_s
+    assert metrics.other_s == pytest.approx(metrics.step_s - known)
 
 
 async def test_logits_that_are_not_finite_end_only_their_sequence() -> None:

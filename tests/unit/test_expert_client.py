@@ -41,7 +41,7 @@ class FakeAnswer:
             raise PeerTimeoutError(f"{self._link.peer} did not answer in {timeout_s} s")
         self._link.journal.events.append(f"consumed {self._link.peer}")
         partial = torch.full_like(self._dispatch.hidden_states, self._link.value)
-        return Combine(self._dispatch.key, partial, 0, 0)
+        return Combine(self._dispatch.key, partial, *self._link.times_us)
 
     async def left(self, timeout_s: float) -> None: ...
 
@@ -58,6 +58,7 @@ class FakeLink(ExpertLink):
         self.counters = LinkCounters()
         self.journal = journal
         self.value = float(rank)
+        self.times_us = (0, 0)  # queue and compute
         self.post_error: Exception | None = None
         self.answer_error: Exception | None = None
         self.answers_never = False
@@ -104,6 +105,27 @@ async def test_all_bytes_have_left_before_any_answer_is_awaited(links: list[Fake
     first_wait = min(i for i, event in enumerate(events) if event.startswith("wait"))
     assert last_left < first_wait
     assert torch.equal(total, torch.full_like(ROUTING.hidden, 0 + 1 + 2 + 3))
+
+
+async def test_the_times_are_those_of_the_slowest_process(links: list[FakeLink]) -> None:
+    for link, times_us in zip(links, ((90, 10), (5, 400), (300, 100), (0, 1)), strict=True):
+        link.times_us = times_us
+    pending = await make_client(links).dispatch(
+        StepKey(0, 0), 1, ROUTING.hidden, ROUTING.topk_ids, ROUTING.topk_weights
+    )
+    times = (await pending.combine()).times
+    assert (times.queue_s, times.compute_s) == pytest.approx((5e-6, 400e-6))
+    assert times.wait_s > 0
+    assert times.combine_s > 0
+
+
+async def test_an_answer_that_is_not_wanted_is_released(links: list[FakeLink]) -> None:
+    pending = await make_client(links).dispatch(
+        StepKey(0, 0), 1, ROUTING.hidden, ROUTING.topk_ids, ROUTING.topk_weights
+    )
+    pending.release()
+    released = [event for event in links[0].journal.events if event.startswith("release")]
+    assert released == [f"release expert {rank}" for rank in range(4)]
 
 
 async def test_partials_are_added_in_ascending_rank_order(links: list[FakeLink]) -> None:

@@ -51,6 +51,12 @@ def test_the_size_of_the_kv_cache_travels_to_attention_processes():
     assert "--memory-utilization" not in command_of(plan, "expert 0")
 
 
+def test_the_number_of_micro_batches_travels_to_attention_processes():
+    plan = make_plan(settings(microbatches="3"))
+    assert "--microbatches 3" in command_of(plan, "attn 0")
+    assert "--microbatches" not in command_of(plan, "expert 0")
+
+
 def test_two_sizes_of_the_kv_cache_are_refused():
     with pytest.raises(ConfigError, match=r"kv_cache_tokens=64: .*memory_utilization=0\.4"):
         settings(kv_cache_tokens=64, memory_utilization=0.4)

@@ -5,6 +5,7 @@ import pytest
 from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
+    EngineMetrics,
     Join,
     LinkStats,
     Member,
@@ -34,6 +35,7 @@ from moe_core.service.grpc_channel import error_from_status, status_code
 
 LINK = LinkStats("attn 0", "expert 1", "nixl", 1, 2, 3, 4, 5, 6)
 LOAD = AttentionLoad(1, 2, 3, 4, 5)
+METRICS = EngineMetrics(7, *(number / 8 for number in range(9)), 1, 2, 3)
 
 
 def test_cluster_state_survives_the_wire() -> None:
@@ -45,6 +47,7 @@ def test_cluster_state_survives_the_wire() -> None:
         Member(
             Role.ATTN, 1, 2, "h:2", "cpu", MemberState.LOADING, 4, "here", 0, 1,
             detail="d", store_address="s", attention_load=LOAD, links=(LINK,),
+            engine_metrics=METRICS,
         ),
         Member(Role.EXPERT, 0, 3, "h:3", "cuda:0", MemberState.FAILED, 5, "there",
                ep_rank=0, etp_rank=0, experts=9),
@@ -62,11 +65,18 @@ def test_join_tells_rank_zero_from_no_rank(rank: int | None) -> None:
 
 
 def test_report_survives_the_wire() -> None:
-    report = StatusReport(MemberState.READY, "d", "s", LOAD, (LINK,))
+    report = StatusReport(MemberState.READY, "d", "s", LOAD, (LINK,), METRICS)
     assert codec.report_from_pb(codec.report_to_pb(report)) == report
     assert codec.report_from_pb(codec.report_to_pb(StatusReport(MemberState.READY))) == (
         StatusReport(MemberState.READY)
     )
+
+
+def test_metrics_that_are_no_numbers_are_refused_by_name() -> None:
+    report = codec.report_to_pb(StatusReport(MemberState.READY, engine_metrics=METRICS))
+    report.engine_metrics.combine_s = float("nan")
+    with pytest.raises(RequestError, match=r"engine_metrics\.combine_s=nan: must be finite"):
+        codec.report_from_pb(report)
 
 
 def test_role_and_state_of_another_version_are_refused_by_name() -> None:
