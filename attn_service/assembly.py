@@ -147,5 +147,5 @@ def _engine(site: Site, runner: ModelRunner | GroupRunner, terms: GroupTerms) ->
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
         placement_epoch=site.placement.epoch,
-        microbatches=MicrobatchRule.of(site.settings.microbatches, site.model, site.parallel),
+        microbatches=MicrobatchRule.of(site.settings.microbatches),
     )

@@ -12,18 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_service.sequence import SequenceSlice
-from moe_core.config.model import ModelConfig
-from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.exchange import MAX_MICROBATCHES
 
 AUTO = "auto"
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_MICROBATCHES + 1)))
 AUTO_COUNT = 2
-
-
-def auto_min_tokens(model: ModelConfig, parallel: ParallelConfig) -> int:
-    return 128
+# Two micro-batches read every expert's weights twice. With fewer tokens than this in each, reading
+# them is what an expert process does most of the time, and the overlap cannot win that back.
+AUTO_MIN_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +29,12 @@ class MicrobatchRule:
     (`auto`) takes two where each then has at least `auto_min_tokens` tokens, else one."""
 
     wanted: int | None
-    auto_min_tokens: int = 1
+    auto_min_tokens: int = AUTO_MIN_TOKENS
 
     @classmethod
-    def of(cls, setting: str, model: ModelConfig, parallel: ParallelConfig) -> "MicrobatchRule":
+    def of(cls, setting: str) -> "MicrobatchRule":
         """`setting` is one of CHOICES."""
-        if setting != AUTO:
-            return cls(int(setting))
-        return cls(None, auto_min_tokens(model, parallel))
+        return cls(None if setting == AUTO else int(setting))
 
     def count(self, slices: Sequence[SequenceSlice]) -> int:
         """Of a step that computes `slices`, of which there is at least one."""
