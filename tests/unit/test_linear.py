@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from moe_core.model.linear import (
+    _TRIAL_SIZE,
+    Matrix,
     PackedMatrix,
+    _trial,
     linear,
     matmul_dtype,
     pack,
@@ -84,6 +87,19 @@ def test_only_bfloat16_is_ever_packed_or_widened(dtype: torch.dtype):
     assert matmul_dtype(dtype, CPU) is dtype
 
 
-def test_the_choice_is_a_measurement():
-    assert packing_pays(torch.bfloat16, CPU) in (True, False)
+@pytest.mark.parametrize(("packed_s", "plain_s"), [(1.0, 2.0), (2.0, 1.0)])
+def test_the_faster_form_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, packed_s: float, plain_s: float
+):
+    def trial(matrices: list[Matrix], dtype: torch.dtype) -> float:
+        return packed_s if isinstance(matrices[0], PackedMatrix) else plain_s
+
+    monkeypatch.setattr("moe_core.model.linear._trial", trial)
+    assert packing_pays(torch.bfloat16, CPU) is (packed_s < plain_s)
     assert not packing_pays(torch.bfloat16, torch.device("cuda"))
+
+
+def test_both_forms_can_be_timed():
+    weight = drawn(_TRIAL_SIZE, _TRIAL_SIZE)
+    assert _trial([weight], torch.bfloat16) > 0
+    assert _trial([pack(weight)], torch.bfloat16) > 0
