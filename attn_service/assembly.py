@@ -4,7 +4,7 @@ Knows every part's constructor, and what one process is (`Site`). Knows no order
 nothing that waits; process.py does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,7 @@ from moe_core.model.kv_cache import KvCache
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights
 from moe_core.placement import ExpertPlacement
+from moe_core.service.addresses import host_id
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.endpoint import NixlEndpoint
@@ -104,19 +105,31 @@ def make_duty(
     group: Group | None,
     followers: Followers | None,
     terms: GroupTerms,
+    microbatches: MicrobatchRule,
 ) -> Duty:
     """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
-    `terms` are the group's, or a single process's own."""
+    `terms` are the group's, or a single process's own; `microbatches` is for whoever leads."""
     if group is None:
         runner = _model_runner(site, weights, experts, NoTensorParallel(), terms)
-        return Leading(_engine(site, runner, terms), None)
+        return Leading(_engine(site, runner, terms, microbatches), None)
     group_experts = GroupExperts(experts, group.tensor_parallel)
     runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
     if followers is not None:
         leading = GroupRunner(runner, group_experts, followers.publish)
-        return Leading(_engine(site, leading, terms), followers)
+        return Leading(_engine(site, leading, terms, microbatches), followers)
     following = GroupRunner(runner, group_experts, None)
     return Following(group.leader.address, group.rank, terms, following)
+
+
+def microbatch_rule(site: Site, experts: Iterable[Member]) -> MicrobatchRule:
+    """For steps whose experts are computed by `experts`."""
+    here = (host_id(), str(site.device))
+    return MicrobatchRule.of(
+        site.settings.microbatches,
+        site.model,
+        site.parallel,
+        shares_device=here in ((member.host_id, member.device) for member in experts),
+    )
 
 
 def _model_runner(
@@ -140,12 +153,17 @@ def _model_runner(
     return ModelRunner(decoder, cache, experts, site.device)
 
 
-def _engine(site: Site, runner: ModelRunner | GroupRunner, terms: GroupTerms) -> Engine:
+def _engine(
+    site: Site,
+    runner: ModelRunner | GroupRunner,
+    terms: GroupTerms,
+    microbatches: MicrobatchRule,
+) -> Engine:
     return Engine(
         runner,
         BlockPool(terms.num_blocks, terms.block_size),
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
         placement_epoch=site.placement.epoch,
-        microbatches=MicrobatchRule.of(site.settings.microbatches),
+        microbatches=microbatches,
     )

@@ -18,34 +18,47 @@ from moe_core.exchange import MAX_MICROBATCHES
 AUTO = "auto"
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_MICROBATCHES + 1)))
 AUTO_COUNT = 2
-# Two micro-batches read every expert's weights twice. With fewer tokens than this in each, reading
-# them is what an expert process does most of the time, and the overlap cannot win that back.
-AUTO_MIN_TOKENS = 128
+# Each micro-batch reads the weights that its tokens need, of this tier and of the experts, so two
+# read most of them twice. That pays only where computing with them takes longer than reading them:
+# far from decode with few sequences. See docs/decisions/0007.
+AUTO_MIN_TOKENS = 256
+AUTO_MIN_TOKENS_PER_EXPERT = 32
 
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchRule:
-    """`wanted` micro-batches in every step, fewer only where a step has fewer sequences; None
-    (`auto`) takes two where each then has at least `auto_min_tokens` tokens, else one."""
+    """`wanted` micro-batches in every step, fewer only where a step has fewer sequences; None takes
+    two where each then has at least `min_tokens` tokens, else one."""
 
     wanted: int | None
-    auto_min_tokens: int = AUTO_MIN_TOKENS
+    min_tokens: int = 1
 
     @classmethod
-    def of(cls, setting: str) -> "MicrobatchRule":
-        """`setting` is one of CHOICES."""
-        return cls(None if setting == AUTO else int(setting))
+    def of(
+        cls, setting: str, model: ModelConfig, parallel: ParallelConfig, *, shares_device: bool
+    ) -> "MicrobatchRule":
+        """`setting` is one of CHOICES. shares_device: an expert process computes on this process's
+        device, where nothing idles while this process waits."""
+        if setting != AUTO:
+            return cls(int(setting))
+        if shares_device:
+            return ALWAYS_ONE
+        # An expert's tokens come from all DP groups, which are as busy as this one.
+        moe = model.moe
+        picks = AUTO_MIN_TOKENS_PER_EXPERT * moe.num_experts
+        per_group = -(-picks // (moe.num_experts_per_tok * parallel.dp_size))
+        return cls(None, max(AUTO_MIN_TOKENS, per_group))
 
     def count(self, slices: Sequence[SequenceSlice]) -> int:
         """Of a step that computes `slices`, of which there is at least one."""
         if self.wanted is not None:
             return min(self.wanted, len(slices))
         tokens = [len(part.token_ids) for part in slices]
-        if len(slices) < AUTO_COUNT or sum(tokens) < AUTO_COUNT * self.auto_min_tokens:
+        if len(slices) < AUTO_COUNT or sum(tokens) < AUTO_COUNT * self.min_tokens:
             return 1
         halves = split(slices, AUTO_COUNT)
         smallest = min(sum(tokens[i] for i in half) for half in halves)
-        return AUTO_COUNT if smallest >= self.auto_min_tokens else 1
+        return AUTO_COUNT if smallest >= self.min_tokens else 1
 
 
 ALWAYS_ONE = MicrobatchRule(1)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import structlog
 
-from attn_service.assembly import Site, make_duty, make_links
+from attn_service.assembly import Site, make_duty, make_links, microbatch_rule
 from attn_service.duties import Duty, Leading, until_first
 from attn_service.expert_links import ExpertLinks
 from attn_service.follow import Followers, GroupTerms
@@ -87,7 +87,8 @@ class AttentionProcess:
         terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership, tensor_parallel)
         followers = self._followers
-        duty = make_duty(site, weights, links, group, followers, terms)
+        rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
+        duty = make_duty(site, weights, links, group, followers, terms, rule)
         if isinstance(duty, Leading):
             self._servicer.lead(duty.engine)
         else:

@@ -5,7 +5,7 @@
 
 Both sides are `epserve serve` with one attention and one expert process, alike but for
 --microbatches; both stay up and take turns, so that the machine's drift hits both. Two kinds of
-work: prompts of 128 tokens with one token each (prefill), and 32 tokens for each prompt (decode).
+work: prompts of 128 tokens with one output each (prefill), and of 16 with 24 outputs (decode).
 Prints median rates, their ratio, and where the attention processes' steps spent their time.
 
 With --own-cores each tier has one thread on a core of its own, as if on a device of its own.
@@ -28,7 +28,8 @@ from epserve.launch_plan import ClusterSettings, make_plan
 from epserve.local_cluster import running_cluster
 from moe_core.cluster import EngineMetrics, Role
 
-PROMPT_TOKENS, NUM_TOKENS = 128, 32
+# Prompt and output tokens.
+LENGTHS = {"prefill": (128, 1), "decode": (16, 24)}
 REPORT_S = 1.2  # the attention process tells its totals twice a second
 PARTS = tuple(field.name for field in fields(EngineMetrics) if field.name.endswith("_s"))
 
@@ -38,25 +39,27 @@ class Side:
         self.name = name
         self._client = client
         self._vocab_size = vocab_size
+        self._prompts = 0
 
     async def rate(self, work: str, batch: int) -> float:
         """Tokens/s: of the prompts in "prefill", of the outputs in "decode"."""
-        sampling = Sampling(
-            max_tokens=1 if work == "prefill" else NUM_TOKENS, temperature=0.0, ignore_eos=True
-        )
+        prompt_tokens, num_tokens = LENGTHS[work]
+        sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         rate = DecodeRate(batch)
 
         async def one(row: int, prompt: list[int]) -> None:
             async for output in self._client.generate(prompt, sampling):
                 rate.arrived(row, len(output.token_ids))
 
+        self._prompts += batch  # no prompt twice: it would be in the cache
+        prompts = random_prompts(self._prompts, prompt_tokens, self._vocab_size)[-batch:]
         started = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for row, prompt in enumerate(random_prompts(batch, PROMPT_TOKENS, self._vocab_size)):
+            for row, prompt in enumerate(prompts):
                 group.create_task(one(row, prompt))
         if work == "decode":
             return rate.tokens_per_s
-        return batch * PROMPT_TOKENS / (time.perf_counter() - started)
+        return batch * prompt_tokens / (time.perf_counter() - started)
 
     async def metrics(self) -> EngineMetrics:
         await asyncio.sleep(REPORT_S)
@@ -102,7 +105,7 @@ def pin(pid: int, core: int) -> None:
 
 async def compare(sides: list[Side], work: str, batch: int, rounds: int) -> None:
     for side in sides:
-        await side.rate(work, batch)
+        await side.rate(work, min(batch, 4))
     before = [await side.metrics() for side in sides]
     rates = [[await side.rate(work, batch) for side in sides] for _ in range(rounds)]
     after = [await side.metrics() for side in sides]

@@ -166,7 +166,7 @@ MicrobatchesOption = Annotated[
     Microbatches,
     typer.Option(
         help="Parts of a step that take turns: one computes attention while others wait for their "
-        "experts. auto: 2 for steps of enough tokens, else 1."
+        "experts. auto: 2 for steps of many tokens where each tier has devices of its own, else 1."
     ),
 ]
 TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]

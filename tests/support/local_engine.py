@@ -18,6 +18,7 @@ from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.expert_client import ExpertClient
 from attn_service.follow import GroupTerms
+from attn_service.microbatches import MicrobatchRule
 from attn_service.sequence import SequenceRequest
 from attn_service.settings import AttnSettings
 from expert_service.batcher import Batcher
@@ -92,7 +93,6 @@ async def local_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
-        microbatches=microbatches,
     )
     parallel = parallel.with_model(checkpoint.config)
     site = Site(
@@ -109,7 +109,8 @@ async def local_engine(
     links = tuple(_link(checkpoint, site, rank) for rank in range(parallel.expert_devices))
     terms = GroupTerms(1, settings.num_kv_blocks(checkpoint.config), settings.block_size)
     weights = _weights(checkpoint, site)
-    duty = make_duty(site, weights, _experts(site, links), None, None, terms)
+    rule = MicrobatchRule.of(microbatches, site.model, parallel, shares_device=True)
+    duty = make_duty(site, weights, _experts(site, links), None, None, terms, rule)
     assert isinstance(duty, Leading)
     running = asyncio.create_task(duty.run())
     try:

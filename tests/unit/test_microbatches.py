@@ -6,6 +6,8 @@ import pytest
 
 from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule, split
 from attn_service.sequence import SequenceSlice
+from moe_core.config.parallel import ParallelConfig
+from support.moe_configs import deepseek_v3_model
 
 
 def slices(*tokens: int) -> list[SequenceSlice]:
@@ -57,4 +59,25 @@ def test_a_number_is_taken_at_its_word_as_far_as_there_are_sequences(
     ],
 )
 def test_auto_takes_two_where_each_has_enough_tokens(tokens: tuple[int, ...], count: int) -> None:
-    assert MicrobatchRule(None, auto_min_tokens=100).count(slices(*tokens)) == count
+    assert MicrobatchRule(None, min_tokens=100).count(slices(*tokens)) == count
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "min_tokens"),
+    # 32 tokens for each of 256 experts, of which a token chooses 8.
+    [(1, 32 * 256 // 8), (2, 32 * 256 // 8 // 2), (8, 256)],
+)
+def test_auto_wants_enough_tokens_for_every_expert_from_all_groups_together(
+    dp_size: int, min_tokens: int
+) -> None:
+    model = deepseek_v3_model()
+    assert (model.moe.num_experts, model.moe.num_experts_per_tok) == (256, 8)
+    parallel = ParallelConfig(attn_devices=8, dp_size=dp_size)
+    rule = MicrobatchRule.of("auto", model, parallel, shares_device=False)
+    assert rule == MicrobatchRule(None, min_tokens)
+
+
+def test_auto_is_one_where_the_tiers_share_a_device_and_a_number_is_not() -> None:
+    model, parallel = deepseek_v3_model(), ParallelConfig()
+    assert MicrobatchRule.of("auto", model, parallel, shares_device=True) == ALWAYS_ONE
+    assert MicrobatchRule.of("2", model, parallel, shares_device=True) == MicrobatchRule(2)
