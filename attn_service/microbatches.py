@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_service.sequence import SequenceSlice
+from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.exchange import MAX_MICROBATCHES
 
