@@ -121,9 +121,8 @@ class MlaAttention:
         content = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(0, 1)
         rope = queries[..., mla.qk_nope_head_dim :].to(content.dtype)
         absorbed = torch.cat((content, rope), dim=-1)  # [b, heads/tp, latent_dim]
-        shared = past.to(absorbed.dtype)[
-            :, :, None
-        ]  # one key head, whose leading part is the value
+        # One key head, whose leading part is the value; converted here, so that it is once.
+        shared = past.to(absorbed.dtype).unsqueeze(2)
         mixed = decode_attention(
             absorbed, shared, shared[..., : mla.kv_lora_rank], mask, self._scale
         )  # [b, heads/tp, kv_lora_rank]

@@ -29,16 +29,19 @@ def packed_layer(layer: LayerWeights) -> LayerWeights:
 
 def packed_experts(layer: ExpertLayerWeights) -> ExpertLayerWeights:
     return ExpertLayerWeights(
-        w13=tuple(_pack(matrix) for matrix in layer.w13),
-        w2=tuple(_pack(matrix) for matrix in layer.w2),
+        w13=tuple(_of_its_own(_pack(matrix)) for matrix in layer.w13),
+        w2=tuple(_of_its_own(_pack(matrix)) for matrix in layer.w2),
         shared=_mlp(layer.shared),
     )
 
 
 def _pack(matrix: Matrix) -> Matrix:
-    # A slice of a stack would hold on to the whole of it.
-    packed = pack(matrix) if isinstance(matrix, Tensor) else matrix
-    return packed.clone() if isinstance(packed, Tensor) else packed
+    return pack(matrix) if isinstance(matrix, Tensor) else matrix
+
+
+def _of_its_own(matrix: Matrix) -> Matrix:
+    """A slice of a stack that stayed plain would hold on to the whole of it."""
+    return matrix.clone() if isinstance(matrix, Tensor) else matrix
 
 
 def _mlp(mlp: MlpWeights | None) -> MlpWeights | None:

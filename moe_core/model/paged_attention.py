@@ -24,13 +24,16 @@ def decode_attention(
     queries [b, heads, d], keys [b, t, kv_heads, d], values [b, t, kv_heads, v], mask [b, t]
     True where a token is. Returns [b, heads, v].
     """
+    dtype = queries.dtype
+    wide = matmul_dtype(dtype, queries.device)
+    queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
     grouped = queries.view(queries.shape[0], keys.shape[2], -1, queries.shape[2])
     products = grouped @ keys.permute(0, 2, 3, 1)  # [b, kv_heads, group, t]
     scores = products.to(precise_dtype(queries.dtype)) * scale
     scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
     weights = scores.softmax(dim=-1).to(queries.dtype)
     mixed: Tensor = weights @ values.transpose(1, 2)  # [b, kv_heads, group, v]
-    return mixed.flatten(1, 2)
+    return mixed.flatten(1, 2).to(dtype)
 
 
 def prefill_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -86,10 +89,7 @@ def per_head_attention(
         chosen = queries if decodes.rows is None else queries[decodes.rows]
         past_keys = gather_blocks(cache.keys, decodes.block_tables)  # [b, t, kv_heads, d]
         past_values = gather_valid(cache.values, decodes.block_tables, decodes.mask)
-        wide = matmul_dtype(queries.dtype, queries.device)
-        result = decode_attention(
-            chosen.to(wide), past_keys.to(wide), past_values.to(wide), decodes.mask, scale
-        ).to(queries.dtype)
+        result = decode_attention(chosen, past_keys, past_values, decodes.mask, scale)
         if decodes.rows is None:
             return result
         out.index_copy_(0, decodes.rows, result)

@@ -149,9 +149,7 @@ class NixlPath:
             self._unfinished.setdefault(slot)
             self._finished(slot, failure)
             return
-        if done and slot not in self._unfinished:
-            self._ring()
-        elif done:
+        if done:
             self._finished(slot, None)
         else:
             self._unfinished.setdefault(slot)
@@ -187,7 +185,7 @@ class NixlPath:
     def _finished(self, slot: int, error: Exception | None) -> None:
         waiter = self._unfinished.get(slot)
         if error is None:
-            del self._unfinished[slot]
+            self._unfinished.pop(slot, None)
             self._ring()
         else:
             self.failure = error

@@ -43,14 +43,23 @@ class Pending:
     """
 
     __slots__ = (
-        "_compute_us", "_held", "_link", "_parts", "_queue_us", "_result", "_waiter", "chunks_left",
-        "key", "num_tokens", "slot",
-    )  # fmt: skip
+        "_chunks_left",
+        "_compute_us",
+        "_held",
+        "_link",
+        "_parts",
+        "_queue_us",
+        "_result",
+        "_waiter",
+        "key",
+        "num_tokens",
+        "slot",
+    )
 
     def __init__(self, link: PendingHost, key: DispatchKey, num_tokens: int, chunks: int) -> None:
         self.key = key
         self.num_tokens = num_tokens
-        self.chunks_left = chunks
+        self._chunks_left = chunks
         self.slot = 0  # that the last chunk was sent from
         self._link = link
         self._held: int | None = None
@@ -119,6 +128,6 @@ class Pending:
         copy_values(self._parts[rows], partial)
         self._queue_us = max(self._queue_us, queue_us)
         self._compute_us += compute_us
-        self.chunks_left -= 1
-        if self.chunks_left == 0:
+        self._chunks_left -= 1
+        if self._chunks_left == 0:
             self.finish(Combine(self.key, self._parts, self._queue_us, self._compute_us))
