@@ -177,8 +177,15 @@ def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
     wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false"}
     if place.role is not Role.GATEWAY:
         tier = parallel.attn_devices if place.role is Role.ATTN else parallel.expert_devices
-        wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // tier))
-        wanted["GOMP_SPINCOUNT"] = "5000"
+        cores = sorted(os.sched_getaffinity(0))
+        num_threads = max(1, len(cores) // tier)
+        wanted["OMP_NUM_THREADS"] = str(num_threads)
+        wanted["GOMP_SPINCOUNT"] = "20000"
+        if num_threads > 1 and place.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            own = cores[place.rank * num_threads : (place.rank + 1) * num_threads]
+            # One thread a core: the kernel wakes a tier's threads on one core beside an idle one.
+            wanted["OMP_PROC_BIND"] = "true"
+            wanted["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in own)
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -7,6 +7,8 @@ admission.py does.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gateway.callers import ANONYMOUS, Caller
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -39,6 +41,7 @@ class GenerationRequest:
     prompt: str | tuple[int, ...] | None
     sampling: Sampling
     priority: int = 0
+    caller: Caller = ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)

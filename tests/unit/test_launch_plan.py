@@ -92,12 +92,15 @@ def test_a_tiers_processes_share_out_the_cores(monkeypatch: pytest.MonkeyPatch):
     assert threads["attn 0"] == "8"
     assert threads["expert 3"] == "2"
     assert threads["gateway"] is None
+    places = {child.name: child.environment.get("OMP_PLACES") for child in plan.children()}
+    assert places["attn 0"] == "{0},{1},{2},{3},{4},{5},{6},{7}"
+    assert places["expert 3"] == "{6},{7}"
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     (_, attn, _) = make_plan(settings()).children()
-    assert "OMP_NUM_THREADS" not in attn.environment
+    assert not {"OMP_NUM_THREADS", "OMP_PLACES"} & attn.environment.keys()
     assert attn.environment["UCX_MM_ERROR_HANDLING"] == "y"
 
 
