@@ -28,4 +28,4 @@ timeout 240 "$work/venv/bin/python" -m pytest -q tests/equivalence/test_layouts.
 
 echo "== decode, one process and two tiers, tokens/s"
 "$work/venv/bin/python" benchmarks/make_checkpoint.py "$work/comparison"
-timeout 240 "$work/venv/bin/python" benchmarks/two_tiers.py "$work/comparison" --device cuda --batches 1,16,64 --rounds 3
+timeout 240 "$work/venv/bin/python" benchmarks/two_tiers.py "$work/comparison" --device cuda --batches 1,16,32 --rounds 3
