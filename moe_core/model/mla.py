@@ -1,9 +1,10 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), over either cache.
 
-Knows the projections and one TP rank's share of the heads. With the latent cache, decoding
-absorbs kv_b_proj into the query and the output, so that no key or value of a head is ever
-built; a prefill expands its own sequence's latents, which is cheaper for many queries. With
-the per-head cache every new token is expanded once. The results are the same.
+Knows the projections and one TP rank's share of the heads. With the latent cache, the absorbed form
+moves kv_b_proj into the query and the output, so that no key or value of a head is ever built; the
+expanded form builds them of the whole sequence, which is cheaper for many queries. A sequence with
+one new token is absorbed, one with several takes the form with fewer multiplications. With the
+per-head cache every new token is expanded once. The results are the same.
 """
 
 import torch
@@ -110,21 +111,54 @@ class MlaAttention:
             out.index_copy_(0, decodes.rows, result)
         for part in batch.prefills:
             rows = slice(part.start, part.end)
-            keys, values = self._expand(all_rows(cache.latent, latent, part))
-            out[rows] = prefill_attention(queries[rows], keys, values, self._scale)
+            past = all_rows(cache.latent, latent, part)  # [t, kv_lora_rank + rope]
+            if absorbing_is_cheaper(self._mla, part.num_new, part.seq_len):
+                out[rows] = self._absorbed_prefill(queries[rows], past)
+            else:
+                keys, values = self._expand(past)
+                out[rows] = prefill_attention(queries[rows], keys, values, self._scale)
         return out
 
     def _absorbed(self, queries: Tensor, past: Tensor, mask: Tensor) -> Tensor:
         """queries [b, heads/tp, nope + rope], past [b, t, latent_dim] to [b, heads/tp, v]."""
-        mla = self._mla
-        nope = queries[..., : mla.qk_nope_head_dim].to(self._key_up.dtype)
-        content = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(0, 1)
-        rope = queries[..., mla.qk_nope_head_dim :].to(content.dtype)
-        absorbed = torch.cat((content, rope), dim=-1)  # [b, heads/tp, latent_dim]
+        absorbed = self._absorb(queries)
         # One key head, whose leading part is the value; converted here, so that it is once.
         shared = past.to(absorbed.dtype).unsqueeze(2)
-        mixed = decode_attention(
-            absorbed, shared, shared[..., : mla.kv_lora_rank], mask, self._scale
-        )  # [b, heads/tp, kv_lora_rank]
-        out = torch.bmm(mixed.transpose(0, 1), self._value_up.transpose(1, 2))
-        return out.transpose(0, 1).to(queries.dtype)
+        values = shared[..., : self._mla.kv_lora_rank]
+        mixed = decode_attention(absorbed, shared, values, mask, self._scale)
+        return self._values_of(mixed).to(queries.dtype)
+
+    def _absorbed_prefill(self, queries: Tensor, past: Tensor) -> Tensor:
+        """queries [s, heads/tp, nope + rope], past [t, latent_dim] to [s, heads/tp, v]."""
+        absorbed = self._absorb(queries)
+        shared = past.to(absorbed.dtype).unsqueeze(1)
+        values = shared[..., : self._mla.kv_lora_rank]
+        mixed = prefill_attention(absorbed, shared, values, self._scale)
+        return self._values_of(mixed).to(queries.dtype)
+
+    def _absorb(self, queries: Tensor) -> Tensor:
+        """[n, heads/tp, nope + rope] to [n, heads/tp, kv_lora_rank + rope]."""
+        nope_dim = self._mla.qk_nope_head_dim
+        nope = queries[..., :nope_dim].to(self._key_up.dtype)
+        content = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(0, 1)
+        return torch.cat((content, queries[..., nope_dim:].to(content.dtype)), dim=-1)
+
+    def _values_of(self, mixed: Tensor) -> Tensor:
+        """[n, heads/tp, kv_lora_rank] to [n, heads/tp, v]."""
+        return torch.bmm(mixed.transpose(0, 1), self._value_up.transpose(1, 2)).transpose(0, 1)
+
+
+def absorbing_is_cheaper(mla: MlaConfig, num_new: int, seq_len: int) -> bool:
+    """Whether the last `num_new` of a sequence's `seq_len` tokens take fewer multiplications a head
+    absorbed than expanded.
+
+    Each form multiplies by kv_b_proj once a row: of the new tokens where it is absorbed, of all
+    where they are expanded. A pair of query and key then costs the width of key and value, which
+    is that of the latents, or of one head. DeepSeek-V3 absorbs up to about 170 new tokens after a
+    long context, and never without one.
+    """
+    latent, rope = mla.kv_lora_rank, mla.qk_rope_head_dim
+    head = mla.qk_nope_head_dim + mla.v_head_dim
+    absorbed = num_new * latent * head + num_new * seq_len * (2 * latent + rope)
+    expanded = seq_len * latent * head + num_new * seq_len * (head + rope)
+    return absorbed < expanded

@@ -16,6 +16,7 @@ from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from moe_core.model import mla
 from moe_core.model.decoder import Decoder
 from moe_core.model.kv_cache import KvCache
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
@@ -125,6 +126,17 @@ def test_prompts_in_pieces_among_decodes_equal_transformers(case: Case) -> None:
     for enable_mla in case.cache_kinds:
         result = case.run(case.references, enable_mla=enable_mla, prefill_chunk=3)
         assert_same(result, case.references)
+
+
+@pytest.mark.parametrize("absorbed", [True, False])
+def test_either_form_of_latent_prefill_equals_transformers(
+    case: Case, absorbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.config.mla is None:
+        pytest.skip("this family has no latent cache")
+    monkeypatch.setattr(mla, "absorbing_is_cheaper", lambda *_: absorbed)
+    result = case.run(case.references, enable_mla=True, prefill_chunk=3)
+    assert_same(result, case.references)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

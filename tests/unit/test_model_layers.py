@@ -15,6 +15,7 @@ from moe_core.model.kv_cache import (
     write_slots,
 )
 from moe_core.model.layers import embed, rms_norm, vocab_logits, vocab_parts
+from moe_core.model.mla import absorbing_is_cheaper
 from moe_core.model.paged_attention import decode_attention, prefill_attention
 from moe_core.model.rotary import rotation_scale, softmax_scale, yarn_mscale
 from moe_core.model.tensor_parallel import NoTensorParallel
@@ -51,6 +52,18 @@ def test_cache_bytes_per_token(
     config = ModelConfig.from_hf(published)
     expected = values_per_layer * config.num_hidden_layers * 2
     assert bytes_per_token(config, enable_mla, tp_size, torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_new", "seq_len", "absorbed"),
+    [(2, 2, False), (128, 128, False), (512, 100_000, False), (128, 100_000, True), (16, 64, True)],
+)
+def test_a_prefill_takes_the_form_with_fewer_multiplications(
+    num_new: int, seq_len: int, absorbed: bool
+) -> None:
+    mla = ModelConfig.from_hf(DEEPSEEK_V3).mla
+    assert mla is not None
+    assert absorbing_is_cheaper(mla, num_new, seq_len) is absorbed
 
 
 @pytest.mark.parametrize("enable_mla", [True, False])
