@@ -182,7 +182,8 @@ def generate(
     )
     ids = o.token_ids("prompt_ids", prompt_ids)
     finished = run_generate(target, ids if prompt is None else prompt, sampling, as_json=json)
-    raise typer.Exit(EXIT_OK if finished else EXIT_FAILED)
+    if not finished:
+        raise EpserveError("interrupted")
 
 
 @app.command()

@@ -104,6 +104,14 @@ def test_an_unforeseen_error_says_how_to_see_more(
     assert capsys.readouterr().err == line
 
 
+def test_an_interrupted_generate_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("epserve.generate.generate", lambda *_arguments, as_json: as_json)
+    assert cli.run(["generate", "--prompt", "x"]) == 1
+    assert capsys.readouterr().err == "epserve: interrupted\n"
+
+
 def test_an_epserve_error_without_invalid_argument_is_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
