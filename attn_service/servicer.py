@@ -40,8 +40,9 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
         self._otherwise: EpserveError = UnavailableError("this attention process is starting")
 
     def lead(self, engine: Engine) -> None:
-        """Serve sequences with `engine`."""
+        """Serve sequences with `engine`. Who is to follow has been accepted before."""
         self._engine = engine
+        self._otherwise = RequestError("this attention process is alone in its group: none follow")
 
     def accept(self, followers: Followers) -> None:
         """Let the other ranks of the group follow."""

@@ -182,7 +182,8 @@ def generate(
     )
     ids = o.token_ids("prompt_ids", prompt_ids)
     finished = run_generate(target, ids if prompt is None else prompt, sampling, as_json=json)
-    raise typer.Exit(EXIT_OK if finished else EXIT_FAILED)
+    if not finished:
+        raise EpserveError("interrupted")
 
 
 @app.command()
@@ -228,7 +229,8 @@ def run(arguments: Sequence[str]) -> int:
     except typer.TyperException as error:
         if not error.format_message():  # no arguments: the help has been printed
             return EXIT_REFUSED
-        return _complain(error.format_message(), error.exit_code, error, state)
+        message = error.format_message().replace("Value error, ", "")  # a library's word for it
+        return _complain(message, error.exit_code, error, state)
     except EpserveError as error:
         refused = error.code == "INVALID_ARGUMENT"
         return _complain(str(error), EXIT_REFUSED if refused else EXIT_FAILED, error, state)

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc.aio
+from google.protobuf.descriptor import FieldDescriptor
 
 from moe_core.cluster import ClusterState
 from moe_core.errors import PeerTimeoutError, RequestError
@@ -175,7 +176,8 @@ def _token_ids(prompt: Sequence[int]) -> gateway_pb2.TokenIds:
     try:
         return gateway_pb2.TokenIds(ids=prompt)
     except ValueError as error:
-        raise RequestError(f"token_ids: {error}") from None
+        rule = _range_words(gateway_pb2.TokenIds.DESCRIPTOR.fields_by_name["ids"])
+        raise RequestError(f"token_ids: {rule} ({error})") from None
 
 
 def _sampling_message(sampling: Sampling) -> gateway_pb2.SamplingParams:
@@ -185,9 +187,22 @@ def _sampling_message(sampling: Sampling) -> gateway_pb2.SamplingParams:
     for name, value in asdict(sampling).items():
         try:
             message.MergeFrom(gateway_pb2.SamplingParams(**{name: value}))
-        except ValueError as error:
-            raise RequestError(f"{name}={value}: {error}") from None
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{name}: is not valid Unicode: {error}") from None
+        except ValueError:
+            rule = _range_words(gateway_pb2.SamplingParams.DESCRIPTOR.fields_by_name[name])
+            raise RequestError(f"{name}={value}: {rule}") from None
     return message
+
+
+def _range_words(field: FieldDescriptor) -> str:
+    """What the wire can carry in a field of whole numbers, or in the keys of a map of them."""
+    if field.message_type is not None:
+        field = field.message_type.fields_by_name["key"]
+    bits = 64 if field.cpp_type in (field.CPPTYPE_INT64, field.CPPTYPE_UINT64) else 32
+    signed = field.cpp_type in (field.CPPTYPE_INT32, field.CPPTYPE_INT64)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    return f"must be from {low} to {high}"
 
 
 def _output(response: gateway_pb2.GenerateResponse) -> Output:

@@ -13,6 +13,7 @@ from epserve.layout import describe, layout_table
 from epserve.local_cluster import running_cluster
 from epserve.stop_signals import run_until_signalled
 from epserve.supervisor import LineSink
+from moe_core.service.lifecycle import DRAIN_TIMEOUT_S
 
 # Longer than a service's own drain, which ends by itself: killing is for those that hang.
 STOP_GRACE_S = 35.0
@@ -30,7 +31,11 @@ def serve(settings: ClusterSettings) -> None:
 
 async def _serve(plan: LaunchPlan, out: Console, err: Console) -> None:
     def stopping() -> None:
-        out.print("stopping; Ctrl-C again stops at once")
+        out.print(
+            f"stopping: running requests get {DRAIN_TIMEOUT_S:g} s to end; "
+            "Ctrl-C again stops at once",
+            soft_wrap=True,
+        )
 
     if await run_until_signalled(_stay_up(plan, out, err), stopping):
         out.print("stopped")

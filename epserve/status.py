@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from epserve.client import EpserveClient
@@ -83,7 +84,12 @@ def _metrics(member: Member) -> dict[str, float] | None:
 def members_table(state: ClusterState) -> Table:
     table = Table()
     for column in ("process", "ranks", "experts", "device", "address", "pid", "state"):
-        table.add_column(column, justify="right" if column in ("experts", "pid") else "left")
+        table.add_column(
+            column,
+            justify="right" if column in ("experts", "pid") else "left",
+            no_wrap=column in ("process", "address", "pid"),
+            overflow="fold",  # a narrow terminal must not cost what is to be read
+        )
     for member in in_tier_order(state):
         table.add_row(
             member_name(member),
@@ -135,4 +141,4 @@ def _ranks_words(member: Member) -> str:
 def _state_words(member: Member) -> str:
     colour = {MemberState.READY: "green", MemberState.FAILED: "red"}.get(member.state, "yellow")
     words = f"[{colour}]{member.state}[/]"
-    return f"{words} {member.detail}" if member.detail else words
+    return f"{words} {escape(member.detail)}" if member.detail else words

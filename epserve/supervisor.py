@@ -115,7 +115,11 @@ class Supervisor:
     ) -> None:
         if isinstance(error, ProcessEndedError):  # what is left cannot finish its work
             self._grace_s = min(self._grace_s, _GRACE_AFTER_FAILURE_S)
-        await self.stop()
+            # Being told to stop meanwhile leaves no time, but must not hide why this ended.
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.stop()
+        else:
+            await self.stop()
 
     async def guard(self, work: Coroutine[None, None, _Result]) -> _Result:
         """The result of `work`. Raises ProcessEndedError when a child ends before it is done."""

@@ -80,4 +80,6 @@ def error_from_status(code: str, message: str) -> EpserveError:
 def error_from_rpc(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
     """The error of a failed call; `doing` says what was being done, and to whom."""
     details = error.details() or "no details given"
+    if details.startswith("Stream removed") and error.code() is grpc.StatusCode.UNAVAILABLE:
+        details = f"the connection broke: {details}"  # gRPC's own words do not say whose end it was
     return error_from_status(error.code().name, f"{doing}: {details}")

@@ -195,8 +195,8 @@ async def test_an_empty_request_ends_the_stream_with_invalid_argument(service: S
 async def test_follow_is_refused_where_nobody_may_follow(service: Service) -> None:
     await expect_status(
         service.stub.Follow(iter([pb.FollowRequest(tp_rank=1)])),
-        grpc.StatusCode.UNAVAILABLE,
-        "starting",
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "alone in its group",
     )
 
 

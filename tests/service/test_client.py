@@ -102,9 +102,11 @@ async def test_every_sampling_field_arrives(gateway: SmallGateway, client: Epser
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (Sampling(n=-1), "n=-1"),
-        (Sampling(logit_bias={-3: 1.0}), "logit_bias="),
-        (Sampling(top_k=2**31), "top_k=2147483648"),
+        (Sampling(n=-1), "n=-1: must be from 0 to 4294967295$"),
+        (Sampling(logit_bias={-3: 1.0}), "logit_bias=.*: must be from 0 to 4294967295$"),
+        (Sampling(top_k=2**31), "top_k=2147483648: must be from -2147483648 to 2147483647$"),
+        (Sampling(seed=-1), "seed=-1: must be from 0 to 18446744073709551615$"),
+        (Sampling(stop=("\ud800",)), "stop: is not valid Unicode"),
     ],
 )
 async def test_a_number_that_the_wire_can_not_carry_is_a_request_error(
@@ -112,7 +114,7 @@ async def test_a_number_that_the_wire_can_not_carry_is_a_request_error(
 ):
     with pytest.raises(RequestError, match=message):
         await anext(client.generate((5, 6), sampling))
-    with pytest.raises(RequestError, match="token_ids"):
+    with pytest.raises(RequestError, match="token_ids: must be from 0 to 4294967295"):
         await anext(client.generate((5, 2**32)))
 
 

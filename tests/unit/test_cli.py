@@ -35,7 +35,7 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
     [
         (["serve"], "Missing option '--model'"),
         (["serve", "--model", str(TINY), "--dp-size", "3"], "dp_size=3: must be a power of two"),
-        (["serve", "--model", str(TINY), "--dtype", "int4"], "'int4' is not one of"),
+        (["serve", "--model", str(TINY), "--dtype", "int4"], "'--dtype': 'int4' is not one of"),
         (["serve", "--model", str(TINY), "--nonsense"], "--nonsense"),
         (["serve", "--model", str(TINY), "--microbatches", "4"], "'4' is not one of"),
         (["serve", "--model", str(TINY), "--kv-cache-memory", "lots"], "kv_cache_memory='lots'"),
@@ -102,6 +102,14 @@ def test_an_unforeseen_error_says_how_to_see_more(
     assert cli.run(["serve", "--model", str(TINY)]) == 1
     line = "epserve: internal error: ZeroDivisionError: first second (--debug shows where)\n"
     assert capsys.readouterr().err == line
+
+
+def test_an_interrupted_generate_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("epserve.generate.generate", lambda *_arguments, as_json: as_json)
+    assert cli.run(["generate", "--prompt", "x"]) == 1
+    assert capsys.readouterr().err == "epserve: interrupted\n"
 
 
 def test_an_epserve_error_without_invalid_argument_is_status_1(

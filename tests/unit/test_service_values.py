@@ -1,5 +1,7 @@
 """Addresses, statuses and the cluster's values on the wire, without any socket to a peer."""
 
+import grpc
+import grpc.aio
 import pytest
 
 from moe_core.cluster import (
@@ -31,7 +33,7 @@ from moe_core.service.addresses import (
     new_instance_epoch,
     split_address,
 )
-from moe_core.service.grpc_channel import error_from_status, status_code
+from moe_core.service.grpc_channel import error_from_rpc, error_from_status, status_code
 
 LINK = LinkStats("attn 0", "expert 1", "nixl", 1, 2, 3, 4, 5, 6)
 LOAD = AttentionLoad(1, 2, 3, 4, 5)
@@ -127,3 +129,11 @@ def test_statuses_and_errors_translate_both_ways() -> None:
     other = error_from_status(status_code(CheckpointError("x")).name, "x")
     assert other.code == "FAILED_PRECONDITION"
     assert error_from_status("UNKNOWN", "x").code == "UNKNOWN"
+
+
+def test_a_broken_connection_is_said_to_be_one() -> None:
+    none = grpc.aio.Metadata()
+    words = "Stream removed (Socket closed)"
+    gone = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, words)
+    error = error_from_rpc(gone, "generate at h:1")
+    assert str(error) == f"generate at h:1: the connection broke: {words}"

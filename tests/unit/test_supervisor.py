@@ -97,6 +97,21 @@ async def test_two_cancellations_at_once_leave_a_deaf_child_no_time():
     assert running.cancelled()
 
 
+async def test_a_stop_while_others_are_stopped_does_not_hide_the_child_that_ended():
+    lines = Lines()
+
+    async def work() -> None:
+        async with Supervisor([child("deaf", STUBBORN), child("b", SLEEP)], lines) as supervisor:
+            await lines.wait_for("deaf")
+            os.kill(supervisor.pids["b"], signal.SIGKILL)
+            asyncio.get_running_loop().call_later(0.5, task.cancel)
+            await supervisor.guard(asyncio.sleep(30))
+
+    task = asyncio.create_task(work())
+    with pytest.raises(ProcessEndedError, match=r"b \(pid \d+\) was ended by signal 9"):
+        await task
+
+
 async def test_stages_stop_one_after_the_other():
     program = (
         "import signal, sys, time\n"
