@@ -19,6 +19,7 @@ from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
+from gateway.vllm_servicer import VllmServicer
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
@@ -75,6 +76,7 @@ class GatewayService:
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, self._registry).add_to(self._host)
+        VllmServicer(self._generator, self._registry, settings.model).add_to(self._host)
         self.port = await self._host.start(settings.host, settings.port)
         self._registry.set_address(join_address(settings.host, self.port))
         log.info("listening", address=join_address(settings.host, self.port), model=name)
