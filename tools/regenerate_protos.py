@@ -41,9 +41,7 @@ def generate(target: Path) -> None:
 def _run_protoc(root: Path, sources: Sequence[Path], target: Path) -> None:
     well_known = resources.files("grpc_tools") / "_proto"
     outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
-    status = protoc.main(
-        ["protoc", f"-I{root}", f"-I{well_known}", *outputs, *map(str, sources)]
-    )
+    status = protoc.main(["protoc", f"-I{root}", f"-I{well_known}", *outputs, *map(str, sources)])
     if status != 0:
         raise SystemExit(f"protoc failed with status {status}")
 

@@ -55,7 +55,7 @@ async def test_a_frozen_attention_process_fails_its_requests_only(target: str) -
         requests = [await begun(client) for _ in range(2)]  # one on each DP group
         stop(target, Role.ATTN, 1)
         async with asyncio.timeout(NOTICED_S):
-            with pytest.raises(UnavailableError, match="attention group dp_rank=1 at .* was lost"):
+            with pytest.raises(UnavailableError, match=r"attention group dp_rank=1 at .* was lost"):
                 _ = [output async for output in requests[1]]
             while len(state_of(target).tier(Role.ATTN)) == 2:
                 await asyncio.sleep(0.1)

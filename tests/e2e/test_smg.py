@@ -6,7 +6,6 @@ import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -131,7 +130,7 @@ def test_log_probabilities(both: Both) -> None:
     assert len(tokens) == MAX_TOKENS
     for token in tokens:
         assert token["logprob"] <= 0
-        assert [top["token"] for top in token["top_logprobs"]][0] == token["token"]
+        assert token["top_logprobs"][0]["token"] == token["token"]
         assert len(token["top_logprobs"]) == 2
 
 
@@ -139,10 +138,10 @@ def test_what_is_refused_reaches_the_client_by_name(both: Both) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         both.smg.post("/v1/completions", {**GREEDY, "prompt": "Once", "regex": "a+"})
     assert caught.value.code == 400
-    assert "sampling_params.regex: structured outputs" in json.load(caught.value)["error"]["message"]
+    assert (
+        "sampling_params.regex: structured outputs" in json.load(caught.value)["error"]["message"]
+    )
 
 
 def test_nothing_is_left_under_way(both: Both) -> None:
     assert both.cluster.settled().is_idle
-
-

@@ -1,11 +1,12 @@
 """VllmEngine as smg calls it: every method, by the stubs that smg's own package brings."""
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.message import Message
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import common_pb2
@@ -20,6 +21,8 @@ from support.fake_attention import FakeAttention
 from support.small_gateway import MODEL_DIRECTORY, SmallGateway
 from support.words import WORDS, word_tokenizer
 
+Stub: TypeAlias = Any  # generated stubs have no types
+
 DEADLINE_S = 10
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -31,7 +34,7 @@ async def gateway() -> AsyncIterator[SmallGateway]:
 
 
 @pytest.fixture
-def stub(gateway: SmallGateway) -> Any:  # noqa: ANN401
+def stub(gateway: SmallGateway) -> Stub:
     return vllm_engine_pb2_grpc.VllmEngineStub(gateway.channel)
 
 
@@ -48,11 +51,11 @@ def request(stream: bool = False, **sampling: object) -> pb.GenerateRequest:
     )
 
 
-async def collect(stub: Any, message: pb.GenerateRequest) -> list[Any]:  # noqa: ANN401
+async def collect(stub: Stub, message: pb.GenerateRequest) -> list[Any]:
     return [answer async for answer in stub.Generate(message, timeout=DEADLINE_S)]
 
 
-async def refused(stub: Any, message: pb.GenerateRequest) -> str:  # noqa: ANN401
+async def refused(stub: Stub, message: pb.GenerateRequest) -> str:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(stub, message)
     assert caught.value.code() is INVALID
@@ -85,7 +88,7 @@ def test_the_protocol_is_the_one_that_smg_brings() -> None:
 
 
 async def test_a_stream_is_new_tokens_and_then_all_of_them(
-    gateway: SmallGateway, stub: Any
+    gateway: SmallGateway, stub: Stub
 ) -> None:
     fake = FakeAttention(count_up)
     fake.cached_tokens = 1
@@ -94,12 +97,12 @@ async def test_a_stream_is_new_tokens_and_then_all_of_them(
     assert answers == [chunk(7), chunk(8), chunk(9), complete(7, 8, 9, cached_tokens=1)]
 
 
-async def test_without_stream_there_is_one_answer(gateway: SmallGateway, stub: Any) -> None:
+async def test_without_stream_there_is_one_answer(gateway: SmallGateway, stub: Stub) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
     assert await collect(stub, request()) == [complete(7, 8, 9)]
 
 
-async def test_every_choice_is_answered_under_its_index(gateway: SmallGateway, stub: Any) -> None:
+async def test_every_choice_is_answered_under_its_index(gateway: SmallGateway, stub: Stub) -> None:
     fake = FakeAttention(count_up)
     fake.script_of_index = {1: [20, 21]}
     await gateway.add_worker(Role.ATTN, fake)
@@ -110,7 +113,7 @@ async def test_every_choice_is_answered_under_its_index(gateway: SmallGateway, s
     ]
 
 
-async def test_text_is_cut_into_tokens_too(gateway: SmallGateway, stub: Any) -> None:
+async def test_text_is_cut_into_tokens_too(gateway: SmallGateway, stub: Stub) -> None:
     fake = FakeAttention(count_up)
     await gateway.add_worker(Role.ATTN, fake)
     message = pb.GenerateRequest(text=f"{WORDS[5]} {WORDS[6]}")
@@ -118,7 +121,7 @@ async def test_text_is_cut_into_tokens_too(gateway: SmallGateway, stub: Any) -> 
     assert list(fake.added[0].prompt_ids) == [5, 6]
 
 
-async def test_every_sampling_field_reaches_the_engine(gateway: SmallGateway, stub: Any) -> None:
+async def test_every_sampling_field_reaches_the_engine(gateway: SmallGateway, stub: Stub) -> None:
     fake = FakeAttention(count_up)
     await gateway.add_worker(Role.ATTN, fake)
     await collect(
@@ -150,7 +153,7 @@ async def test_every_sampling_field_reaches_the_engine(gateway: SmallGateway, st
     assert dict(sent.logit_bias) == {3: -2.0}
 
 
-async def test_what_is_left_out_takes_the_default(gateway: SmallGateway, stub: Any) -> None:
+async def test_what_is_left_out_takes_the_default(gateway: SmallGateway, stub: Stub) -> None:
     fake = FakeAttention(count_up)
     await gateway.add_worker(Role.ATTN, fake, total_kv_blocks=8)
     await collect(stub, request(ignore_eos=True))
@@ -161,13 +164,13 @@ async def test_what_is_left_out_takes_the_default(gateway: SmallGateway, stub: A
     assert not sent.HasField("logprobs")
 
 
-async def test_a_stop_string_ends_the_output(gateway: SmallGateway, stub: Any) -> None:
+async def test_a_stop_string_ends_the_output(gateway: SmallGateway, stub: Stub) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
     answers = await collect(stub, request(stop=[WORDS[8]]))
     assert answers == [complete(7, 8, finish_reason="stop")]
 
 
-async def test_logprobs_come_with_the_tokens(gateway: SmallGateway, stub: Any) -> None:
+async def test_logprobs_come_with_the_tokens(gateway: SmallGateway, stub: Stub) -> None:
     fake = FakeAttention(lambda prompt: [7])
     fake.logprobs = logprobs_pb2.TokenLogprobs(
         token_id=7, logprob=-1.5, rank=2, top_token_ids=[8, 7], top_logprobs=[-0.5, -1.5]
@@ -197,7 +200,7 @@ async def test_logprobs_come_with_the_tokens(gateway: SmallGateway, stub: Any) -
     ],
 )
 async def test_sampling_that_is_not_supported_is_refused_by_name(
-    stub: Any, gateway: SmallGateway, field: str, value: object
+    stub: Stub, gateway: SmallGateway, field: str, value: object
 ) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
     assert f"sampling_params.{field}: " in await refused(stub, request(**{field: value}))
@@ -215,14 +218,14 @@ async def test_sampling_that_is_not_supported_is_refused_by_name(
     ],
 )
 async def test_what_else_is_not_supported_is_refused_by_name(
-    stub: Any, gateway: SmallGateway, field: str, value: object
+    stub: Stub, gateway: SmallGateway, field: str, value: object
 ) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
     message = pb.GenerateRequest(**{"tokenized": pb.TokenizedInput(input_ids=[5]), field: value})
     assert (await refused(stub, message)).startswith(f"{field}: ")
 
 
-async def test_admission_rules_hold_here_too(gateway: SmallGateway, stub: Any) -> None:
+async def test_admission_rules_hold_here_too(gateway: SmallGateway, stub: Stub) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
     assert "logprobs=-1" in await refused(stub, request(logprobs=-1))
     assert "seed=-1" in await refused(stub, request(seed=-1))
@@ -238,7 +241,7 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(gateway: SmallG
 
 
 async def test_abort_ends_all_named_requests_and_ignores_others(
-    gateway: SmallGateway, stub: Any
+    gateway: SmallGateway, stub: Stub
 ) -> None:
     fake = FakeAttention(count_up, step_s=0.1)
     await gateway.add_worker(Role.ATTN, fake)
@@ -251,7 +254,7 @@ async def test_abort_ends_all_named_requests_and_ignores_others(
     await fake.wait_for_abort()
 
 
-async def test_health_is_the_gateways_own(gateway: SmallGateway, stub: Any) -> None:
+async def test_health_is_the_gateways_own(gateway: SmallGateway, stub: Stub) -> None:
     answer = await stub.HealthCheck(pb.HealthCheckRequest(), timeout=DEADLINE_S)
     assert not answer.healthy
     assert "attn 0: not joined" in answer.message
@@ -260,7 +263,7 @@ async def test_health_is_the_gateways_own(gateway: SmallGateway, stub: Any) -> N
     assert answer == pb.HealthCheckResponse(healthy=True, message="ready")
 
 
-async def test_model_info(stub: Any) -> None:
+async def test_model_info(stub: Stub) -> None:
     path = str(MODEL_DIRECTORY)
     assert await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=DEADLINE_S) == (
         pb.GetModelInfoResponse(
@@ -277,7 +280,7 @@ async def test_model_info(stub: Any) -> None:
     )
 
 
-async def test_server_info_counts_what_is_under_way(gateway: SmallGateway, stub: Any) -> None:
+async def test_server_info_counts_what_is_under_way(gateway: SmallGateway, stub: Stub) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up, step_s=0.1))
     ask = pb.GetServerInfoRequest()
     before = await stub.GetServerInfo(ask, timeout=DEADLINE_S)
@@ -316,15 +319,10 @@ async def test_loads_are_those_of_the_groups() -> None:
         ("SubscribeKvEvents", common_pb2.SubscribeKvEventsRequest()),
     ],
 )
-async def test_what_is_not_served_says_why(stub: Any, method: str, message: Any) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        call = getattr(stub, method)(message, timeout=DEADLINE_S)
-        if hasattr(call, "read"):
-            await call.read()
-        else:
-            await call
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert f"VllmEngine/{method} is not served here: " in caught.value.details()
+async def test_what_is_not_served_says_why(stub: Stub, method: str, message: Message) -> None:
+    call = getattr(stub, method)(message, timeout=DEADLINE_S)
+    assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert f"VllmEngine/{method} is not served here: " in await call.details()
 
 
 def test_every_method_of_the_protocol_is_answered_by_us() -> None:

@@ -1,7 +1,7 @@
 """A gRPC server in a process of its own whose event loop is held up in a chosen way.
 
-`python -m support.blocked_server` prints its port and serves `/blocked/Stream` until its stdin ends:
-the request names the way and its answer is "begun", then, after the block, "done".
+`python -m support.blocked_server` prints its port and serves `/blocked/Stream` until its stdin
+ends: the request names the way and its answer is "begun", then, after the block, "done".
 `BlockedServer` runs one.
 """
 

@@ -1,5 +1,5 @@
-"""Encoded protobuf messages made wrong in ways that a parser, or whoever reads the message, may trip
-over. Knows the wire format; a message's descriptor says which fields are messages, numbers, text.
+"""Encoded protobuf messages made wrong in ways that parsers, and readers of messages, trip over.
+Knows the wire format; a message's descriptor says which of its fields are messages themselves.
 """
 
 import math
@@ -97,7 +97,7 @@ class Mutator:
     def _with_another_value(self, fields: list[Field], at: int) -> bytes:
         field = fields[at]
         if field.wire == VARINT:
-            payload = varint(self._random.choice(INTEGERS))
+            payload = varint(self._integer())
         elif field.wire == I32:
             payload = struct.pack("<f", self._random.choice(FLOATS))
         elif field.wire == I64:
@@ -107,6 +107,10 @@ class Mutator:
         fields[at] = replace(field, payload=payload)
         return encode(fields)
 
+    def _integer(self) -> int:
+        some = self._random.getrandbits(self._random.randint(1, 64))
+        return self._random.choice((some, self._random.choice(INTEGERS)))
+
     def _other_bytes(self, payload: bytes) -> bytes:
         return self._random.choice(
             (
@@ -114,6 +118,7 @@ class Mutator:
                 self._random.randbytes(self._random.randrange(64)),
                 self._with_flipped_bits(payload),
                 payload * 20,
+                b"".join(varint(self._integer()) for _ in range(3)),  # repeated integers
                 "".join(chr(self._random.randrange(1, 0xD800)) for _ in range(20)).encode(),
             )
         )

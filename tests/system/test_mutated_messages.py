@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import grpc
 import grpc.aio
-import psutil
 import pytest
 import torch
 from google.protobuf.descriptor import MethodDescriptor
