@@ -1,12 +1,14 @@
-"""Encoded protobuf messages made wrong in ways that parsers, and readers of messages, trip over.
+"""Encoded protobuf messages, and JSON, made wrong in ways that parsers and readers trip over.
 Knows the wire format; a message's descriptor says which of its fields are messages themselves.
 """
 
+import json
 import math
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -15,6 +17,23 @@ INTEGERS = (0, 1, 2, 127, 128, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2*
 FLOATS = (math.nan, math.inf, -math.inf, -0.0, 1e-45, 3.4e38, -1.0, 1e9)
 LENGTHS = (1, 2**20, 2**31 - 1, 2**31, 2**32, 2**63)
 TEXTS = ("", "\0", "\N{REPLACEMENT CHARACTER}", "🦊" * 40, "é\u0301", "\u202e", "x" * 5_000)
+
+VALUES: tuple[object, ...] = (
+    None,
+    True,
+    "",
+    "5",
+    [],
+    {},
+    [[]],
+    -1,
+    0,
+    1e308,
+    10**400,
+    *FLOATS,
+    *TEXTS,
+)
+DEEP = b"[" * 100_000  # no parser may recurse that far
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,25 @@ class Mutator:
         if choice < 0.3:
             return self._random.randbytes(self._random.randrange(200))
         return self._mutate_fields(message, descriptor)
+
+    def mutate_json(self, body: bytes) -> bytes:
+        """Another body for one that is valid JSON; it may by chance be valid too."""
+        choice = self._random.random()
+        if choice < 0.1:
+            return body[: self._random.randrange(len(body) + 1)]
+        if choice < 0.25:
+            return self._with_flipped_bits(body)
+        if choice < 0.27:
+            return DEEP
+        document = json.loads(body)
+        holder, key = self._random.choice(list(_places(document)))
+        if choice < 0.35:
+            del holder[key]
+        elif choice < 0.4:
+            return body.rstrip().removesuffix(b"}") + b"," + body.lstrip().removeprefix(b"{")
+        else:
+            holder[key] = self._random.choice((*VALUES, self._integer(), {"a": [json.loads(body)]}))
+        return json.dumps(document).encode()
 
     def _mutate_fields(self, message: bytes, descriptor: Descriptor | None) -> bytes:
         fields = parse(message)
@@ -131,6 +169,15 @@ class Mutator:
         for _ in range(self._random.choice((1, 3, 150))):
             nested = replace(nested, payload=nested.encoded())
         return nested
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401
+    """Every (object or list, key) within, the outermost value's own excepted."""
+    keys = value if isinstance(value, dict) else range(len(value))
+    for key in keys:
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from _places(value[key])
 
 
 def varint(value: int) -> bytes:

@@ -1,5 +1,6 @@
 """What the mutated messages of the system tests are made of."""
 
+import json
 import math
 
 from google.protobuf.message import DecodeError
@@ -53,3 +54,12 @@ def test_every_field_is_reached_and_given_extreme_values() -> None:
     assert any("🦊" in each.request_id for each in parsed)
     assert any(not each.HasField("sampling") for each in parsed)
     assert any(each.sampling.logit_bias != MESSAGE.sampling.logit_bias for each in parsed)
+
+
+def test_json_is_changed_at_every_place() -> None:
+    body = json.dumps({"prompt": "Once", "stop": ["a"], "options": {"n": 1}}).encode()
+    mutator = Mutator(1)
+    made = {mutator.mutate_json(body) for _ in range(1_000)}
+    assert len(made) > 200
+    for words in (b"NaN", b'"stop": []', b'"n": null', b"{}", b'{"prompt": "Once"', b"[[[[["):
+        assert any(words in each for each in made), words
