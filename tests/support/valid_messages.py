@@ -35,7 +35,7 @@ def _addressed(
 
 
 def valid_messages(state: ClusterState) -> list[Addressed]:
-    """For a cluster of one attention and two expert processes in bfloat16. Those of a new worker
+    """For a cluster of one attention and one expert process in bfloat16. Those of a new worker
     speak for one in float32, so that none takes a process's place by chance."""
     return [
         *_gateway_messages(),
@@ -150,7 +150,7 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
         dtype=torch.float32,
         spare_slots=TransportOptions().spare_slots,
     )
-    hello = make_hello(spec, Identity(0, 1, 1), Identity(0, 2, 0), ("grpc",), None)
+    hello = make_hello(spec, Identity(0, 1, 1), Identity(0, 1, 0), ("grpc",), None)
     serve = (attention_pb2, "AttentionService", "Serve")
     exchange = (expert_pb2, "ExpertService", "Exchange")
     return [
