@@ -63,6 +63,11 @@ class Generator:
         stream.abort()
         return True
 
+    @property
+    def num_under_way(self) -> int:
+        """Requests that were admitted and have not ended."""
+        return len(self._live)
+
     async def drain(self) -> None:
         """Refuse new requests and wait for those under way; the caller sets the deadline."""
         self._draining = True

@@ -19,6 +19,7 @@ from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
+from gateway.vllm_servicer import VllmServicer
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
@@ -68,13 +69,15 @@ class GatewayService:
         parallel = settings.parallel.with_model(config)
         placement = ExpertPlacement.initial(config, parallel)
         tokenizer = TextTokenizer.from_directory(settings.model)
-        name = settings.model_name or settings.model.resolve().name
+        directory = settings.model.resolve()
+        name = settings.model_name or directory.name
         self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
         model = ServedModel(name, config, tokenizer)
         self._generator = Generator(model, self._registry, self._pool)
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, self._registry).add_to(self._host)
+        VllmServicer(self._generator, self._registry, directory).add_to(self._host)
         self.port = await self._host.start(settings.host, settings.port)
         self._registry.set_address(join_address(settings.host, self.port))
         log.info("listening", address=join_address(settings.host, self.port), model=name)

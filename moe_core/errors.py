@@ -50,6 +50,12 @@ class NotFoundError(EpserveError):
     code = "NOT_FOUND"
 
 
+class UnsupportedError(EpserveError):
+    """A method of a known protocol that is not served here: says which, and why."""
+
+    code = "UNIMPLEMENTED"
+
+
 class UnavailableError(EpserveError):
     """Something that is needed is not there now: names who, and for what it was needed."""
 

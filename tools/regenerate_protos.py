@@ -3,6 +3,9 @@
 Knows protoc's output and the one thing it gets wrong for us: protoc derives Python imports
 from a .proto's path (`epserve/v1/…`), which would name the `epserve` package, while the
 generated code lives under `moe_core.pb`. Knows nothing of what the messages mean.
+
+The .proto files of others (proto/smg) name each other by their own paths, so they are a root of
+their own: what they register under must be what their owner's own generated code does.
 """
 
 import argparse
@@ -10,6 +13,7 @@ import filecmp
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -18,21 +22,28 @@ from grpc_tools import protoc
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "proto"
 TARGET = ROOT / "moe_core" / "pb"
-IMPORT = re.compile(r"^from epserve\.v1 import", re.MULTILINE)
+OURS = re.compile(r"^from epserve\.v1 import", re.MULTILINE)
+SMG = re.compile(r"^import (common_pb2|vllm_engine_pb2) as", re.MULTILINE)
 
 
 def generate(target: Path) -> None:
     """Write the generated package below `target`. Raises SystemExit if protoc fails."""
+    for package in (target, target / "epserve", target / "epserve" / "v1", target / "smg"):
+        package.mkdir(exist_ok=True)
+        (package / "__init__.py").touch()
+    _run_protoc(SOURCE, sorted((SOURCE / "epserve").rglob("*.proto")), target)
+    _run_protoc(SOURCE / "smg", sorted((SOURCE / "smg").glob("*.proto")), target / "smg")
+    for path in (*target.rglob("*.py"), *target.rglob("*.pyi")):
+        code = OURS.sub("from moe_core.pb.epserve.v1 import", path.read_text())
+        path.write_text(SMG.sub(r"from moe_core.pb.smg import \1 as", code))
+
+
+def _run_protoc(root: Path, sources: Sequence[Path], target: Path) -> None:
     well_known = resources.files("grpc_tools") / "_proto"
     outputs = [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
-    sources = sorted(str(path) for path in SOURCE.rglob("*.proto"))
-    status = protoc.main(["protoc", f"-I{SOURCE}", f"-I{well_known}", *outputs, *sources])
+    status = protoc.main(["protoc", f"-I{root}", f"-I{well_known}", *outputs, *map(str, sources)])
     if status != 0:
         raise SystemExit(f"protoc failed with status {status}")
-    for path in (*target.rglob("*.py"), *target.rglob("*.pyi")):
-        path.write_text(IMPORT.sub("from moe_core.pb.epserve.v1 import", path.read_text()))
-    for package in (target, target / "epserve", target / "epserve" / "v1"):
-        (package / "__init__.py").touch()
 
 
 def stale_files(fresh: Path) -> list[str]:

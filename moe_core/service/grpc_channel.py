@@ -17,10 +17,11 @@ from moe_core.errors import (
 )
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-KEEPALIVE_TIME_MS = 2_000
-# A frozen peer is noticed after time + timeout. Without `ping_timeout_ms` gRPC waits a minute,
+# A frozen peer is noticed after time + timeout at the latest; a busy one answers pings from gRPC's
+# own threads (docs/decisions/0013-frozen-peers.md). Without `ping_timeout_ms` gRPC waits a minute,
 # whatever the keepalive timeout says.
-KEEPALIVE_TIMEOUT_MS = 5_000
+KEEPALIVE_TIME_MS = 1_000
+KEEPALIVE_TIMEOUT_MS = 1_500
 
 KEEPALIVE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),

@@ -13,7 +13,7 @@ import grpc.aio
 
 from moe_core.cluster import AttentionLoad, Join, MemberState, Role
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
-from moe_core.pb.epserve.v1 import attention_pb2_grpc
+from moe_core.pb.epserve.v1 import attention_pb2_grpc, logprobs_pb2
 from moe_core.service.addresses import host_id, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.membership import Membership
@@ -33,6 +33,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.error: tuple[str, str] | None = None
         self.failing_index: int | None = None  # None: `error` is every choice's
         self.cached_tokens = 0
+        self.logprobs: logprobs_pb2.TokenLogprobs | None = None  # of every token
         self.script_of_index: dict[int, Sequence[int]] = {}  # instead of `script`
         self._running: dict[str, asyncio.Task[None]] = {}
         self._abort_seen = asyncio.Event()
@@ -73,6 +74,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
                 token_ids=[token],
                 finish_reason=reason,
                 num_cached_tokens=self.cached_tokens if index == 0 else 0,
+                logprobs=[] if self.logprobs is None else [self.logprobs],
             )
             if self.error is not None and self.failing_index in (None, add.sampling.index):
                 code, message = self.error

@@ -4,6 +4,7 @@ Knows the gateway's parts; the real wiring is gateway/process.py's.
 """
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import TracebackType
 
 from gateway.admission import ServedModel
@@ -13,6 +14,7 @@ from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
+from gateway.vllm_servicer import VllmServicer
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc, gateway_pb2_grpc
@@ -25,6 +27,7 @@ from support.moe_configs import moe_model
 
 FINGERPRINT = "blake3:11"
 MODEL = moe_model()
+MODEL_DIRECTORY = Path("/models/small")
 
 
 def make_registry(parallel: ParallelConfig | None = None) -> Registry:
@@ -55,6 +58,7 @@ class SmallGateway:
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
         GatewayServicer(self.generator, self.registry).add_to(self._host)
+        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY).add_to(self._host)
         port = await self._host.start("127.0.0.1", self._port)
         self.address = f"127.0.0.1:{port}"
         self.channel = open_channel(self.address)

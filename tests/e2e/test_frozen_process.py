@@ -1,0 +1,71 @@
+"""A process that is stopped in mid-request: its requests end, named, and nobody else's do."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from epserve.client import EpserveClient, Output, Sampling
+from moe_core.cluster import ClusterState, Role
+from moe_core.errors import UnavailableError
+from support.processes import serving
+from support.served_cluster import connected
+
+NOTICED_S = 6.0  # twice what is promised
+LAYOUT = ("--attn-devices", "2", "--dp-size", "2", "--dtype", "float64")
+PROMPT = (5, 6, 7)
+LONG = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    with serving(*LAYOUT) as (_, target):
+        yield target
+
+
+def state_of(target: str) -> ClusterState:
+    with connected(target) as cluster:
+        return cluster.state
+
+
+def stop(target: str, role: Role, rank: int) -> None:
+    (member,) = (each for each in state_of(target).tier(role) if each.rank == rank)
+    os.kill(member.pid, signal.SIGSTOP)
+
+
+async def begun(client: EpserveClient) -> AsyncIterator[Output]:
+    """A request whose first tokens have come."""
+    outputs = client.generate(PROMPT, LONG)
+    await anext(outputs)
+    return outputs
+
+
+async def outcome(outputs: AsyncIterator[Output]) -> str:
+    """The finish_reason or the error that the request ends with."""
+    try:
+        return [output async for output in outputs][-1].finish_reason
+    except UnavailableError as error:
+        return str(error)
+
+
+async def test_a_frozen_attention_process_fails_its_requests_only(target: str) -> None:
+    async with EpserveClient(target) as client:
+        requests = [await begun(client) for _ in range(2)]  # one on each DP group
+        stop(target, Role.ATTN, 1)
+        async with asyncio.timeout(NOTICED_S):
+            with pytest.raises(UnavailableError, match=r"attention group dp_rank=1 at .* was lost"):
+                _ = [output async for output in requests[1]]
+            while len(state_of(target).tier(Role.ATTN)) == 2:
+                await asyncio.sleep(0.1)
+        assert await outcome(requests[0]) == "length"
+
+
+async def test_a_client_notices_a_frozen_gateway(target: str) -> None:
+    async with EpserveClient(target) as client:
+        outputs = await begun(client)
+        stop(target, Role.GATEWAY, 0)
+        async with asyncio.timeout(NOTICED_S):
+            with pytest.raises(UnavailableError, match="ping timeout"):
+                _ = [output async for output in outputs]
