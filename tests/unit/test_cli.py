@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from epserve import cli, options
+from epserve import cli
 from epserve.client import Sampling
+from epserve.generate_options import token_ids
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError
 
@@ -146,7 +147,7 @@ def test_long_options_are_named_as_the_settings():
 
 
 def test_token_ids_are_read_from_a_comma_separated_list():
-    assert options.token_ids("prompt_ids", "1, 2,3") == (1, 2, 3)
+    assert token_ids("prompt_ids", "1, 2,3") == (1, 2, 3)
 
 
 def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.MonkeyPatch):
