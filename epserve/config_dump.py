@@ -19,12 +19,18 @@ _PLAIN = (bool, int, str)
 
 
 def effective_config(ctx: "Context") -> str:
-    """One line per setting, each with a comment that says who set it; null where nobody did."""
+    """One line per setting, each with a comment that says who set it; null where nobody did.
+
+    A secret (`hide_input`) is left out: the line that would hold it is a comment.
+    """
     lines = [f"# epserve {ctx.info_name}\n"]
     for option in settings_of(ctx.command):
-        value = _as_yaml(ctx.params[option.name])
         source = origin(ctx, option) or "default"
-        lines.append(f"{key_of(option.name)}: {_on_one_line(value)}  # {source}\n")
+        if option.hide_input:
+            lines.append(f"# {key_of(option.name)} is not shown  # {source}\n")
+            continue
+        value = _on_one_line(_as_yaml(ctx.params[option.name]))
+        lines.append(f"{key_of(option.name)}: {value}  # {source}\n")
     return "".join(lines)
 
 

@@ -75,6 +75,11 @@ def key_of(name: str) -> str:
     return name.replace("_", "-")
 
 
+def shortened(text: str) -> str:
+    """A value as an error quotes it."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _entries(path: Path) -> Iterator[_Entry]:
     try:
         root = yaml.compose(_read(path), Loader=yaml.SafeLoader)
@@ -147,10 +152,8 @@ def _shown(entry: _Entry) -> str:
 
 
 def _short(node: yaml.Node) -> str:
-    """A value as an error quotes it."""
     if isinstance(node, yaml.ScalarNode):
-        text: str = node.value
-        return text if len(text) <= 60 else f"{text[:57]}..."
+        return shortened(node.value)
     return "[...]" if isinstance(node, yaml.SequenceNode) else "{...}"
 
 

@@ -2,7 +2,8 @@
 
 Knows names and help texts; knows nothing of what a value leads to. Every option is also an
 EPSERVE_ variable and a key of a --config file, without doing anything for it: see
-epserve.settings_command. Those that are `is_eager` are not: they are about the others.
+epserve.settings_command. Those that are `is_eager` are not: they are about the others. A secret has
+`hide_input`: it is not shown again.
 """
 
 import math

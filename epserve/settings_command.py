@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from epserve.config_file import ConfigFile, Takes, key_of, read_config_file
+from epserve.config_file import ConfigFile, Takes, key_of, read_config_file, shortened
 from epserve.environment import variable_of
 from moe_core.errors import ConfigError
 
@@ -25,7 +25,7 @@ OTHER_OPTIONS = "Options"
 
 
 class SettingsCommand(TyperCommand):
-    """Its options without `is_eager` are settings."""
+    """Its options are settings, but for those that are `is_eager` or hidden."""
 
     def __init__(self, name: str | None, **declared: Any) -> None:  # noqa: ANN401  (typer's own)
         super().__init__(name, **declared)
@@ -89,7 +89,7 @@ def origin(ctx: "Context", option: TyperOption) -> str | None:
 
 
 def _is_setting(parameter: "Parameter") -> TypeGuard[TyperOption]:
-    return isinstance(parameter, TyperOption) and not parameter.is_eager
+    return isinstance(parameter, TyperOption) and not (parameter.is_eager or parameter.hidden)
 
 
 def _takes(option: TyperOption) -> Takes:
@@ -127,15 +127,18 @@ def _note_origin(error: Exception, ctx: "Context", option: TyperOption) -> None:
         return
     if source.name == "DEFAULT_MAP":
         assert isinstance(ctx.default_map, ConfigFile)
-        given = f"{key_of(option.name)}={ctx.default_map[option.name]}"
-        error.add_note(f"{ctx.default_map.place(option.name)}: {given}")
+        value = _quoted(option, str(ctx.default_map[option.name]))
+        error.add_note(f"{ctx.default_map.place(option.name)}: {key_of(option.name)}={value}")
         return
     variable = _variable(option)
-    value = os.environ.get(variable, "")
-    note = f"{variable}={value}"
+    value = _quoted(option, os.environ[variable])
     if "://" in value:
-        note += ", as Kubernetes sets for a Service of that name: see enableServiceLinks"
-    error.add_note(note)
+        value += ", as Kubernetes sets for a Service of that name: see enableServiceLinks"
+    error.add_note(f"{variable}={value}")
+
+
+def _quoted(option: TyperOption, value: str) -> str:
+    return "(not shown)" if option.hide_input else shortened(value)
 
 
 def _variable(option: TyperOption) -> str:

@@ -2,19 +2,23 @@
 
 import os
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperCommand
 
-from epserve import cli
+from epserve import cli, options
 from epserve.environment import PREFIX
-from epserve.settings_command import SettingsCommand, settings_of
+from epserve.settings_command import SettingsCommand
 from support.command_options import (
     arguments,
     commands,
     config_text,
     configurable,
     environment,
+    shown_settings,
     two_values,
 )
 
@@ -59,9 +63,10 @@ def texts(text: str) -> dict[str, object]:
     return values
 
 
-def expected(command: SettingsCommand, which: int) -> dict[str, str]:
+def expected(command: TyperCommand, which: int) -> dict[str, str]:
     return {
-        option.name.replace("_", "-"): two_values(option)[which] for option in settings_of(command)
+        option.name.replace("_", "-"): two_values(option)[which]
+        for option in shown_settings(command)
     }
 
 
@@ -84,7 +89,7 @@ def test_of_two_sources_of_every_option_the_higher_counts(
     capsys: pytest.CaptureFixture[str],
 ):
     command = configurable()[name]
-    given = [name]
+    given = name.split()
     for which, source in enumerate((high, low)):
         if source == "command line":
             given += arguments(command, which)
@@ -176,6 +181,29 @@ def test_a_refused_setting_of_a_file_is_named_with_its_place(
     assert words in error
     assert "c.yaml" in error
     assert "line 2" in error
+
+
+def test_a_secret_is_neither_dumped_nor_quoted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def ask(
+        secret: Annotated[int, typer.Option(hide_input=True)] = 0,
+        inner: Annotated[int, typer.Option(hidden=True)] = 0,
+        dump_config: options.DumpConfigOption = False,
+    ) -> None:
+        pass
+
+    app = typer.Typer(rich_markup_mode=None)
+    app.command(cls=SettingsCommand)(ask)
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setenv("EPSERVE_SECRET", "1234")
+    assert cli.run(["--dump-config"]) == 0
+    assert capsys.readouterr().out == (
+        "# epserve epserve\n# secret is not shown  # EPSERVE_SECRET\n"
+    )
+    monkeypatch.setenv("EPSERVE_SECRET", "hidden words")
+    assert cli.run([]) == 2
+    assert capsys.readouterr().err.endswith(" (EPSERVE_SECRET=(not shown))\n")
 
 
 def test_a_refused_variable_is_named(

@@ -18,7 +18,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert cli.run([command, "--help"]) == 0
+    assert cli.run([*command.split(), "--help"]) == 0
     return capsys.readouterr().out
 
 
