@@ -89,7 +89,9 @@ def origin(ctx: "Context", option: TyperOption) -> str | None:
 
 
 def _is_setting(parameter: "Parameter") -> TypeGuard[TyperOption]:
-    return isinstance(parameter, TyperOption) and not (parameter.is_eager or parameter.hidden)
+    if not isinstance(parameter, TyperOption) or not parameter.expose_value:
+        return False
+    return not (parameter.is_eager or parameter.hidden)
 
 
 def _takes(option: TyperOption) -> Takes:
