@@ -12,19 +12,20 @@ from typing import Annotated
 
 import typer
 
+from epserve import generate_options as g
 from epserve import options as o
 from epserve import process_commands
+from epserve.from_options import parallel_from, settings_from
 from epserve.parent_death import die_with_parent
-from moe_core.config.parallel import ParallelConfig
+from epserve.settings_command import SettingsCommand
 from moe_core.errors import ConfigError, EpserveError
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
 
 app = typer.Typer(
     help="Serves Mixture-of-Experts models with attention and experts on two independent tiers.",
-    add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,  # its tables cut long option names on narrow terminals
+    rich_markup_mode=None,  # its tables cut long option names: SettingsCommand writes the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -34,7 +35,7 @@ def _all_commands(debug: o.DebugOption = False) -> None:
     """Serves Mixture-of-Experts models with attention and experts on two independent tiers."""
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def demo(debug: o.DebugOption = False) -> None:
     """Run a small bundled model here; shows what happens."""
     from epserve.demo import demo as run_demo
@@ -42,8 +43,9 @@ def demo(debug: o.DebugOption = False) -> None:
     run_demo()
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def serve(
+    context: typer.Context,
     model: o.ModelOption,
     attn_devices: o.AttnDevicesOption = 1,
     dp_size: o.DpSizeOption = 1,
@@ -65,93 +67,49 @@ def serve(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Serve a model, all processes on this machine."""
     from epserve.launch_plan import ClusterSettings
     from epserve.serve import serve as run_serve
 
-    parallel = ParallelConfig(
-        attn_devices=attn_devices,
-        expert_devices=expert_devices,
-        dp_size=dp_size,
-        ep_size=ep_size,
-        enable_mla=enable_mla,
-        expert_parallel_degree=expert_parallel_degree,
-        num_redundant_experts=num_redundant_experts,
-        shared_experts=shared_experts,
-        colocated=colocated,
-    )
     run_serve(
-        ClusterSettings(
-            model=model.absolute(),
-            parallel=parallel,
-            transport=transport,
-            device=device,
-            dtype=dtype,
-            host=host,
-            grpc_port=grpc_port,
-            kv_cache_tokens=kv_cache_tokens,
-            kv_cache_memory=kv_cache_memory,
-            memory_utilization=memory_utilization,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            microbatches=microbatches,
-            debug=debug,
+        settings_from(
+            context, ClusterSettings, model=model.absolute(), parallel=parallel_from(context)
         )
     )
 
 
-app.command()(process_commands.gateway)
-app.command()(process_commands.attn)
-app.command()(process_commands.expert)
+for process_command in (process_commands.gateway, process_commands.attn, process_commands.expert):
+    app.command(cls=SettingsCommand)(process_command)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def generate(
     target: o.TargetOption = o.DEFAULT_TARGET,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_ids: Annotated[
-        str | None, typer.Option(help="Token ids to continue, as in 1,2,3.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to generate at most. Default: what fits.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 takes the likeliest token. Default: 1.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Smallest set with this mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest; 0: all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only those this likely, relative to the likeliest.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Repeats a random choice.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text to stop at; repeatable.")] = None,
-    stop_token_ids: Annotated[
-        str | None, typer.Option(help="Token ids to stop at, as in 1,2,3.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")
-    ] = False,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: less of what was there, prompt included.")
-    ] = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: less of what was generated.")
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, typer.Option(help="Above 0: less of it, the more often it was.")
-    ] = None,
-    logprobs: Annotated[
-        int | None, typer.Option(help="With --json: logprobs, and of so many likeliest tokens.")
-    ] = None,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(help="Token id and what to add to its logit, as in 15=-2.5; repeatable."),
-    ] = None,
-    min_tokens: Annotated[int | None, typer.Option(help="No stopping before so many.")] = None,
-    n: Annotated[int | None, typer.Option(help="Completions of the prompt. Default: 1.")] = None,
+    prompt: g.PromptOption = None,
+    prompt_ids: g.PromptIdsOption = None,
+    max_tokens: g.MaxTokensOption = None,
+    temperature: g.TemperatureOption = None,
+    top_p: g.TopPOption = None,
+    top_k: g.TopKOption = None,
+    min_p: g.MinPOption = None,
+    seed: g.SeedOption = None,
+    stop: g.StopOption = None,
+    stop_token_ids: g.StopTokenIdsOption = None,
+    ignore_eos: g.IgnoreEosOption = False,
+    repetition_penalty: g.RepetitionPenaltyOption = None,
+    presence_penalty: g.PresencePenaltyOption = None,
+    frequency_penalty: g.FrequencyPenaltyOption = None,
+    logprobs: g.LogprobsOption = None,
+    logit_bias: g.LogitBiasOption = None,
+    min_tokens: g.MinTokensOption = None,
+    n: g.NumChoicesOption = None,
     json: o.JsonOption = False,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Generate completions of a prompt, printed as they come."""
@@ -170,26 +128,28 @@ def generate(
         min_p=min_p,
         seed=seed,
         stop=tuple(stop or ()),
-        stop_token_ids=o.token_ids("stop_token_ids", stop_token_ids),
+        stop_token_ids=g.token_ids("stop_token_ids", stop_token_ids),
         ignore_eos=ignore_eos,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logprobs=logprobs,
-        logit_bias=o.logit_bias(logit_bias or ()),
+        logit_bias=g.logit_bias(logit_bias or ()),
         min_tokens=min_tokens,
         n=n,
     )
-    ids = o.token_ids("prompt_ids", prompt_ids)
+    ids = g.token_ids("prompt_ids", prompt_ids)
     finished = run_generate(target, ids if prompt is None else prompt, sampling, as_json=json)
     if not finished:
         raise EpserveError("interrupted")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def status(
     target: o.TargetOption = o.DEFAULT_TARGET,
     json: o.JsonOption = False,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Show a cluster's processes and links."""
@@ -198,7 +158,7 @@ def status(
     run_status(target, as_json=json)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def manifest(
     directory: Annotated[Path, typer.Argument(help="Model directory.")],
     debug: o.DebugOption = False,
@@ -245,5 +205,6 @@ def run(arguments: Sequence[str]) -> int:
 def _complain(message: str, status: int, error: BaseException, state: o.CliState) -> int:
     if state.debug:
         traceback.print_exception(error)
-    print(f"epserve: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    print(f"epserve: {' '.join((message + notes).split())}", file=sys.stderr, flush=True)
     return status

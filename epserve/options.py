@@ -1,16 +1,21 @@
-"""The command line's options, each defined once: flag, type and help.
+"""The command line's options, each defined once: flag, type, help and the heading it stands under.
 
-Knows names and help texts; knows nothing of what a value leads to.
+Knows names and help texts; knows nothing of what a value leads to. Every option is also an
+EPSERVE_ variable and a key of a --config file, without doing anything for it: see
+epserve.settings_command. Those that are `is_eager` are not: they are about the others. A secret has
+`hide_input`: it is not shown again.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from epserve.environment import variable_of
+from epserve.settings_command import read_settings
 from moe_core.config.kv_cache_size import parse_bytes
 from moe_core.errors import ConfigError
 from moe_core.service.addresses import split_address
@@ -21,6 +26,8 @@ DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
 MAX_PORT = 65_535
 
+MODEL, PARALLEL, CACHE = "Model", "Parallel layout", "Cache and scheduling"
+NETWORK, LOGGING = "Network", "Logging"
 
 Transport = Literal["auto", "nixl", "grpc"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16"]
@@ -40,6 +47,12 @@ def _note_debug(context: typer.Context, debug: bool) -> bool:
     if debug:
         context.ensure_object(CliState).debug = True
     return debug
+
+
+def _read_config(context: typer.Context, config: Path | None) -> Path | None:
+    if config is not None and not context.resilient_parsing:
+        read_settings(context, config)
+    return config
 
 
 def _at_least(
@@ -62,63 +75,115 @@ def _address(parameter: typer.CallbackParam, value: str) -> str:
 
 
 ModelOption = Annotated[
-    Path, typer.Option(help="Hugging Face directory: config.json, *.safetensors, tokenizer.json.")
+    Path,
+    typer.Option(
+        help="Hugging Face directory: config.json, *.safetensors, tokenizer.json.",
+        rich_help_panel=MODEL,
+    ),
+]
+ModelNameOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What clients call the model. Default: its directory.", rich_help_panel=MODEL
+    ),
 ]
 DebugOption = Annotated[
-    bool, typer.Option("--debug", callback=_note_debug, help="Log more; show tracebacks.")
+    bool,
+    typer.Option(
+        "--debug", callback=_note_debug, help="Log more; show tracebacks.", rich_help_panel=LOGGING
+    ),
 ]
 TransportOption = Annotated[
-    Transport, typer.Option(help="How tensors travel between the tiers. auto: nixl, else grpc.")
+    Transport,
+    typer.Option(
+        help="How tensors travel between the tiers. auto: nixl, else grpc.", rich_help_panel=NETWORK
+    ),
 ]
 DtypeOption = Annotated[
-    Dtype, typer.Option(help="Type of weights and activations. auto: the checkpoint's.")
+    Dtype,
+    typer.Option(
+        help="Type of weights and activations. auto: the checkpoint's.", rich_help_panel=MODEL
+    ),
 ]
 DeviceKindOption = Annotated[
-    DeviceKind, typer.Option(help="auto: CUDA where there is a device, else the CPU.")
+    DeviceKind,
+    typer.Option(help="auto: CUDA where there is a device, else the CPU.", rich_help_panel=MODEL),
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)
+]
+HostOption = Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=NETWORK)]
 GrpcPortOption = Annotated[
     int,
-    typer.Option(callback=_at_least(0, MAX_PORT), help="The gateway's gRPC port; 0: any free one."),
+    typer.Option(
+        callback=_at_least(0, MAX_PORT),
+        help="The gateway's gRPC port; 0: any free one.",
+        rich_help_panel=NETWORK,
+    ),
 ]
 WorkerPortOption = Annotated[
     int,
-    typer.Option(callback=_at_least(0, MAX_PORT), help="This process's own port; 0: any free one."),
+    typer.Option(
+        callback=_at_least(0, MAX_PORT),
+        help="This process's own port; 0: any free one.",
+        rich_help_panel=NETWORK,
+    ),
 ]
 GatewayOption = Annotated[
-    str, typer.Option(callback=_address, help="HOST:PORT of the gateway to register with.")
+    str,
+    typer.Option(
+        callback=_address,
+        help="HOST:PORT of the gateway to register with.",
+        rich_help_panel=NETWORK,
+    ),
 ]
 AdvertiseOption = Annotated[
     str | None,
-    typer.Option(help="HOST or HOST:PORT where peers reach this process, if not where it listens."),
+    typer.Option(
+        help="HOST or HOST:PORT where peers reach this process, if not where it listens.",
+        rich_help_panel=NETWORK,
+    ),
 ]
 RankOption = Annotated[
     int | None,
     typer.Option(
         callback=_at_least(0),
         help="Rank in its tier; by default the gateway gives the lowest free.",
+        rich_help_panel=PARALLEL,
     ),
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(callback=_at_least(1), help="Threads that one tensor operation may use."),
+    typer.Option(
+        callback=_at_least(1),
+        help="Threads that one tensor operation may use.",
+        rich_help_panel=MODEL,
+    ),
 ]
-AttnDevicesOption = Annotated[int, typer.Option(help="Processes of the attention tier.")]
+AttnDevicesOption = Annotated[
+    int, typer.Option(help="Processes of the attention tier.", rich_help_panel=PARALLEL)
+]
 DpSizeOption = Annotated[
     int,
-    typer.Option(help="Data parallelism of attention; tp = attn devices / dp."),
+    typer.Option(
+        help="Data parallelism of attention; tp = attn devices / dp.", rich_help_panel=PARALLEL
+    ),
 ]
-ExpertDevicesOption = Annotated[int, typer.Option(help="Processes of the expert tier.")]
+ExpertDevicesOption = Annotated[
+    int, typer.Option(help="Processes of the expert tier.", rich_help_panel=PARALLEL)
+]
 EpSizeOption = Annotated[
     int,
-    typer.Option(help="Expert parallelism; expert tp = expert devices / ep."),
+    typer.Option(
+        help="Expert parallelism; expert tp = expert devices / ep.", rich_help_panel=PARALLEL
+    ),
 ]
 DegreeOption = Annotated[
     int | None,
     typer.Option(
         help="0: off, 1: broadcast to all, 2: only to who holds a chosen expert. "
-        "Default: 0 if ep size is 1, else 1."
+        "Default: 0 if ep size is 1, else 1.",
+        rich_help_panel=PARALLEL,
     ),
 ]
 EnableMlaOption = Annotated[
@@ -126,15 +191,23 @@ EnableMlaOption = Annotated[
     typer.Option(
         "--enable-mla/--no-enable-mla",
         help="Compressed KV cache, or keys and values per head. Default: as the model.",
+        rich_help_panel=PARALLEL,
     ),
 ]
-RedundantOption = Annotated[int, typer.Option(help="Extra copies of experts per layer.")]
+RedundantOption = Annotated[
+    int, typer.Option(help="Extra copies of experts per layer.", rich_help_panel=PARALLEL)
+]
 SharedExpertsOption = Annotated[
-    SharedExpertsOn, typer.Option(help="Tier that runs the shared expert.")
+    SharedExpertsOn,
+    typer.Option(help="Tier that runs the shared expert.", rich_help_panel=PARALLEL),
 ]
 ColocatedOption = Annotated[
     bool,
-    typer.Option("--colocated", help="Put attention rank i and expert rank i on device i."),
+    typer.Option(
+        "--colocated",
+        help="Put attention rank i and expert rank i on device i.",
+        rich_help_panel=PARALLEL,
+    ),
 ]
 KvCacheTokensOption = Annotated[
     int | None,
@@ -142,12 +215,16 @@ KvCacheTokensOption = Annotated[
         callback=_at_least(1),
         help="Tokens that one attention process's KV cache holds. "
         "Default: what --max-num-seqs full contexts need, but at most 65536.",
+        rich_help_panel=CACHE,
     ),
 ]
 KvCacheMemoryOption = Annotated[
     int | None,
     typer.Option(
-        parser=parse_bytes, metavar="BYTES", help="The same in memory per process, as in 2GiB."
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="The same in memory per process, as in 2GiB.",
+        rich_help_panel=CACHE,
     ),
 ]
 MemoryUtilizationOption = Annotated[
@@ -155,43 +232,48 @@ MemoryUtilizationOption = Annotated[
     typer.Option(
         help="The same as a part (0 to 1): of a GPU's memory, with all that is in use beside it; "
         "of the memory that a CPU process finds available once its weights are loaded. "
-        "What is left is for activations."
+        "What is left is for activations.",
+        rich_help_panel=CACHE,
     ),
 ]
-BlockSizeOption = Annotated[int, typer.Option(callback=_at_least(1), help="Tokens per KV block.")]
+BlockSizeOption = Annotated[
+    int, typer.Option(callback=_at_least(1), help="Tokens per KV block.", rich_help_panel=CACHE)
+]
 MaxNumSeqsOption = Annotated[
-    int, typer.Option(callback=_at_least(1), help="Sequences that one step computes at most.")
+    int,
+    typer.Option(
+        callback=_at_least(1),
+        help="Sequences that one step computes at most.",
+        rich_help_panel=CACHE,
+    ),
 ]
 MicrobatchesOption = Annotated[
     Microbatches,
     typer.Option(
         help="Parts of a step that take turns: one computes attention while others wait for their "
-        "experts. auto: 2 for steps of many tokens where each tier has devices of its own, else 1."
+        "experts. auto: 2 for steps of many tokens where each tier has devices of its own, else 1.",
+        rich_help_panel=CACHE,
     ),
 ]
-TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]
+TargetOption = Annotated[
+    str, typer.Option(callback=_address, help="HOST:PORT of a gateway.", rich_help_panel=NETWORK)
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        callback=_read_config,
+        envvar=variable_of("config"),
+        is_eager=True,
+        help="YAML file of settings, named as the long options. What the command line or the "
+        "environment sets as well is theirs.",
+    ),
+]
+DumpConfigOption = Annotated[
+    bool,
+    typer.Option(
+        "--dump-config",
+        is_eager=True,
+        help="Print the settings as YAML for --config, with where each came from; start nothing.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def token_ids(option: str, text: str | None) -> tuple[int, ...]:
-    """Token ids separated by commas; none where the option was not given. Raises ConfigError."""
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise ConfigError(option, text, "must be token ids separated by commas", ["1,2,3"])
-    return tuple(map(int, parts))
-
-
-def logit_bias(texts: Sequence[str]) -> dict[int, float]:
-    """Each as in 15=-2.5: a token id and what is added to its logit. Raises ConfigError."""
-    biases: dict[int, float] = {}
-    for text in texts:
-        token_id, _, bias = text.partition("=")
-        try:
-            biases[int(token_id)] = float(bias)
-        except ValueError:
-            raise ConfigError(
-                "logit_bias", text, "must be a token id, = and a number", ["15=-2.5"]
-            ) from None
-    return biases

@@ -4,15 +4,14 @@ Knows how their options become each service's settings. The services are importe
 them runs, so that the gateway starts without torch.
 """
 
-from typing import Annotated
-
 import typer
 
 from epserve import options as o
-from moe_core.config.parallel import ParallelConfig
+from epserve.from_options import parallel_from, settings_from
 
 
 def gateway(
+    context: typer.Context,
     model: o.ModelOption,
     attn_devices: o.AttnDevicesOption = 1,
     dp_size: o.DpSizeOption = 1,
@@ -23,35 +22,25 @@ def gateway(
     num_redundant_experts: o.RedundantOption = 0,
     shared_experts: o.SharedExpertsOption = "attention",
     colocated: o.ColocatedOption = False,
-    model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model. Default: its directory.")
-    ] = None,
+    model_name: o.ModelNameOption = None,
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run the gateway of a cluster."""
     from gateway.process import GatewaySettings, main
 
-    parallel = ParallelConfig(
-        attn_devices=attn_devices,
-        expert_devices=expert_devices,
-        dp_size=dp_size,
-        ep_size=ep_size,
-        enable_mla=enable_mla,
-        expert_parallel_degree=expert_parallel_degree,
-        num_redundant_experts=num_redundant_experts,
-        shared_experts=shared_experts,
-        colocated=colocated,
-    )
     _configure_logging(debug)
-    settings = GatewaySettings(
-        model=model, host=host, port=grpc_port, parallel=parallel, model_name=model_name
+    settings = settings_from(
+        context, GatewaySettings, port=grpc_port, parallel=parallel_from(context)
     )
     raise typer.Exit(main(settings))
 
 
 def attn(
+    context: typer.Context,
     model: o.ModelOption,
     gateway: o.GatewayOption = o.DEFAULT_TARGET,
     host: o.HostOption = "127.0.0.1",
@@ -68,34 +57,19 @@ def attn(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     threads: o.ThreadsOption = None,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run one process of the attention tier."""
     from attn_service.process import AttnSettings, main
 
     _configure_logging(debug)
-    settings = AttnSettings(
-        gateway=gateway,
-        model=model,
-        host=host,
-        port=port,
-        advertise_address=advertise_address,
-        rank=rank,
-        device=device,
-        dtype=dtype,
-        transport=transport,
-        kv_cache_tokens=kv_cache_tokens,
-        kv_cache_memory=kv_cache_memory,
-        memory_utilization=memory_utilization,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        microbatches=microbatches,
-        threads=threads,
-    )
-    raise typer.Exit(main(settings))
+    raise typer.Exit(main(settings_from(context, AttnSettings)))
 
 
 def expert(
+    context: typer.Context,
     model: o.ModelOption,
     gateway: o.GatewayOption = o.DEFAULT_TARGET,
     host: o.HostOption = "127.0.0.1",
@@ -106,25 +80,15 @@ def expert(
     dtype: o.DtypeOption = "auto",
     transport: o.TransportOption = "auto",
     threads: o.ThreadsOption = None,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run one process of the expert tier."""
     from expert_service.process import ExpertSettings, main
 
     _configure_logging(debug)
-    settings = ExpertSettings(
-        gateway=gateway,
-        model=model,
-        host=host,
-        port=port,
-        advertise_address=advertise_address,
-        rank=rank,
-        device=device,
-        dtype=dtype,
-        transport=transport,
-        threads=threads,
-    )
-    raise typer.Exit(main(settings))
+    raise typer.Exit(main(settings_from(context, ExpertSettings)))
 
 
 def _configure_logging(debug: bool) -> None:

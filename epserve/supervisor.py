@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
+from epserve.environment import without_settings
 from epserve.parent_death import PARENT_PID_VARIABLE
 from moe_core.errors import EpserveError
 
@@ -63,7 +64,8 @@ def _cancelled_twice() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """One process to run. `environment` is added to ours; lower stages are stopped first."""
+    """One process to run. `environment` is added to ours, of which the EPSERVE_ variables are
+    left out: they are what we were told, not the child. Lower stages are stopped first."""
 
     name: str
     command: tuple[str, ...]
@@ -159,7 +161,11 @@ class Supervisor:
         # children are stopped once and in order.
         process = await asyncio.create_subprocess_exec(
             *spec.command,
-            env={**os.environ, **spec.environment, PARENT_PID_VARIABLE: str(os.getpid())},
+            env={
+                **without_settings(os.environ),
+                **spec.environment,
+                PARENT_PID_VARIABLE: str(os.getpid()),
+            },
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

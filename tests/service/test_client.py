@@ -8,6 +8,7 @@ from epserve.client import EpserveClient, Output, Sampling, Usage
 from moe_core.cluster import MemberState, Role
 from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError
 from support.fake_attention import FakeAttention
+from support.full_sampling import FULL_SAMPLING
 from support.small_gateway import SmallGateway
 from support.words import word_tokenizer
 
@@ -71,25 +72,7 @@ async def test_a_refused_request_is_a_request_error(gateway: SmallGateway, clien
 async def test_every_sampling_field_arrives(gateway: SmallGateway, client: EpserveClient):
     fake = FakeAttention(count_up)
     await gateway.add_worker(Role.ATTN, fake)
-    sampling = Sampling(
-        max_tokens=9,
-        temperature=0.5,
-        top_p=0.25,
-        top_k=3,
-        min_p=0.125,
-        seed=7,
-        stop=("END",),
-        stop_token_ids=(4, 5),
-        ignore_eos=True,
-        repetition_penalty=1.5,
-        presence_penalty=-2.0,
-        frequency_penalty=2.0,
-        logprobs=20,
-        logit_bias={3: 1.0, 15: -2.5},
-        min_tokens=2,
-        n=2,
-    )
-    outputs = [output async for output in client.generate((5, 6), sampling)]
+    outputs = [output async for output in client.generate((5, 6), FULL_SAMPLING)]
     assert {output.index for output in outputs} == {0, 1}
     told = fake.added[1].sampling
     assert (told.max_tokens, told.min_tokens, told.logprobs, told.seed) == (9, 2, 20, 7)

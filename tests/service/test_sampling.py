@@ -1,22 +1,19 @@
 """Sampling settings from the public interface to a real engine and back, over real gRPC: only
 the model is missing."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import torch
 
-from attn_service.engine import Engine
-from attn_service.kv_blocks import BlockPool
-from attn_service.scheduler import SchedulerConfig
 from attn_service.sequence import Sampling
 from attn_service.servicer import AttentionServicer
 from moe_core.cluster import Role
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
 from support import plain_sampler
 from support.fake_runner import VOCAB, FakeRunner, next_token
+from support.small_engine import running_engine
 from support.small_gateway import SmallGateway
 from support.words import WORDS, word_tokenizer
 
@@ -27,22 +24,14 @@ SEED = 2**63 + 11
 
 @pytest.fixture
 async def gateway() -> AsyncIterator[SmallGateway]:
-    runner = FakeRunner()
-    engine = Engine(
-        runner,
-        BlockPool(64, runner.block_size),
-        SchedulerConfig(max_num_seqs=8, max_step_tokens=16, max_model_len=64),
-        vocab_size=VOCAB,
-        placement_epoch=0,
-    )
     servicer = AttentionServicer()
-    servicer.lead(engine)
-    running = asyncio.create_task(engine.run())
-    async with SmallGateway(tokenizer=word_tokenizer()) as gateway:
+    async with (
+        running_engine(FakeRunner(), budget=16, max_num_seqs=8) as engine,
+        SmallGateway(tokenizer=word_tokenizer()) as gateway,
+    ):
+        servicer.lead(engine)
         await gateway.add_worker(Role.ATTN, servicer)
         yield gateway
-    running.cancel()
-    await asyncio.wait({running})
 
 
 async def choices(gateway: SmallGateway, **sampling: object) -> dict[int, list[Any]]:

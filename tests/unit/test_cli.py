@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from epserve import cli, options
+from epserve import cli
 from epserve.client import Sampling
+from epserve.generate_options import token_ids
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError
+from support.full_sampling import FULL_SAMPLING
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
 COMMANDS = ["demo", "serve", "gateway", "attn", "expert", "generate", "status", "manifest"]
@@ -154,7 +156,7 @@ def test_long_options_are_named_as_the_settings():
 
 
 def test_token_ids_are_read_from_a_comma_separated_list():
-    assert options.token_ids("prompt_ids", "1, 2,3") == (1, 2, 3)
+    assert token_ids("prompt_ids", "1, 2,3") == (1, 2, 3)
 
 
 def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.MonkeyPatch):
@@ -180,31 +182,13 @@ def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.Mon
         "logprobs": "20",
         "logit_bias": "15=-2.5",
         "min_tokens": "2",
-        "n": "3",
+        "n": "2",
     }
     assert {*arguments, "ignore_eos"} == {field.name for field in fields(Sampling)}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     command = ["generate", "--prompt", "x", "--json", "--ignore-eos", "--logit-bias", "3=1"]
     assert cli.run([*command, *options]) == 0
-    sampling = Sampling(
-        max_tokens=9,
-        temperature=0.5,
-        top_p=0.25,
-        top_k=3,
-        min_p=0.125,
-        seed=7,
-        stop=("END",),
-        stop_token_ids=(4, 5),
-        ignore_eos=True,
-        repetition_penalty=1.5,
-        presence_penalty=-2.0,
-        frequency_penalty=2.0,
-        logprobs=20,
-        logit_bias={3: 1.0, 15: -2.5},
-        min_tokens=2,
-        n=3,
-    )
-    assert given == [("x", sampling, True)]
+    assert given == [("x", FULL_SAMPLING, True)]
 
 
 def test_manifest_writes_a_file_beside_the_checkpoint(

@@ -14,6 +14,7 @@ from attn_service.sequence import FinishReason, Sampling, SequenceRequest
 from attn_service.step_times import StepTimes
 from moe_core.errors import PeerLostError, RequestError, UnavailableError
 from support.fake_runner import VOCAB, FakeRunner, continuation
+from support.small_engine import running_engine
 
 TIMEOUT_S = 5.0
 NUM_BLOCKS = 32
@@ -31,21 +32,17 @@ async def running(
     num_blocks: int = NUM_BLOCKS,
     microbatches: MicrobatchRule = ALWAYS_ONE,
 ) -> AsyncIterator[Engine]:
-    engine = Engine(
-        runner,
-        BlockPool(num_blocks, runner.block_size),
-        SchedulerConfig(max_num_seqs=4, max_step_tokens=budget, max_model_len=64),
-        vocab_size=VOCAB,
-        placement_epoch=3,
-        microbatches=microbatches,
-    )
-    task = asyncio.create_task(engine.run())
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            yield engine
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
+    async with (
+        running_engine(
+            runner,
+            budget=budget,
+            num_blocks=num_blocks,
+            placement_epoch=3,
+            microbatches=microbatches,
+        ) as engine,
+        asyncio.timeout(TIMEOUT_S),
+    ):
+        yield engine
 
 
 async def collect(stream: EngineStream) -> dict[str, tuple[list[int], str]]:

@@ -1,19 +1,16 @@
 """What the engine hands to the sampler and puts out of it, and that a resumed sequence goes on."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 import torch
 
 from attn_service.engine import Engine
-from attn_service.kv_blocks import BlockPool
-from attn_service.scheduler import SchedulerConfig
 from attn_service.sequence import Sampling, SequenceOutput, SequenceRequest
 from moe_core.errors import RequestError
 from support import plain_sampler
 from support.fake_runner import VOCAB, FakeRunner, continuation, next_token
+from support.small_engine import running_engine
 
 TIMEOUT_S = 10.0
 PROMPT = (3, 9, 3, 27)
@@ -32,24 +29,6 @@ ALL_KINDS = {
     ),
     "filters": Sampling(max_tokens=24, temperature=2.0, seed=7, top_k=9, top_p=0.8),
 }
-
-
-@asynccontextmanager
-async def running() -> AsyncIterator[Engine]:
-    runner = FakeRunner()
-    engine = Engine(
-        runner,
-        BlockPool(64, runner.block_size),
-        SchedulerConfig(max_num_seqs=4, max_step_tokens=8, max_model_len=64),
-        vocab_size=VOCAB,
-        placement_epoch=0,
-    )
-    task = asyncio.create_task(engine.run())
-    try:
-        yield engine
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
 
 
 async def outputs_of(engine: Engine, *requests: SequenceRequest) -> dict[str, list[SequenceOutput]]:
@@ -84,7 +63,7 @@ def expected_tokens(sampling: Sampling) -> list[int]:
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 async def test_every_sequence_of_a_mixed_batch_gets_the_plain_formulas_tokens(kind: str) -> None:
-    async with running() as engine:
+    async with running_engine(FakeRunner()) as engine:
         requests = [SequenceRequest(name, PROMPT, s) for name, s in ALL_KINDS.items()]
         outputs = await outputs_of(engine, *requests)
     assert tokens_of(outputs[kind]) == expected_tokens(ALL_KINDS[kind])
@@ -94,11 +73,11 @@ async def test_every_sequence_of_a_mixed_batch_gets_the_plain_formulas_tokens(ki
 @pytest.mark.parametrize("kind", ALL_KINDS)
 async def test_a_sequence_that_is_resumed_elsewhere_goes_on_with_the_same_tokens(kind: str) -> None:
     sampling = ALL_KINDS[kind]
-    async with running() as engine:
+    async with running_engine(FakeRunner()) as engine:
         whole = (await outputs_of(engine, SequenceRequest("whole", PROMPT, sampling)))["whole"]
     tokens = tokens_of(whole)
     for count in (1, 7, len(tokens) - 1):
-        async with running() as elsewhere:
+        async with running_engine(FakeRunner()) as elsewhere:
             request = SequenceRequest("rest", PROMPT, sampling, output_ids=tuple(tokens[:count]))
             rest = (await outputs_of(elsewhere, request))["rest"]
         assert tokens_of(rest) == tokens[count:]
@@ -106,7 +85,7 @@ async def test_a_sequence_that_is_resumed_elsewhere_goes_on_with_the_same_tokens
 
 
 async def test_what_can_not_be_resumed_is_refused_with_the_numbers() -> None:
-    async with running() as engine:
+    async with running_engine(FakeRunner()) as engine:
         stream = engine.open_stream()
         done = SequenceRequest("s", PROMPT, Sampling(max_tokens=2), output_ids=(4, 5))
         with pytest.raises(RequestError, match="2 tokens have been generated already"):
@@ -118,7 +97,7 @@ async def test_what_can_not_be_resumed_is_refused_with_the_numbers() -> None:
 
 async def test_logprobs_are_those_of_the_raw_logits_for_sequences_that_ask() -> None:
     asked = Sampling(max_tokens=4, logprobs=2, logit_bias=((8, 50.0),))
-    async with running() as engine:
+    async with running_engine(FakeRunner()) as engine:
         outputs = await outputs_of(
             engine,
             SequenceRequest("asked", PROMPT, asked),

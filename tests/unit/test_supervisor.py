@@ -136,6 +136,21 @@ async def test_output_is_relayed_line_by_line_with_the_childs_name():
     assert lines.seen == [("x", "100%"), ("x", "last line without an end")]
 
 
+async def test_a_child_gets_our_environment_without_our_settings(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EPSERVE_DP_SIZE", "2")
+    monkeypatch.setenv("EPSERVE_CONFIG", "cluster.yaml")
+    monkeypatch.setenv("OTHER_VARIABLE", "kept")
+    program = (
+        "import os; names = {'OTHER_VARIABLE', *(n for n in os.environ if 'EPSERVE' in n)};"
+        "print(sorted((name, os.environ[name]) for name in names))"
+    )
+    command = (sys.executable, "-c", program)
+    lines = Lines()
+    found = [(PARENT_PID_VARIABLE, str(os.getpid())), ("EPSERVE_RANK", "1")]
+    async with Supervisor([ChildSpec("x", command, {"EPSERVE_RANK": "1"})], lines):
+        await lines.wait_for(str([*found, ("OTHER_VARIABLE", "kept")]))
+
+
 async def test_a_command_that_cannot_be_started_stops_the_others():
     lines = Lines()
     supervisor = Supervisor([child("a", SLEEP), ChildSpec("b", ("/nonexistent/program",))], lines)

@@ -1,0 +1,40 @@
+"""A real engine over FakeRunner: small, with a scheduler whose limits a few tokens reach."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from attn_service.engine import Engine
+from attn_service.kv_blocks import BlockPool
+from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
+from attn_service.scheduler import SchedulerConfig
+from support.fake_runner import VOCAB, FakeRunner
+
+MAX_MODEL_LEN = 64
+
+
+@asynccontextmanager
+async def running_engine(
+    runner: FakeRunner,
+    *,
+    budget: int = 8,
+    num_blocks: int = 64,
+    max_num_seqs: int = 4,
+    placement_epoch: int = 0,
+    microbatches: MicrobatchRule = ALWAYS_ONE,
+) -> AsyncIterator[Engine]:
+    """`budget`: tokens of a step. The engine stops when the context is left."""
+    engine = Engine(
+        runner,
+        BlockPool(num_blocks, runner.block_size),
+        SchedulerConfig(max_num_seqs, budget, MAX_MODEL_LEN),
+        vocab_size=VOCAB,
+        placement_epoch=placement_epoch,
+        microbatches=microbatches,
+    )
+    task = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        task.cancel()
+        await asyncio.wait({task})

@@ -1,0 +1,142 @@
+"""What each process command hands to its service, from all that can be set."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from attn_service.settings import AttnSettings
+from epserve import cli, process_commands
+from epserve.launch_plan import ClusterSettings
+from expert_service.process import ExpertSettings
+from gateway.process import GatewaySettings
+from moe_core.config.parallel import ParallelConfig
+
+Run = Callable[[str, str, str], object]
+PARALLEL = """
+attn-devices: 2
+dp-size: 2
+expert-devices: 2
+ep-size: 2
+expert-parallel-degree: 2
+enable-mla: false
+num-redundant-experts: 3
+shared-experts: expert
+colocated: true
+"""
+CUT = ParallelConfig(
+    attn_devices=2,
+    dp_size=2,
+    expert_devices=2,
+    ep_size=2,
+    expert_parallel_degree=2,
+    enable_mla=False,
+    num_redundant_experts=3,
+    shared_experts="expert",
+    colocated=True,
+)
+WORKER = """
+model: m
+gateway: far:7
+host: 0.0.0.0
+port: 8
+advertise-address: near:8
+rank: 1
+device: cuda:1
+dtype: bfloat16
+transport: grpc
+threads: 2
+"""
+CACHE = """
+kv-cache-memory: 1KiB
+max-num-seqs: 5
+block-size: 32
+microbatches: 2
+"""
+
+
+@pytest.fixture
+def settings_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """What the function at a dotted path is called with when a command runs with a file."""
+    monkeypatch.setattr(process_commands, "_configure_logging", lambda _debug: None)
+
+    def run(command: str, function: str, content: str) -> object:
+        given: list[object] = []
+        monkeypatch.setattr(function, lambda settings: given.append(settings) or 0)
+        (tmp_path / "c.yaml").write_text(content)
+        assert cli.run([command, "--config", str(tmp_path / "c.yaml")]) == 0
+        return given.pop()
+
+    return run
+
+
+def test_the_gateway_gets_its_settings(settings_of_run: Run):
+    content = f"{PARALLEL}model: m\nhost: 0.0.0.0\ngrpc-port: 7\nmodel-name: other\n"
+    assert settings_of_run("gateway", "gateway.process.main", content) == GatewaySettings(
+        model=Path("m"), host="0.0.0.0", port=7, parallel=CUT, model_name="other"
+    )
+
+
+def test_an_attention_process_gets_its_settings(settings_of_run: Run):
+    assert settings_of_run("attn", "attn_service.process.main", WORKER + CACHE) == AttnSettings(
+        gateway="far:7",
+        model=Path("m"),
+        host="0.0.0.0",
+        port=8,
+        advertise_address="near:8",
+        rank=1,
+        device="cuda:1",
+        dtype="bfloat16",
+        transport="grpc",
+        kv_cache_memory=1024,
+        block_size=32,
+        max_num_seqs=5,
+        microbatches="2",
+        threads=2,
+    )
+
+
+def test_an_expert_process_gets_its_settings(settings_of_run: Run):
+    assert settings_of_run("expert", "expert_service.process.main", WORKER) == ExpertSettings(
+        gateway="far:7",
+        model=Path("m"),
+        host="0.0.0.0",
+        port=8,
+        advertise_address="near:8",
+        rank=1,
+        device="cuda:1",
+        dtype="bfloat16",
+        transport="grpc",
+        threads=2,
+    )
+
+
+def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
+    content = f"{PARALLEL}{CACHE}model: m\ntransport: grpc\ndevice: cpu\ndtype: float32\n"
+    content += "host: 0.0.0.0\ngrpc-port: 7\ndebug: true\n"
+    assert settings_of_run("serve", "epserve.serve.serve", content) == ClusterSettings(
+        model=Path("m").absolute(),
+        parallel=CUT,
+        transport="grpc",
+        device="cpu",
+        dtype="float32",
+        host="0.0.0.0",
+        grpc_port=7,
+        kv_cache_memory=1024,
+        block_size=32,
+        max_num_seqs=5,
+        microbatches="2",
+        debug=True,
+    )
+
+
+@pytest.mark.parametrize("size", ["kv-cache-tokens: 640", "memory-utilization: 0.5"])
+def test_the_size_of_the_kv_cache_may_be_given_otherwise(size: str, settings_of_run: Run):
+    settings = settings_of_run("attn", "attn_service.process.main", f"model: m\n{size}\n")
+    name, value = size.replace("-", "_").split(": ")
+    assert str(getattr(settings, name)) == value
+
+
+def test_every_parallel_setting_was_tried():
+    assert all(getattr(CUT, field.name) != field.default for field in fields(ParallelConfig))
