@@ -65,6 +65,7 @@ def serve(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     debug: o.DebugOption = False,
 ) -> None:
     """Serve a model, all processes on this machine."""
@@ -97,6 +98,7 @@ def serve(
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             microbatches=microbatches,
+            max_queued_requests=max_queued_requests,
             debug=debug,
         )
     )

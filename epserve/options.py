@@ -19,6 +19,7 @@ DEFAULT_GRPC_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_MAX_QUEUED_REQUESTS = 1024
 MAX_PORT = 65_535
 
 
@@ -167,6 +168,13 @@ MicrobatchesOption = Annotated[
     typer.Option(
         help="Parts of a step that take turns: one computes attention while others wait for their "
         "experts. auto: 2 for steps of many tokens where each tier has devices of its own, else 1."
+    ),
+]
+MaxQueuedRequestsOption = Annotated[
+    int,
+    typer.Option(
+        callback=_at_least(0),
+        help="Requests that may wait in the gateway for a place; what comes beyond is refused.",
     ),
 ]
 TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]

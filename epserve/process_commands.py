@@ -26,11 +26,13 @@ def gateway(
     model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: its directory.")
     ] = None,
+    max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
     debug: o.DebugOption = False,
 ) -> None:
     """Run the gateway of a cluster."""
+    from gateway.entrance import QueueLimits
     from gateway.process import GatewaySettings, main
 
     parallel = ParallelConfig(
@@ -46,7 +48,12 @@ def gateway(
     )
     _configure_logging(debug)
     settings = GatewaySettings(
-        model=model, host=host, port=grpc_port, parallel=parallel, model_name=model_name
+        model=model,
+        host=host,
+        port=grpc_port,
+        parallel=parallel,
+        model_name=model_name,
+        limits=QueueLimits(max_requests=max_queued_requests),
     )
     raise typer.Exit(main(settings))
 

@@ -3,6 +3,7 @@
 Knows gRPC's options and status names. Knows no service and no message.
 """
 
+import math
 from collections.abc import Sequence
 
 import grpc
@@ -13,9 +14,11 @@ from moe_core.errors import (
     NotFoundError,
     PeerTimeoutError,
     RequestError,
+    TooManyRequestsError,
     UnavailableError,
 )
 
+RETRY_AFTER = "retry-after"  # trailing metadata of TooManyRequestsError: whole seconds
 MAX_MESSAGE_BYTES = 64 * 2**20
 KEEPALIVE_TIME_MS = 2_000
 # A frozen peer is noticed after time + timeout. Without `ping_timeout_ms` gRPC waits a minute,
@@ -65,6 +68,13 @@ def status_code(error: EpserveError) -> grpc.StatusCode:
     return grpc.StatusCode[error.code]
 
 
+def trailing_metadata(error: EpserveError) -> tuple[tuple[str, str], ...]:
+    """What is said of `error` beside its status and message."""
+    if not isinstance(error, TooManyRequestsError):
+        return ()
+    return ((RETRY_AFTER, str(max(1, math.ceil(error.retry_after_s)))),)
+
+
 def error_from_status(code: str, message: str) -> EpserveError:
     """The error that a status name and its message stand for."""
     classes: dict[str, type[EpserveError]] = {
@@ -79,5 +89,9 @@ def error_from_status(code: str, message: str) -> EpserveError:
 
 def error_from_rpc(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
     """The error of a failed call; `doing` says what was being done, and to whom."""
-    details = error.details() or "no details given"
-    return error_from_status(error.code().name, f"{doing}: {details}")
+    message = f"{doing}: {error.details() or 'no details given'}"
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        for name, value in error.trailing_metadata() or ():
+            if name == RETRY_AFTER and str(value).isdecimal():
+                return TooManyRequestsError(message, float(value))
+    return error_from_status(error.code().name, message)
