@@ -4,9 +4,9 @@ Knows callers, their weights and the tokens charged to them. Knows no clock, no 
 what is queued.
 
 Each caller has a counter of the tokens it was charged, divided by its weight; next is the waiting
-caller whose counter is lowest. Tokens are charged as they are served, so nobody has to guess how long
-an answer will be. A caller that joins the waiting ones is lifted to the lowest counter among them:
-who was idle has saved up nothing, and who was served while nobody waited owes nothing for it.
+caller whose counter is lowest. Tokens are charged as they are served, so nobody has to guess how
+long an answer will be. A caller that joins the waiting ones is lifted to the lowest counter among
+them, or to that of the last who waited: who was idle has saved up nothing.
 """
 
 from bisect import bisect_left, insort

@@ -1,8 +1,8 @@
 """Threads for work that would hold up the event loop; callers take turns at them.
 
-Knows callers and the size of each piece of work. A few slots, because the loop needs a core too, and
-handed out fairly, because whoever floods the gateway with long texts must not hold up another's short
-one.
+Knows callers and the size of each piece of work. A few slots, because the loop needs a core too,
+and handed out fairly, because whoever floods the gateway with long texts must not hold up another's
+short one.
 """
 
 import asyncio

@@ -6,7 +6,7 @@ what clients send into a GenerationRequest, and Chunks into what clients are sen
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from collections.abc import Sequence as Many
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -43,6 +43,11 @@ class Generator:
         self._room = WaitingRoom(registry, limits)
         self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
         self._live: dict[str, Place | RequestStream] = {}
+
+    @property
+    def under_way(self) -> Collection[str]:
+        """The ids of all requests that wait or run."""
+        return self._live.keys()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """The request's output as it comes, choices interleaved; the last chunk of each has a

@@ -1,10 +1,12 @@
 """How much of each DP group this gateway's requests take up, and who still fits.
 
-Knows what was sent to a group and what has come back. Knows no queue and no caller. A group that is
-given more than it can run queues it itself, first come first served, and whose turn it is would no
-longer be for the gateway to say. So a group is given little more than it can run: a few sequences
-beyond those of a step, to have the next at hand, and prompts only as far as its KV pool holds them
-beside what runs. The group's own reports come too seldom for that; first tokens and ends come at once.
+Knows what was sent to a group and what has come back. Knows no queue and no caller.
+
+A group that is given more than it can run queues it itself, first come first served, and whose turn
+it is would no longer be for the gateway to say. So a group is given little more than it can run: a
+few sequences beyond those of a step, to have the next at hand, and prompts only as far as its KV
+pool holds them beside what runs. The group's own reports come too seldom for that; first tokens and
+ends come at once.
 """
 
 from collections.abc import Iterable

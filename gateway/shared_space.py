@@ -1,7 +1,7 @@
 """Bounded space that callers share so that none can fill it alone.
 
-Knows amounts, of whatever kind. A caller with a key may take more while it holds no more than would
-then be left free: one that floods gets half, two get a third each, and whoever comes next still finds
+Knows amounts, of whatever kind. A caller with a key may take more while it then holds no more than
+was free before: one that floods gets half, two get a third each, and whoever comes next still finds
 room. Where there are no keys, the one anonymous caller gets everything.
 """
 
