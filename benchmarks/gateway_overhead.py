@@ -2,8 +2,9 @@
 
     python benchmarks/gateway_overhead.py [--model DIR]
 
-A real `epserve gateway` process in front of benchmarks/paced_attention.py, which answers at once and
-at a fixed pace. The same requests go straight to it and through the gateway, 32 at a time, in turns.
+A real `epserve gateway` process in front of benchmarks/paced_attention.py, which answers at once
+and then at a fixed pace. The same requests go straight to it and through the gateway, 32 at a time,
+in turns.
 Prints a table, and one JSON line.
 """
 

@@ -2,10 +2,10 @@
 
     python benchmarks/overload.py [--model DIR]
 
-Starts `epserve serve` with two API keys of equal weight. First the best throughput of closed loops at
-several concurrencies; then requests arrive at random, at three times that rate, three quarters of
-them with one key, while the queue refuses what it cannot hold. Rounds of both take turns, because the
-machine drifts. Prints a table, and one JSON line.
+Starts `epserve serve` with two API keys of equal weight. First the best throughput of closed loops
+at several concurrencies; then requests arrive at random, at three times that rate, three quarters
+of them with one key, while the queue refuses what it cannot hold. Rounds of both take turns,
+because the machine drifts. Prints a table, and one JSON line.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """An attention tier without a model, for measuring what is in front of it.
 
-Knows AttentionService and how workers join. A sequence's first token comes at once and the others
-one a step, all sequences' tokens in one message, as from the real engine; steps come at a fixed pace
-and cost next to nothing.
+Knows AttentionService. A sequence's first token comes at once and the others one a step, all
+sequences' tokens in one message, as from the real engine; steps come at a fixed pace and cost next
+to nothing.
 """
 
 import asyncio
