@@ -107,7 +107,7 @@ async def loaded_cluster(model: Path) -> AsyncIterator[Load]:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "keys.json"
         entries = [{"name": f"key{i}", "hash": hash_of(key)} for i, key in enumerate(keys)]
-        path.write_text(json.dumps({"keys": entries}))
+        path.write_text(json.dumps(entries))
         settings = ClusterSettings(
             model=model,
             device="cpu",
