@@ -94,6 +94,7 @@ class Engine:
             free_kv_blocks=self._pool.num_free,
             total_kv_blocks=self._pool.num_blocks,
             kv_block_size=self._pool.block_size,
+            max_num_seqs=self._scheduler.max_num_seqs,
         )
 
     @property

@@ -109,6 +109,10 @@ class Scheduler:
         self.num_preemptions = 0
 
     @property
+    def max_num_seqs(self) -> int:
+        return self._config.max_num_seqs
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

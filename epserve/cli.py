@@ -67,6 +67,7 @@ def serve(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,

@@ -45,6 +45,7 @@ class ClusterSettings:
     block_size: int | None = None
     max_num_seqs: int | None = None
     microbatches: str | None = None
+    max_queued_requests: int | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +86,7 @@ class LaunchPlan:
             arguments.append("--debug")
         if place.role is Role.GATEWAY:
             arguments += ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
+            arguments += _given("--max-queued-requests", settings.max_queued_requests)
             return arguments + parallel_arguments(self.parallel)
         arguments += ["--gateway", self.target, "--rank", str(place.rank)]
         arguments += ["--device", place.device, "--dtype", settings.dtype]

@@ -24,6 +24,7 @@ DEFAULT_GRPC_PORT = 50051
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_MAX_QUEUED_REQUESTS = 1024
 MAX_PORT = 65_535
 
 MODEL, PARALLEL, CACHE = "Model", "Parallel layout", "Cache and scheduling"
@@ -274,6 +275,14 @@ DumpConfigOption = Annotated[
         "--dump-config",
         is_eager=True,
         help="Print the settings as YAML for --config, with where each came from; start nothing.",
+    ),
+]
+MaxQueuedRequestsOption = Annotated[
+    int,
+    typer.Option(
+        callback=_at_least(0),
+        help="Requests that may wait in the gateway for a place; what comes beyond is refused.",
+        rich_help_panel=CACHE,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

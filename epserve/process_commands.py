@@ -23,6 +23,7 @@ def gateway(
     shared_experts: o.SharedExpertsOption = "attention",
     colocated: o.ColocatedOption = False,
     model_name: o.ModelNameOption = None,
+    max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
     config: o.ConfigOption = None,
@@ -30,11 +31,16 @@ def gateway(
     debug: o.DebugOption = False,
 ) -> None:
     """Run the gateway of a cluster."""
+    from gateway.entrance import QueueLimits
     from gateway.process import GatewaySettings, main
 
     _configure_logging(debug)
     settings = settings_from(
-        context, GatewaySettings, port=grpc_port, parallel=parallel_from(context)
+        context,
+        GatewaySettings,
+        port=grpc_port,
+        parallel=parallel_from(context),
+        limits=QueueLimits(max_requests=max_queued_requests),
     )
     raise typer.Exit(main(settings))
 

@@ -67,7 +67,8 @@ def status_document(state: ClusterState) -> dict[str, object]:
     return {
         "placement_epoch": state.placement.epoch,
         "members": [
-            {name: getattr(member, name) for name in _MEMBER_FIELDS} | {"metrics": _metrics(member)}
+            {name: getattr(member, name) for name in _MEMBER_FIELDS}
+            | {"metrics": _metrics(member), "queued_requests": _queued(member)}
             for member in in_tier_order(state)
         ],
         "links": [{name: getattr(link, name) for name in _LINK_FIELDS} for link in links(state)],
@@ -79,6 +80,11 @@ def _metrics(member: Member) -> dict[str, float] | None:
     if member.attention_load is None or member.engine_metrics is None:
         return None
     return asdict(member.attention_load) | asdict(member.engine_metrics)
+
+
+def _queued(member: Member) -> int | None:
+    """Of a gateway: requests that wait in it. None of other processes."""
+    return member.queued_requests if member.role is Role.GATEWAY else None
 
 
 def members_table(state: ClusterState) -> Table:

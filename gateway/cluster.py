@@ -47,6 +47,7 @@ class Registry:
         self._dtypes: dict[tuple[Role, int], str] = {}
         self._stalled: set[tuple[Role, int]] = set()
         self._version = 1
+        self.queued_requests = 0  # of this gateway
         self._changed = asyncio.Event()
 
     @property
@@ -55,7 +56,8 @@ class Registry:
 
     @property
     def state(self) -> ClusterState:
-        members = (self._gateway, *(self._shown(place) for place in self._members))
+        gateway = replace(self._gateway, queued_requests=self.queued_requests)
+        members = (gateway, *(self._shown(place) for place in self._members))
         return ClusterState(self._version, self._parallel, members, self._placement)
 
     async def newer_than(self, version: int) -> ClusterState:
@@ -203,6 +205,8 @@ def _visible(member: Member) -> tuple[MemberState, str, str, bool]:
 
 def attention_groups(state: ClusterState) -> Iterator[tuple[int, tuple[Member, ...]]]:
     """dp_rank and the joined members, in tp order, of every DP group of the configuration."""
-    tier = state.tier(Role.ATTN)
+    groups: dict[int | None, list[Member]] = {}
+    for member in state.tier(Role.ATTN):
+        groups.setdefault(member.dp_rank, []).append(member)
     for dp_rank in range(state.parallel.dp_size):
-        yield dp_rank, tuple(member for member in tier if member.dp_rank == dp_rank)
+        yield dp_rank, tuple(groups.get(dp_rank, ()))

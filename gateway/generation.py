@@ -1,66 +1,81 @@
-"""A request's life in the gateway: admitted, sent to a group, turned into text, finished.
+"""A request's life in the gateway: let in, admitted, sent to a group, turned into text, finished.
 
 Knows the order of these steps, and which requests are under way. Knows no wire: servicers turn
 what clients send into a GenerationRequest, and Chunks into what clients are sent.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator
+import os
+import uuid
+from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import Sequence as Many
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 
 from gateway.admission import ServedModel, admit
-from gateway.attention_pool import AttentionPool, Delta, RequestStream
-from gateway.balancer import Balancer, Group, require_groups
+from gateway.attention_pool import ABORTED, AttentionPool, Delta, RequestStream
 from gateway.cluster import Registry
+from gateway.entrance import QueueLimits
+from gateway.fair_slots import FairSlots
 from gateway.requests import Chunk, GenerationRequest, Sequence, Usage
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
+from gateway.waiting_room import Place, WaitingRoom
 from moe_core.errors import RequestError, UnavailableError
 
 STOP = "stop"
+SHUTTING_DOWN = "this gateway is shutting down and takes no new requests"
+QUICK_PROMPT_IDS = 8_192  # so many are checked within a millisecond
 
 
 class Generator:
     """Serves requests until `drain`."""
 
-    def __init__(self, model: ServedModel, registry: Registry, pool: AttentionPool) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        registry: Registry,
+        pool: AttentionPool,
+        limits: QueueLimits | None = None,
+    ) -> None:
         self.model = model
-        self._registry = registry
         self._pool = pool
-        self._balancer = Balancer()
-        self._live: dict[str, RequestStream] = {}
-        self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._room = WaitingRoom(registry, limits)
+        self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
+        self._live: dict[str, Place | RequestStream] = {}
+
+    @property
+    def under_way(self) -> Collection[str]:
+        """The ids of all requests that wait or run."""
+        return self._live.keys()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """The request's output as it comes, choices interleaved; the last chunk of each has a
         finish_reason, and after all of them this ends. A caller that stops early (cancelled, or
         past its deadline) closes this, and the engine is told. What fails one choice, fails the
         request."""
-        choices, stream = await self._start(request)
-        request_id = choices[0].request_id
-        outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
-        try:
-            while not all(output.finished for output in outputs):
-                index, delta = await stream.next()
-                chunk = outputs[index].push(delta)
-                if chunk.finish_reason:
-                    stream.drop(index)
-                if chunk.token_ids or chunk.text or chunk.finish_reason:
-                    yield chunk
-        finally:
-            stream.close()
-            del self._live[request_id]
-            if not self._live:
-                self._idle.set()
+        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
+        with self._room.enter(request) as place, self._under_way(request.request_id, place):
+            choices = await self._admit(request)
+            outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
+            group = await place.turn(choices)
+            if group is None:
+                for output in outputs:
+                    yield output.push(Delta((), ABORTED))
+                return
+            stream = self._live[request.request_id] = self._pool.submit(group, choices)
+            with closing(stream):
+                while not all(output.finished for output in outputs):
+                    chunk = await _next_chunk(stream, outputs, place)
+                    if chunk.token_ids or chunk.text or chunk.finish_reason:
+                        yield chunk
 
     def abort(self, request_id: str) -> bool:
         """End a request early; its client gets finish_reason "abort". False if it is not here."""
-        stream = self._live.get(request_id)
-        if stream is None:
+        found = self._live.get(request_id)
+        if found is None:
             return False
-        stream.abort()
+        found.abort()
         return True
 
     @property
@@ -68,29 +83,53 @@ class Generator:
         """Requests that were admitted and have not ended."""
         return len(self._live)
 
+    def reconcile(self) -> None:
+        """The cluster has changed: there may be room, or nobody left to wait for."""
+        self._room.pump()
+
     async def drain(self) -> None:
-        """Refuse new requests and wait for those under way; the caller sets the deadline."""
-        self._draining = True
-        await self._idle.wait()
+        """Refuse new requests and wait for those under way, the waiting ones among them; the
+        caller sets the deadline."""
+        self._room.close(UnavailableError(SHUTTING_DOWN))
+        await self._room.until_empty()
 
-    async def _start(self, request: GenerationRequest) -> tuple[list[Sequence], RequestStream]:
-        """All choices go to one group, where they can share the prompt's blocks. Admission cuts
-        text into tokens, a second for every million characters, and so runs beside the loop."""
-        kv_tokens = max(group.kv_tokens for group in self._usable_groups())
-        first = await asyncio.to_thread(admit, request, self.model, kv_tokens)
-        groups = self._usable_groups()
-        if first.request_id in self._live:
-            raise RequestError(f"request_id={first.request_id!r}: such a request is under way")
-        choices = [replace(first, index=index) for index in range(request.sampling.n or 1)]
-        group = self._balancer.choose(groups, first.num_tokens, len(choices))
-        stream = self._live[first.request_id] = self._pool.submit(group, choices)
-        self._idle.clear()
-        return choices, stream
+    def close(self) -> None:
+        """Refuse the requests that still wait."""
+        self._room.refuse_waiting(UnavailableError(SHUTTING_DOWN))
 
-    def _usable_groups(self) -> tuple[Group, ...]:
-        if self._draining:
-            raise UnavailableError("this gateway is shutting down and takes no new requests")
-        return require_groups(self._registry.state)
+    @contextmanager
+    def _under_way(self, request_id: str, place: Place) -> Iterator[None]:
+        if request_id in self._live:
+            raise RequestError(f"request_id={request_id!r}: such a request is under way")
+        self._live[request_id] = place
+        try:
+            yield
+        finally:
+            del self._live[request_id]
+
+    async def _admit(self, request: GenerationRequest) -> list[Sequence]:
+        """The request's choices. Cutting text into tokens takes a second for every million
+        characters, and so runs beside the loop."""
+        kv_tokens = max(group.kv_tokens for group in self._room.usable_groups())
+        work = partial(admit, request, self.model, kv_tokens)
+        prompt = request.prompt or ()
+        if isinstance(prompt, str) or len(prompt) > QUICK_PROMPT_IDS:
+            first = await self._admitting.run(request.caller, len(prompt), work)
+        else:
+            first = work()
+        return [replace(first, index=index) for index in range(request.sampling.n or 1)]
+
+
+async def _next_chunk(
+    stream: RequestStream, outputs: Many["SequenceOutput"], place: Place
+) -> Chunk:
+    index, delta = await stream.next()
+    place.received(len(delta.token_ids), delta.cached_tokens)
+    chunk = outputs[index].push(delta)
+    if chunk.finish_reason:
+        stream.drop(index)
+        place.ended()
+    return chunk
 
 
 class SequenceOutput:

@@ -6,7 +6,7 @@ once, all expert processes are READY now, and at least one DP group can take req
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -16,6 +16,7 @@ from gateway.attention_pool import AttentionPool
 from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
+from gateway.entrance import QueueLimits
 from gateway.generation import Generator
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
@@ -43,6 +44,7 @@ class GatewaySettings:
     port: int
     parallel: ParallelConfig
     model_name: str | None = None
+    limits: QueueLimits = field(default_factory=QueueLimits)
 
 
 def main(settings: GatewaySettings) -> int:
@@ -73,7 +75,7 @@ class GatewayService:
         name = settings.model_name or directory.name
         self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
         model = ServedModel(name, config, tokenizer)
-        self._generator = Generator(model, self._registry, self._pool)
+        self._generator = Generator(model, self._registry, self._pool, settings.limits)
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, self._registry).add_to(self._host)
@@ -84,12 +86,14 @@ class GatewayService:
 
     async def serve(self) -> None:
         """Follow the cluster: health, and the streams to groups that have left."""
+        assert self._generator is not None
         version, been_complete, ready = 0, False, False
         while True:
             state = await self._registry.newer_than(version)
             version = state.version
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
+            self._generator.reconcile()
             if ready != (been_complete and _able(state)):
                 ready = not ready
                 self._host.set_ready(ready)
@@ -102,6 +106,8 @@ class GatewayService:
             if self._generator is not None:
                 await self._generator.drain()
         finally:
+            if self._generator is not None:
+                self._generator.close()
             if self._cluster is not None:
                 self._cluster.close()
             await self._pool.close()

@@ -32,6 +32,7 @@ class AttentionLoad:
     free_kv_blocks: int
     total_kv_blocks: int
     kv_block_size: int
+    max_num_seqs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Member:
     attention_load: AttentionLoad | None = None
     links: tuple[LinkStats, ...] = ()
     engine_metrics: EngineMetrics | None = None
+    queued_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,17 @@ class UnsupportedError(EpserveError):
     code = "UNIMPLEMENTED"
 
 
+class TooManyRequestsError(EpserveError):
+    """A request that is refused now for what others, or the same caller, have under way: names the
+    limit. `retry_after_s`: when to try again, in seconds."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
 class UnavailableError(EpserveError):
     """Something that is needed is not there now: names who, and for what it was needed."""
 

@@ -193,6 +193,7 @@ def member_to_pb(member: Member) -> pb.Member:
         engine_metrics=metrics_to_pb(member.engine_metrics),
         links=[link_to_pb(link) for link in member.links],
         experts=member.experts,
+        queued_requests=member.queued_requests,
         **{name: getattr(member, name) for name in RANKS},
     )
 
@@ -214,6 +215,7 @@ def member_from_pb(message: pb.Member) -> Member:
         engine_metrics=metrics_from_pb(message),
         links=tuple(link_from_pb(link) for link in message.links),
         experts=message.experts,
+        queued_requests=message.queued_requests,
         **ranks,
     )
 

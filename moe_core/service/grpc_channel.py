@@ -3,6 +3,7 @@
 Knows gRPC's options and status names. Knows no service and no message.
 """
 
+import math
 from collections.abc import Sequence
 
 import grpc
@@ -13,9 +14,11 @@ from moe_core.errors import (
     NotFoundError,
     PeerTimeoutError,
     RequestError,
+    TooManyRequestsError,
     UnavailableError,
 )
 
+RETRY_AFTER = "retry-after"  # trailing metadata of TooManyRequestsError: whole seconds
 MAX_MESSAGE_BYTES = 64 * 2**20
 # A frozen peer is noticed after time + timeout at the latest; a busy one answers pings from gRPC's
 # own threads (docs/decisions/0013-frozen-peers.md). Without `ping_timeout_ms` gRPC waits a minute,
@@ -66,6 +69,13 @@ def status_code(error: EpserveError) -> grpc.StatusCode:
     return grpc.StatusCode[error.code]
 
 
+def trailing_metadata(error: EpserveError) -> tuple[tuple[str, str], ...]:
+    """What is said of `error` beside its status and message."""
+    if not isinstance(error, TooManyRequestsError):
+        return ()
+    return ((RETRY_AFTER, str(max(1, math.ceil(error.retry_after_s)))),)
+
+
 def error_from_status(code: str, message: str) -> EpserveError:
     """The error that a status name and its message stand for."""
     classes: dict[str, type[EpserveError]] = {
@@ -83,4 +93,9 @@ def error_from_rpc(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
     details = error.details() or "no details given"
     if details.startswith("Stream removed") and error.code() is grpc.StatusCode.UNAVAILABLE:
         details = f"the connection broke: {details}"  # gRPC's own words do not say whose end it was
-    return error_from_status(error.code().name, f"{doing}: {details}")
+    message = f"{doing}: {details}"
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        for name, value in error.trailing_metadata() or ():
+            if name == RETRY_AFTER and str(value).isdecimal():
+                return TooManyRequestsError(message, float(value))
+    return error_from_status(error.code().name, message)

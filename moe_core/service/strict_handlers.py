@@ -22,7 +22,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError
 
 from moe_core.errors import EpserveError, RequestError
-from moe_core.service.grpc_channel import status_code
+from moe_core.service.grpc_channel import status_code, trailing_metadata
 
 log = structlog.get_logger(__name__)
 
@@ -108,7 +108,7 @@ def _guard(path: str, behavior: Behavior) -> Behavior:
         try:
             return await behavior(request, context)
         except EpserveError as error:
-            await context.abort(status_code(error), str(error))
+            await context.abort(status_code(error), str(error), trailing_metadata(error))
         except grpc.aio.BaseError:
             raise  # an abort on its way out, or a call that is already over
         except Exception:

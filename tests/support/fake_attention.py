@@ -107,6 +107,7 @@ class FakeWorker:
         *,
         dtype: str = "float32",
         total_kv_blocks: int = 64,
+        max_num_seqs: int = 64,
         join_timeout_s: float = 10,
     ) -> None:
         if fake is not None:
@@ -129,7 +130,7 @@ class FakeWorker:
         except BaseException:
             await self._host.stop(0)
             raise
-        load = AttentionLoad(0, 0, total_kv_blocks, total_kv_blocks, 4)
+        load = AttentionLoad(0, 0, total_kv_blocks, total_kv_blocks, 4, max_num_seqs)
         attention = self._role is Role.ATTN
         self.membership.report(MemberState.READY, attention_load=load if attention else None)
 

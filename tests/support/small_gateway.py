@@ -11,6 +11,7 @@ from gateway.admission import ServedModel
 from gateway.attention_pool import AttentionPool
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
+from gateway.entrance import QueueLimits
 from gateway.generation import Generator
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
@@ -39,12 +40,15 @@ def make_registry(parallel: ParallelConfig | None = None) -> Registry:
 
 class SmallGateway:
     def __init__(
-        self, parallel: ParallelConfig | None = None, tokenizer: TextTokenizer | None = None
+        self,
+        parallel: ParallelConfig | None = None,
+        tokenizer: TextTokenizer | None = None,
+        limits: QueueLimits | None = None,
     ) -> None:
         self.registry = make_registry(parallel)
         self.pool = AttentionPool()
         model = ServedModel("small", MODEL, tokenizer)
-        self.generator = Generator(model, self.registry, self.pool)
+        self.generator = Generator(model, self.registry, self.pool, limits)
         self.cluster = ClusterServicer(self.registry)
         self._host = GrpcHost()
         self._port = 0
@@ -89,10 +93,11 @@ class SmallGateway:
         *,
         rank: int | None = None,
         total_kv_blocks: int = 64,
+        max_num_seqs: int = 64,
     ) -> FakeWorker:
         """A worker that has joined and is READY, stopped when this gateway is."""
         worker = self.worker(role, rank)
-        await worker.start(fake, total_kv_blocks=total_kv_blocks)
+        await worker.start(fake, total_kv_blocks=total_kv_blocks, max_num_seqs=max_num_seqs)
         self._closers.append(worker.stop)
         await worker.membership.wait_until(
             lambda state: is_ready(state, role, worker.membership.rank), 10, "this worker"

@@ -14,7 +14,7 @@ LEADER = Member(Role.ATTN, 0, 1, "h:1", "cpu", MemberState.READY, 1, "here", 0, 
 
 
 def group(dp_rank: int, *, free: int = 100, waiting: int = 0, running: int = 0) -> Group:
-    return Group(dp_rank, LEADER, AttentionLoad(running, waiting, free, 100, 4))
+    return Group(dp_rank, LEADER, AttentionLoad(running, waiting, free, 100, 4, 8))
 
 
 def test_most_free_blocks_win() -> None:
@@ -56,7 +56,7 @@ def test_new_report_replaces_what_was_counted_since_the_last() -> None:
     balancer = Balancer()
     first = [group(0), group(1)]
     assert balancer.choose(first, 200).dp_rank == 0
-    reported = [replace(first[0], load=AttentionLoad(0, 0, 100, 100, 4)), first[1]]
+    reported = [replace(first[0], load=AttentionLoad(0, 0, 100, 100, 4, 8)), first[1]]
     assert balancer.choose(reported, 200).dp_rank == 0
 
 
@@ -67,7 +67,7 @@ def test_request_larger_than_every_pool_is_unavailable() -> None:
 
 def test_group_is_usable_when_all_its_ranks_are_ready() -> None:
     registry = make_registry(ParallelConfig(attn_devices=4, dp_size=2))
-    load = AttentionLoad(0, 0, 8, 8, 4)
+    load = AttentionLoad(0, 0, 8, 8, 4, 8)
     for rank in range(3):
         join = Join(Role.ATTN, "h:1", "cpu", 7, FINGERPRINT, 1, "float32", "here", rank)
         report = StatusReport(MemberState.READY, attention_load=load if rank % 2 == 0 else None)

@@ -19,11 +19,11 @@ def join(role: Role = Role.ATTN, rank: int | None = None, epoch: int = 1) -> Joi
 def test_versions_grow_with_what_others_act_upon_only() -> None:
     registry = make_registry(PARALLEL)
     key = registry.join(join())
-    load = AttentionLoad(0, 0, 8, 8, 4)
+    load = AttentionLoad(0, 0, 8, 8, 4, 8)
     registry.report(key, StatusReport(MemberState.READY, attention_load=load))
     version = registry.state.version
     link = LinkStats("attn 0", "expert 0", "grpc", 1, 1, 1, 1, 1, 1)
-    later = AttentionLoad(1, 0, 7, 8, 4)
+    later = AttentionLoad(1, 0, 7, 8, 4, 8)
     registry.report(key, StatusReport(MemberState.READY, attention_load=later, links=(link,)))
     assert registry.state.version == version
     (member,) = registry.state.tier(Role.ATTN)

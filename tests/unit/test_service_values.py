@@ -36,7 +36,7 @@ from moe_core.service.addresses import (
 from moe_core.service.grpc_channel import error_from_rpc, error_from_status, status_code
 
 LINK = LinkStats("attn 0", "expert 1", "nixl", 1, 2, 3, 4, 5, 6)
-LOAD = AttentionLoad(1, 2, 3, 4, 5)
+LOAD = AttentionLoad(1, 2, 3, 4, 5, 6)
 METRICS = EngineMetrics(7, *(number / 8 for number in range(9)), 1, 2, 3)
 
 
@@ -45,7 +45,8 @@ def test_cluster_state_survives_the_wire() -> None:
         attn_devices=2, expert_devices=2, ep_size=2, enable_mla=True, expert_parallel_degree=2
     )
     members = (
-        Member(Role.GATEWAY, 0, 1, "h:1", "cpu", MemberState.READY, 2**63, "here"),
+        Member(Role.GATEWAY, 0, 1, "h:1", "cpu", MemberState.READY, 2**63, "here",
+               queued_requests=7),
         Member(
             Role.ATTN, 1, 2, "h:2", "cpu", MemberState.LOADING, 4, "here", 0, 1,
             detail="d", store_address="s", attention_load=LOAD, links=(LINK,),

@@ -88,18 +88,20 @@ class StatusReport(_message.Message):
     def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size")
+    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size", "max_num_seqs")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     FREE_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     free_kv_blocks: int
     total_kv_blocks: int
     kv_block_size: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ...) -> None: ...
+    max_num_seqs: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class EngineMetrics(_message.Message):
     __slots__ = ("steps", "step_s", "attention_s", "dispatch_s", "expert_wait_s", "expert_queue_s", "expert_compute_s", "combine_s", "sampling_s", "other_s", "preemptions", "prefix_query_tokens", "prefix_hit_tokens")
@@ -184,7 +186,7 @@ class ParallelSettings(_message.Message):
     def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., enable_mla: _Optional[bool] = ..., expert_parallel_degree: _Optional[int] = ..., num_redundant_experts: _Optional[int] = ..., shared_experts: _Optional[str] = ..., colocated: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics")
+    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class Member(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_METRICS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     dp_rank: int
@@ -221,7 +224,8 @@ class Member(_message.Message):
     links: _containers.RepeatedCompositeFieldContainer[LinkStats]
     experts: int
     engine_metrics: EngineMetrics
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ...) -> None: ...
+    queued_requests: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("epoch", "num_logical_experts", "ep_size", "layers")
