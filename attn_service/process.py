@@ -35,9 +35,11 @@ from moe_core.service.addresses import (
     new_instance_epoch,
     split_address,
 )
+from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
 from moe_core.service.membership import Membership
+from moe_core.service.peer_roles import PeerRole
 from moe_core.transport.base import TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.endpoint import NixlEndpoint
@@ -65,7 +67,8 @@ class AttentionProcess:
         self._device = resolve_device(settings.device)
         self._options = TransportOptions(transport=settings.transport, devices=(str(self._device),))
         self._servicer = AttentionServicer()
-        self._host = GrpcHost()
+        self._tls = settings.tls and Certificates(settings.tls, PeerRole.ATTN)
+        self._host = GrpcHost(self._tls)
         self._address = ""
         self._store_address = ""
         self._membership: Membership | None = None
@@ -141,7 +144,9 @@ class AttentionProcess:
             host_id=host_id(),
             rank=settings.rank,
         )
-        membership = await Membership.join(settings.gateway, join, timeout_s=JOIN_TIMEOUT_S)
+        membership = await Membership.join(
+            settings.gateway, join, timeout_s=JOIN_TIMEOUT_S, tls=self._tls
+        )
         self._membership = membership
         site = Site(
             settings=settings,
@@ -153,6 +158,7 @@ class AttentionProcess:
             instance_epoch=join.instance_epoch,
             parallel=membership.parallel.with_model(model),
             placement=membership.state.placement,
+            tls=self._tls,
         )
         return site, membership
 

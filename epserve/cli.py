@@ -13,10 +13,11 @@ from typing import Annotated
 import typer
 
 from epserve import options as o
-from epserve import process_commands
+from epserve import process_commands, security_commands
 from epserve.parent_death import die_with_parent
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError, EpserveError
+from moe_core.service.tls_files import TlsFiles
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
 
@@ -59,6 +60,12 @@ def serve(
     dtype: o.DtypeOption = "auto",
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
+    cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
+    api_keys: o.ApiKeysOption = None,
     kv_cache_tokens: o.KvCacheTokensOption = None,
     kv_cache_memory: o.KvCacheMemoryOption = None,
     memory_utilization: o.MemoryUtilizationOption = None,
@@ -91,6 +98,10 @@ def serve(
             dtype=dtype,
             host=host,
             grpc_port=grpc_port,
+            cluster_port=cluster_port,
+            tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
+            insecure=insecure,
+            api_keys=api_keys and api_keys.absolute(),
             kv_cache_tokens=kv_cache_tokens,
             kv_cache_memory=kv_cache_memory,
             memory_utilization=memory_utilization,
@@ -151,11 +162,15 @@ def generate(
     ] = None,
     min_tokens: Annotated[int | None, typer.Option(help="No stopping before so many.")] = None,
     n: Annotated[int | None, typer.Option(help="Completions of the prompt. Default: 1.")] = None,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
     json: o.JsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Generate completions of a prompt, printed as they come."""
-    from epserve.client import Sampling
+    from epserve.client import Sampling, Target
     from epserve.generate import generate as run_generate
 
     if (prompt is None) == (prompt_ids is None):
@@ -181,20 +196,28 @@ def generate(
         n=n,
     )
     ids = o.token_ids("prompt_ids", prompt_ids)
-    finished = run_generate(target, ids if prompt is None else prompt, sampling, as_json=json)
+    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
+    gateway = Target(target, tls, api_key)
+    finished = run_generate(gateway, ids if prompt is None else prompt, sampling, as_json=json)
     raise typer.Exit(EXIT_OK if finished else EXIT_FAILED)
 
 
 @app.command()
 def status(
     target: o.TargetOption = o.DEFAULT_TARGET,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
     json: o.JsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Show a cluster's processes and links."""
+    from epserve.client import Target
     from epserve.status import status as run_status
 
-    run_status(target, as_json=json)
+    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
+    run_status(Target(target, tls, api_key), as_json=json)
 
 
 @app.command()
@@ -209,6 +232,10 @@ def manifest(
     with shown_progress("hashing", "tensor") as progress:
         path = write_manifest(directory, progress)
     typer.echo(f"wrote {path}")
+
+
+app.command()(security_commands.certs)
+app.add_typer(security_commands.keys)
 
 
 def main() -> int:

@@ -13,13 +13,17 @@ import typer
 
 from moe_core.config.kv_cache_size import parse_bytes
 from moe_core.errors import ConfigError
-from moe_core.service.addresses import split_address
+from moe_core.service.addresses import check_advertised, split_address
+from moe_core.service.tls_files import TlsFiles
 
 DEFAULT_GRPC_PORT = 50051
+DEFAULT_CLUSTER_PORT = 50052
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
 MAX_PORT = 65_535
+# Set by serve for the gateway that it starts, so that it can watch it: a digest, not a key.
+LAUNCHER_KEY_HASH = "EPSERVE_LAUNCHER_KEY_HASH"
 
 
 Transport = Literal["auto", "nixl", "grpc"]
@@ -61,6 +65,12 @@ def _address(parameter: typer.CallbackParam, value: str) -> str:
     return value
 
 
+def _advertised(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    if value is not None:
+        check_advertised(value)
+    return value
+
+
 ModelOption = Annotated[
     Path, typer.Option(help="Hugging Face directory: config.json, *.safetensors, tokenizer.json.")
 ]
@@ -91,7 +101,38 @@ GatewayOption = Annotated[
 ]
 AdvertiseOption = Annotated[
     str | None,
-    typer.Option(help="HOST or HOST:PORT where peers reach this process, if not where it listens."),
+    typer.Option(
+        callback=_advertised,
+        help="HOST or HOST:PORT where peers reach this process, if not where it listens.",
+    ),
+]
+TlsCertOption = Annotated[
+    Path | None,
+    typer.Option(help="PEM certificate that names this process's role; see epserve certs."),
+]
+TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM private key of --tls-cert.")]
+TlsCaOption = Annotated[
+    Path | None, typer.Option(help="PEM certificate of the CA that signs whom to believe.")
+]
+InsecureOption = Annotated[
+    bool,
+    typer.Option("--insecure", help="Listen beyond this machine without TLS, open to anybody."),
+]
+ClusterPortOption = Annotated[
+    int,
+    typer.Option(
+        callback=_at_least(0, MAX_PORT),
+        help="With TLS, the gateway's port for attn and expert; --grpc-port is for clients then.",
+    ),
+]
+ApiKeysOption = Annotated[
+    Path | None,
+    typer.Option(help="File of API keys (epserve keys new); without it clients need none."),
+]
+LauncherKeyHashOption = Annotated[str | None, typer.Option(envvar=LAUNCHER_KEY_HASH, hidden=True)]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(envvar="EPSERVE_API_KEY", help="Key to show; better given in the environment."),
 ]
 RankOption = Annotated[
     int | None,
@@ -171,6 +212,13 @@ MicrobatchesOption = Annotated[
 ]
 TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def absolute(files: TlsFiles | None) -> TlsFiles | None:
+    """For processes that may run elsewhere."""
+    if files is None or files.cert is None or files.key is None:
+        return files
+    return TlsFiles(files.ca.absolute(), files.cert.absolute(), files.key.absolute())
 
 
 def token_ids(option: str, text: str | None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import typer
 
 from epserve import options as o
 from moe_core.config.parallel import ParallelConfig
+from moe_core.service.tls_files import TlsFiles
 
 
 def gateway(
@@ -28,6 +29,13 @@ def gateway(
     ] = None,
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
+    cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
+    api_keys: o.ApiKeysOption = None,
+    launcher_key_hash: o.LauncherKeyHashOption = None,
     debug: o.DebugOption = False,
 ) -> None:
     """Run the gateway of a cluster."""
@@ -46,7 +54,16 @@ def gateway(
     )
     _configure_logging(debug)
     settings = GatewaySettings(
-        model=model, host=host, port=grpc_port, parallel=parallel, model_name=model_name
+        model=model,
+        host=host,
+        port=grpc_port,
+        parallel=parallel,
+        model_name=model_name,
+        cluster_port=cluster_port,
+        tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
+        insecure=insecure,
+        api_keys=api_keys,
+        launcher_key_hash=launcher_key_hash,
     )
     raise typer.Exit(main(settings))
 
@@ -68,6 +85,10 @@ def attn(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     threads: o.ThreadsOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run one process of the attention tier."""
@@ -91,6 +112,8 @@ def attn(
         max_num_seqs=max_num_seqs,
         microbatches=microbatches,
         threads=threads,
+        tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
+        insecure=insecure,
     )
     raise typer.Exit(main(settings))
 
@@ -106,6 +129,10 @@ def expert(
     dtype: o.DtypeOption = "auto",
     transport: o.TransportOption = "auto",
     threads: o.ThreadsOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run one process of the expert tier."""
@@ -123,6 +150,8 @@ def expert(
         dtype=dtype,
         transport=transport,
         threads=threads,
+        tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
+        insecure=insecure,
     )
     raise typer.Exit(main(settings))
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from epserve.client import EpserveClient
+from epserve.client import EpserveClient, Target
 from epserve.layout import describe_sizes
 from moe_core.cluster import ClusterState, LinkStats, Member, MemberState, Role
 
@@ -37,7 +37,7 @@ _LINK_FIELDS = (
 )
 
 
-def status(target: str, *, as_json: bool) -> None:
+def status(target: Target, *, as_json: bool) -> None:
     """Print the state of the cluster behind `target`. Raises EpserveError."""
 
     async def ask() -> ClusterState:

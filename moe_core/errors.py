@@ -50,6 +50,18 @@ class NotFoundError(EpserveError):
     code = "NOT_FOUND"
 
 
+class AuthenticationError(EpserveError):
+    """The caller has not shown who it is. Says the same of a wrong key and of an unknown one."""
+
+    code = "UNAUTHENTICATED"
+
+
+class AccessError(EpserveError):
+    """The caller is known, and what it asks for is not for its role: names both."""
+
+    code = "PERMISSION_DENIED"
+
+
 class UnavailableError(EpserveError):
     """Something that is needed is not there now: names who, and for what it was needed."""
 
