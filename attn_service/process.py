@@ -67,7 +67,7 @@ class AttentionProcess:
         self._device = resolve_device(settings.device)
         self._options = TransportOptions(transport=settings.transport, devices=(str(self._device),))
         self._servicer = AttentionServicer()
-        self._tls = settings.tls and Certificates(settings.tls, PeerRole.ATTN)
+        self._tls = Certificates.of(settings.tls, PeerRole.ATTN)
         self._host = GrpcHost(self._tls)
         self._address = ""
         self._store_address = ""

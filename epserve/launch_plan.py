@@ -94,7 +94,7 @@ class LaunchPlan:
             ChildSpec(
                 place.name,
                 (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
-                _environment(place, self.parallel) | self._secrets(place),
+                {**_environment(place, self.parallel), **self._secrets(place)},
                 _STOP_STAGES[place.role],
             )
             for place in self.places

@@ -74,7 +74,7 @@ class ExpertProcess:
         self._options = TransportOptions(transport=settings.transport, devices=(str(self._device),))
         self._epoch = new_instance_epoch()
         self._gate = ExchangeGate()
-        self._tls = settings.tls and Certificates(settings.tls, PeerRole.EXPERT)
+        self._tls = Certificates.of(settings.tls, PeerRole.EXPERT)
         self._host = GrpcHost(self._tls)
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None

@@ -75,7 +75,7 @@ class GatewayService:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        tls = settings.tls and Certificates(settings.tls, PeerRole.GATEWAY)
+        tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
         self._keys = ApiKeys(settings.api_keys, launcher_key_hash=settings.launcher_key_hash)
         self._host = GrpcHost(tls, self._keys.authenticate)
         self._pool = AttentionPool(tls)

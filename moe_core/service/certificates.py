@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
@@ -49,6 +50,11 @@ class Certificates:
         self._signature: Signature = self._look()
         self._current = self._read()
 
+    @classmethod
+    def of(cls, files: TlsFiles | None, *roles: PeerRole) -> "Certificates | None":
+        """None where TLS is off."""
+        return None if files is None else cls(files, *roles)
+
     def current(self) -> PemSet:
         """The newest good set."""
         with self._lock:
@@ -71,9 +77,9 @@ class Certificates:
     def server_credentials(self, *, ask_clients: bool) -> grpc.ServerCredentials:
         """For one port. gRPC can require a client's certificate or not ask for one; that it asks
         and does without cannot be had from Python."""
-        return grpc.dynamic_ssl_server_credentials(
-            _configuration(self.current()), _Fetch(self.current), ask_clients
-        )
+        fetch: Any = _Fetch(self.current)  # may return None, which grpc's types do not know
+        configuration = _configuration(self.current())
+        return grpc.dynamic_ssl_server_credentials(configuration, fetch, ask_clients)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """For a channel that is opened now."""

@@ -109,7 +109,9 @@ class GrpcHost:
         return bound
 
     def _credentials(self, ask_clients: bool) -> grpc.ServerCredentials | None:
-        return self._tls and self._tls.server_credentials(ask_clients=ask_clients)
+        if self._tls is None:
+            return None
+        return self._tls.server_credentials(ask_clients=ask_clients)
 
     def set_ready(self, ready: bool) -> None:
         """Answer health checks with SERVING or NOT_SERVING from now on."""
