@@ -95,7 +95,7 @@ class Target:
 
     address: str
     tls: TlsFiles | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
 
 
 class EpserveClient:

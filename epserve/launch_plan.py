@@ -71,7 +71,9 @@ class LaunchPlan:
     model: ModelConfig
     parallel: ParallelConfig
     places: tuple[Place, ...]
-    launcher_key: str | None = None  # with which serve watches a gateway that has API keys
+    launcher_key: str | None = field(
+        default=None, repr=False
+    )  # with which serve watches a gateway that has API keys
 
     @property
     def target(self) -> str:

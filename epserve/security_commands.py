@@ -52,7 +52,7 @@ def _split(values: list[str]) -> list[str]:
 
 
 @keys.callback()
-def _keys() -> None:
+def _keys(debug: o.DebugOption = False) -> None:
     """API keys of the gateway's clients."""
 
 
