@@ -79,8 +79,8 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
 def check_sizes(
     model: ServedModel, *, prompt_tokens: int, stop: int, stop_token_ids: int, logit_bias: int
 ) -> None:
-    """Before what a client sent is copied: its counts, which `admit` checks too where they are
-    its own. Raises RequestError."""
+    """The counts in a client's message, before any of it is copied: a message of 64 MiB may hold
+    tens of millions. `admit` has the same limits. Raises RequestError."""
     if prompt_tokens >= model.max_model_len:
         raise _no_room(prompt_tokens, _model_limit(model))
     _require_at_most("stop", stop, MAX_STOP_STRINGS, "strings")

@@ -128,7 +128,6 @@ def test_advertised_address_is_one_that_peers_can_use(
         "0.0.0.0",
         "[::]:9",
         "http://x",
-        ":7",
     ],
 )
 def test_an_address_that_peers_cannot_use_is_not_advertised(advertise: str) -> None:
