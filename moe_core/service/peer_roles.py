@@ -52,5 +52,8 @@ def require_role(context: Any, role: PeerRole, what: str) -> None:  # noqa: ANN4
 
 def in_words(roles: frozenset[PeerRole]) -> str:
     if not roles:
-        return "this connection has shown no role"
+        return (
+            "this connection has shown no role (the gateway asks for certificates on its "
+            "--cluster-port)"
+        )
     return "this connection has shown " + ", ".join(sorted(role.uri for role in roles))

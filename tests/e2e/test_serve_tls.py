@@ -75,6 +75,6 @@ def test_all_processes_work_together_and_status_shows_them(secured: Secured) -> 
     secured.generate(*secured.believes, "--api-key", secured.key)
     options = ("--target", secured.target, *secured.believes, "--api-key", secured.key)
     status = json.loads(epserve("status", *options, "--json").stdout)
-    assert {member["state"] for member in status["members"]} == {"READY"}
+    assert {member["state"] for member in status["members"]} == {"ready"}
     assert {link["transport"] for link in status["links"]} == {"nixl"}
     assert len(status["links"]) == 4
