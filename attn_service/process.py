@@ -35,6 +35,7 @@ from moe_core.service.addresses import (
     new_instance_epoch,
     split_address,
 )
+from moe_core.service.binding import keep_libraries_on
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
@@ -81,6 +82,7 @@ class AttentionProcess:
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError, UnavailableError or TransportError."""
+        keep_libraries_on(self._settings.host)
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         site, membership = await self._join(checkpoint)

@@ -229,8 +229,6 @@ def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
     user has set already stays.
     """
     wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false"}
-    if place.role is Role.ATTN:
-        wanted["GLOO_SOCKET_IFNAME"] = "lo"  # else a TP group listens where the host's name leads
     if place.role is not Role.GATEWAY:
         tier = parallel.attn_devices if place.role is Role.ATTN else parallel.expert_devices
         cores = sorted(os.sched_getaffinity(0))

@@ -23,7 +23,7 @@ from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.exchange import link_spec
 from moe_core.model.linear import packing_pays
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
-from moe_core.service.binding import require_safe_bind
+from moe_core.service.binding import keep_libraries_on, require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
@@ -82,6 +82,7 @@ class ExpertProcess:
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError or UnavailableError."""
+        keep_libraries_on(self._settings.host)
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         fingerprint = await asyncio.to_thread(checkpoint.fingerprint)

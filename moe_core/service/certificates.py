@@ -9,7 +9,7 @@ neither has expired: what is half replaced, or broken, is logged once and the la
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class PemSet:
     """File contents that go together; `own` is (key, certificate chain)."""
 
     ca: bytes
-    own: tuple[bytes, bytes] | None
+    own: tuple[bytes, bytes] | None = field(repr=False)  # a key is never shown
 
 
 class Certificates:
