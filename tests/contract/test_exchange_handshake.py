@@ -2,9 +2,7 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -14,15 +12,12 @@ import torch
 from moe_core.errors import ConfigError, PeerLostError, PeerTimeoutError, ProtocolError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
-from moe_core.service.certificates import Certificates
-from moe_core.service.peer_roles import PeerRole
 from moe_core.transport import nixl_agent
 from moe_core.transport.base import DispatchKey, Identity, LinkSpec, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.handshake import make_hello
 from moe_core.transport.nixl_link import NixlLink
 from moe_core.transport.tags import DISPATCH, pack_dispatch
-from support.certificates import CertificateAuthority
 from support.exchange_ends import (
     ATTENTION,
     PEER,
@@ -301,78 +296,3 @@ async def test_a_grant_of_memory_that_cannot_be_is_refused(
         with pytest.raises(ProtocolError, match="refused"):
             await connect(expert.address, SPEC, "nixl")
         assert expert.servicer.peers == ()
-
-
-@pytest.mark.parametrize("shift", [-4096, 64, 1 << 20])
-async def test_a_grant_beyond_what_was_registered_is_refused_before_a_write(
-    monkeypatch: pytest.MonkeyPatch, shift: int
-):
-    from moe_core.transport import connect as module
-
-    def shifted(*args: object) -> pb.Hello:
-        hello = make_hello(*args)
-        hello.nixl.base_address += shift
-        return hello
-
-    monkeypatch.setattr(module, "make_hello", shifted)
-    async with serve(SPEC, "nixl") as expert:
-        with pytest.raises(ProtocolError, match="outside of the memory that it has registered"):
-            await connect(expert.address, SPEC, "nixl")
-        assert expert.servicer.peers == ()
-
-
-@pytest.mark.parametrize("doorbell", ["x" * 200, "glocke\u00e4"])
-async def test_a_doorbell_that_cannot_be_rung_is_refused(
-    monkeypatch: pytest.MonkeyPatch, doorbell: str
-):
-    from moe_core.transport import connect as module
-
-    def spoiled(*args: object) -> pb.Hello:
-        hello = make_hello(*args)
-        hello.nixl.process.doorbell = doorbell
-        return hello
-
-    monkeypatch.setattr(module, "make_hello", spoiled)
-    async with serve(SPEC, "nixl") as expert:
-        with pytest.raises(ProtocolError, match="doorbell="):
-            await connect(expert.address, SPEC, "nixl")
-
-
-async def test_a_flag_that_is_a_pipe_neither_blocks_nor_counts(monkeypatch: pytest.MonkeyPatch):
-    from moe_core.transport import connect as module
-
-    reading, writing = os.pipe()
-
-    def spoiled(*args: object) -> pb.Hello:
-        hello = make_hello(*args)
-        hello.nixl.process.parked_fd = reading
-        return hello
-
-    monkeypatch.setattr(module, "make_hello", spoiled)
-    async with serve(SPEC, "nixl") as expert:
-        link = await connect(expert.address, SPEC, "nixl")
-        pending = await link.dispatch(make_dispatch(1, SPEC), 5.0)
-        await pending.wait(5.0)
-        pending.release()
-        await link.close()
-    os.close(reading)
-    os.close(writing)
-
-
-async def test_both_wires_work_over_tls_for_an_attention_process_alone(wire: str, tmp_path: Path):
-    authority = CertificateAuthority()
-
-    def certificates(role: PeerRole) -> Certificates:
-        return Certificates(authority.files(tmp_path / role, role), role)
-
-    own = certificates(PeerRole.EXPERT)
-    async with serve(SPEC, wire, tls=own) as expert:
-        options = TransportOptions(wire, connect_timeout_s=3.0)
-        attention = certificates(PeerRole.ATTN)
-        link = await connect_link(expert.address, SPEC, ATTENTION, PEER, options, tls=attention)
-        pending = await link.dispatch(make_dispatch(2, SPEC), 5.0)
-        assert (await pending.wait(5.0)).partial.shape == (2, SPEC.hidden_size)
-        pending.release()
-        await link.close()
-        with pytest.raises(PeerLostError, match="PERMISSION_DENIED"):
-            await connect_link(expert.address, SPEC, ATTENTION, PEER, options, tls=own)
