@@ -6,9 +6,10 @@ a new one is refused like its neighbours, or fails these tests.
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -17,13 +18,23 @@ import pytest
 from attn_service.servicer import SERVICE_NAME, AttentionServicer, add_to_server
 from expert_service.servicer import ExchangeGate
 from gateway.api_keys import ApiKeys, hash_of, new_key
+from gateway.requests import Chunk, GenerationRequest
+from moe_core.cluster import Join, Role
+from moe_core.errors import AccessError
+from moe_core.pb.epserve.v1.cluster_pb2 import LeaseRequest
+from moe_core.pb.epserve.v1.cluster_pb2_grpc import ClusterServiceStub
+from moe_core.pb.epserve.v1.gateway_pb2 import GenerateRequest
 from moe_core.service.access import RULES
-from moe_core.service.certificates import Certificates
+from moe_core.service.addresses import host_id, new_instance_epoch
+from moe_core.service.certificates import Certificates, expecting
+from moe_core.service.cluster_codec import role_to_pb
+from moe_core.service.grpc_channel import open_channel
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.membership import Membership
 from moe_core.service.peer_roles import PeerRole
 from support.certificates import CertificateAuthority, Pem
 from support.every_method import Metadata, all_methods, answer_of, channel_to
-from support.small_gateway import SmallGateway
+from support.small_gateway import FINGERPRINT, SmallGateway
 
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 NO_CONNECTION = grpc.StatusCode.UNAVAILABLE
@@ -205,6 +216,48 @@ async def test_client_does_not_talk_to_a_server_of_another_role(
         async with secured.channel(port, own, server=other) as channel:
             code = await answer_of(channel, f"{HEALTH}Check", secured.with_key)
         assert code is NO_CONNECTION
+
+
+async def test_nobody_speaks_for_a_tier_whose_certificate_it_does_not_have(
+    secured: Secured, tmp_path: Path
+) -> None:
+    own = Certificates(secured.authority.files(tmp_path / "own", EXPERT), EXPERT)
+    gateway = secured.ports["cluster"][0]
+    as_expert = Join(
+        *(Role.EXPERT, "127.0.0.1:1", "cpu", 1),
+        *(FINGERPRINT, new_instance_epoch(), "float32", host_id()),
+    )
+    with pytest.raises(
+        AccessError, match=r"attn process .* needs a certificate with epserve://attn"
+    ):
+        as_attn = replace(as_expert, role=Role.ATTN)
+        await Membership.join(gateway, as_attn, timeout_s=5, tls=own)
+    membership = await Membership.join(gateway, as_expert, timeout_s=5, tls=own)
+    async with open_channel(gateway, expecting(own, GATEWAY)) as channel:
+        stub: Any = ClusterServiceStub(channel)
+        request = LeaseRequest(role=role_to_pb(Role.ATTN), rank=0, instance_epoch=1)
+        with pytest.raises(grpc.aio.AioRpcError, match="PERMISSION_DENIED"):
+            await stub.Lease(request, timeout=5)
+    await membership.close()
+
+
+async def test_a_request_carries_the_name_of_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, callers = new_key(), []
+    path = tmp_path / "keys.yaml"
+    path.write_text(f"- {{name: somebody, hash: '{hash_of(key)}'}}\n")
+
+    async def generate(request: GenerationRequest) -> AsyncIterator[Chunk]:
+        callers.append(request.caller.name)
+        yield Chunk("", 0, (), "", "stop")
+
+    async with SmallGateway(keys=ApiKeys(path)) as gateway:
+        monkeypatch.setattr(gateway.generator, "generate", generate)
+        shown = (("authorization", f"Bearer {key}"),)
+        call = gateway.stub.Generate(GenerateRequest(), metadata=shown, timeout=5)
+        assert [answer.finish_reason async for answer in call] == ["stop"]
+    assert callers == ["somebody"]
 
 
 async def test_a_service_without_a_rule_cannot_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
