@@ -32,6 +32,7 @@ from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights
 from moe_core.placement import ExpertPlacement
 from moe_core.service.addresses import host_id
+from moe_core.service.certificates import Certificates
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.endpoint import NixlEndpoint
@@ -41,7 +42,8 @@ from moe_core.transport.endpoint import NixlEndpoint
 class Site:
     """One attention process: its settings, its place in the cluster and its model.
 
-    rank is its rank in the tier, group_rank its place in its TP group.
+    rank is its rank in the tier, group_rank its place in its TP group; tls is what it shows of
+    itself to other processes (None: nothing, in the clear).
     """
 
     settings: AttnSettings
@@ -53,6 +55,7 @@ class Site:
     instance_epoch: int
     parallel: ParallelConfig
     placement: ExpertPlacement
+    tls: Certificates | None = None
 
     @property
     def group_rank(self) -> GroupRank:
@@ -82,7 +85,9 @@ def make_links(
 
     async def connect(member: Member) -> ExpertLink:
         peer = Identity(member.rank, site.parallel.expert_devices, member.instance_epoch)
-        return await connect_link(member.address, spec, site.identity, peer, options, endpoint)
+        return await connect_link(
+            member.address, spec, site.identity, peer, options, endpoint, site.tls
+        )
 
     def make_experts(links: Sequence[ExpertLink]) -> Experts:
         return ExpertClient(
@@ -118,7 +123,7 @@ def make_duty(
         leading = GroupRunner(runner, group_experts, followers.publish)
         return Leading(_engine(site, leading, terms, microbatches), followers)
     following = GroupRunner(runner, group_experts, None)
-    return Following(group.leader.address, group.rank, terms, following)
+    return Following(group.leader.address, group.rank, terms, following, site.tls)
 
 
 def microbatch_rule(site: Site, experts: Iterable[Member]) -> MicrobatchRule:

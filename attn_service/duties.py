@@ -13,6 +13,7 @@ from attn_service.follow import Followers, GroupTerms, follow
 from attn_service.group_experts import GroupRunner
 from attn_service.tensor_parallel import GroupLostError, GroupRank
 from moe_core.cluster import AttentionLoad, EngineMetrics
+from moe_core.service.certificates import Certificates
 
 
 class Duty(Protocol):
@@ -69,9 +70,15 @@ class Following:
     """Every other rank: the leader's plans, in order, until the leader ends them."""
 
     def __init__(
-        self, leader: str, group: GroupRank, terms: GroupTerms, runner: GroupRunner
+        self,
+        leader: str,
+        group: GroupRank,
+        terms: GroupTerms,
+        runner: GroupRunner,
+        tls: Certificates | None,
     ) -> None:
         self._leader = leader
+        self._tls = tls
         self._group = group
         self._terms = terms
         self._runner = runner
@@ -87,7 +94,7 @@ class Following:
 
     async def run(self) -> None:
         try:
-            await follow(self._leader, self._group, self._terms, self._runner.follow)
+            await follow(self._leader, self._group, self._terms, self._runner.follow, self._tls)
         finally:
             self._ended.set()
 

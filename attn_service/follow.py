@@ -22,7 +22,9 @@ from attn_service.tensor_parallel import GroupLostError, GroupRank
 from moe_core.errors import EpserveError, ProtocolError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import attention_pb2_grpc as pb_grpc
+from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.grpc_channel import error_from_rpc, open_channel
+from moe_core.service.peer_roles import PeerRole
 
 log = structlog.get_logger(__name__)
 
@@ -136,13 +138,14 @@ async def follow(
     group: GroupRank,
     terms: GroupTerms,
     execute: Callable[[StepPlan], Awaitable[None]],
+    tls: Certificates | None = None,
 ) -> None:
     """A follower's end: execute every plan of the leader at address `leader` (host:port).
 
     Returns when the leader ends the stream in order; raises GroupLostError when the stream
     breaks, and whatever `execute` raises.
     """
-    channel = open_channel(leader)
+    channel = open_channel(leader, expecting(tls, PeerRole.ATTN))
     doing = f"{group} follows tp_rank 0 at {leader}"
     hello = pb.FollowRequest(
         tp_rank=group.tp_rank,

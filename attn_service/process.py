@@ -35,10 +35,13 @@ from moe_core.service.addresses import (
     new_instance_epoch,
     split_address,
 )
+from moe_core.service.binding import keep_libraries_on
+from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
 from moe_core.service.membership import Membership
 from moe_core.service.own_thread import in_own_thread
+from moe_core.service.peer_roles import PeerRole
 from moe_core.transport.base import TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.endpoint import NixlEndpoint
@@ -66,7 +69,8 @@ class AttentionProcess:
         self._device = resolve_device(settings.device)
         self._options = TransportOptions(transport=settings.transport, devices=(str(self._device),))
         self._servicer = AttentionServicer()
-        self._host = GrpcHost()
+        self._tls = Certificates.of(settings.tls, PeerRole.ATTN)
+        self._host = GrpcHost(self._tls)
         self._address = ""
         self._store_address = ""
         self._membership: Membership | None = None
@@ -79,6 +83,7 @@ class AttentionProcess:
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError, UnavailableError or TransportError."""
+        keep_libraries_on(self._settings.host)
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         site, membership = await self._join(checkpoint)
@@ -142,7 +147,9 @@ class AttentionProcess:
             host_id=host_id(),
             rank=settings.rank,
         )
-        membership = await Membership.join(settings.gateway, join, timeout_s=JOIN_TIMEOUT_S)
+        membership = await Membership.join(
+            settings.gateway, join, timeout_s=JOIN_TIMEOUT_S, tls=self._tls
+        )
         self._membership = membership
         site = Site(
             settings=settings,
@@ -154,6 +161,7 @@ class AttentionProcess:
             instance_epoch=join.instance_epoch,
             parallel=membership.parallel.with_model(model),
             placement=membership.state.placement,
+            tls=self._tls,
         )
         return site, membership
 

@@ -48,7 +48,7 @@ async def meet(
     """
     store_address = ""
     if rank.tp_rank == 0:
-        store = open_store("localhost", rank.tp_size, collective_timeout_s)
+        store = open_store(own_host, rank.tp_size, collective_timeout_s)
         store_address = join_address(own_host, store.port)
         membership.report(MemberState.CONNECTING, store_address=store_address)
     state = await membership.wait_until(

@@ -12,6 +12,8 @@ from attn_service.scheduler import SchedulerConfig
 from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
+from moe_core.service.binding import require_safe_bind
+from moe_core.service.tls_files import TlsFiles
 
 DEFAULT_KV_CACHE_TOKENS = 65_536
 
@@ -20,6 +22,7 @@ DEFAULT_KV_CACHE_TOKENS = 65_536
 class AttnSettings:
     """host and port are listened on (port 0: any free one); `rank` None asks the gateway for
     the lowest free one. `expert_wait_s`: the longest that one layer may wait for its experts.
+    `insecure` allows a host that others reach without `tls`.
 
     The KV cache is set by one of kv_cache_tokens, kv_cache_memory (bytes) and memory_utilization
     (see moe_core.memory.memory_budget); without, it holds max_num_seqs full contexts, but at
@@ -44,8 +47,11 @@ class AttnSettings:
     microbatches: str = AUTO
     expert_wait_s: float = 30.0
     threads: int | None = None
+    tls: TlsFiles | None = None
+    insecure: bool = False
 
     def __post_init__(self) -> None:
+        require_safe_bind("host", self.host, self.tls, self.insecure)
         if self.block_size < 1:
             raise ConfigError("block_size", self.block_size, "must be at least 1", (16,))
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)

@@ -8,6 +8,7 @@ A collective that fails or times out leaves the group unusable, so it raises Gro
 the group is never repaired: its processes end, and new ones form a group of their own.
 """
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from moe_core.errors import UnavailableError
+from moe_core.service.binding import is_loopback
 
 Tensor = torch.Tensor
 T = TypeVar("T")
@@ -86,8 +88,24 @@ class DistributedTensorParallel:
 
 
 def open_store(host: str, tp_size: int, timeout_s: float) -> TCPStore:
-    """The group's store, listening on a free port; for tp_rank 0. Its port is `.port`."""
-    return TCPStore(host, 0, tp_size, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+    """The group's store, listening on a free port; for tp_rank 0, which peers reach at `host`. Its
+    port is `.port`."""
+    timeout = timedelta(seconds=timeout_s)
+    if not is_loopback(host):
+        return TCPStore("localhost", 0, tp_size, True, timeout, wait_for_workers=False)
+    # Left to itself, torch listens on every address of the machine.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        tp_size,
+        True,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
 
 
 def join_store(host: str, port: int, tp_size: int, timeout_s: float) -> TCPStore:

@@ -14,11 +14,12 @@ import typer
 
 from epserve import generate_options as g
 from epserve import options as o
-from epserve import process_commands
+from epserve import process_commands, security_commands
 from epserve.from_options import parallel_from, settings_from
 from epserve.parent_death import die_with_parent
 from epserve.settings_command import SettingsCommand
 from moe_core.errors import ConfigError, EpserveError
+from moe_core.service.tls_files import TlsFiles
 
 EXIT_OK, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
 
@@ -61,6 +62,12 @@ def serve(
     dtype: o.DtypeOption = "auto",
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
+    cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
+    api_keys: o.ApiKeysOption = None,
     kv_cache_tokens: o.KvCacheTokensOption = None,
     kv_cache_memory: o.KvCacheMemoryOption = None,
     memory_utilization: o.MemoryUtilizationOption = None,
@@ -78,7 +85,12 @@ def serve(
 
     run_serve(
         settings_from(
-            context, ClusterSettings, model=model.absolute(), parallel=parallel_from(context)
+            context,
+            ClusterSettings,
+            model=model.absolute(),
+            parallel=parallel_from(context),
+            tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
+            api_keys=api_keys and api_keys.absolute(),
         )
     )
 
@@ -114,7 +126,7 @@ def generate(
     debug: o.DebugOption = False,
 ) -> None:
     """Generate completions of a prompt, printed as they come."""
-    from epserve.client import Sampling
+    from epserve.client import Sampling, Target
     from epserve.generate import generate as run_generate
 
     if (prompt is None) == (prompt_ids is None):
@@ -140,7 +152,8 @@ def generate(
         n=n,
     )
     ids = g.token_ids("prompt_ids", prompt_ids)
-    finished = run_generate(target, ids if prompt is None else prompt, sampling, as_json=json)
+    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    finished = run_generate(gateway, ids if prompt is None else prompt, sampling, as_json=json)
     if not finished:
         raise EpserveError("interrupted")
 
@@ -148,15 +161,21 @@ def generate(
 @app.command(cls=SettingsCommand)
 def status(
     target: o.TargetOption = o.DEFAULT_TARGET,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
     json: o.JsonOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Show a cluster's processes and links."""
+    from epserve.client import Target
     from epserve.status import status as run_status
 
-    run_status(target, as_json=json)
+    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
+    run_status(Target(target, tls, api_key), as_json=json)
 
 
 @app.command(cls=SettingsCommand)
@@ -171,6 +190,10 @@ def manifest(
     with shown_progress("hashing", "tensor") as progress:
         path = write_manifest(directory, progress)
     typer.echo(f"wrote {path}")
+
+
+app.command(cls=SettingsCommand)(security_commands.certs)
+app.add_typer(security_commands.keys)
 
 
 def main() -> int:

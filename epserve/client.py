@@ -11,13 +11,17 @@ from types import TracebackType
 from typing import Any
 
 import grpc.aio
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from moe_core.cluster import ClusterState
-from moe_core.errors import PeerTimeoutError, RequestError
+from moe_core.errors import ConfigError, PeerTimeoutError, RequestError
 from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc, logprobs_pb2
+from moe_core.service.access import AUTHORIZATION
+from moe_core.service.certificates import Certificates, ServerCheck
 from moe_core.service.cluster_codec import cluster_from_pb
 from moe_core.service.grpc_channel import error_from_rpc, open_channel
+from moe_core.service.peer_roles import PeerRole
+from moe_core.service.tls_files import TlsFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +90,25 @@ class Model:
     has_tokenizer: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A gateway: its HOST:PORT, how to know it (`tls` None: in the clear), and the key to show."""
+
+    address: str
+    tls: TlsFiles | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+
 class EpserveClient:
     """Async context manager. All calls raise EpserveError subclasses, never gRPC's own."""
 
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self._channel = open_channel(target)
+    def __init__(self, target: str | Target) -> None:
+        """Raises ConfigError for TLS files or a key that cannot be used."""
+        if isinstance(target, str):
+            target = Target(target)
+        self.target = target.address
+        self._metadata = _metadata(target.api_key)
+        self._channel = open_channel(target.address, _server_check(target.tls))
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def __aenter__(self) -> "EpserveClient":
@@ -128,7 +145,7 @@ class EpserveClient:
             request.text = _utf8(prompt)
         else:
             request.token_ids.CopyFrom(_token_ids(prompt))
-        call = self._stub.Generate(request)
+        call = self._stub.Generate(request, metadata=self._metadata)
         answers = aiter(call)
         try:
             while True:
@@ -148,7 +165,9 @@ class EpserveClient:
 
     async def list_models(self, timeout_s: float = 5.0) -> tuple[Model, ...]:
         try:
-            answer = await self._stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=timeout_s)
+            answer = await self._stub.ListModels(
+                gateway_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"list models at {self.target}") from error
         return tuple(
@@ -158,10 +177,24 @@ class EpserveClient:
 
     async def cluster(self, timeout_s: float = 5.0) -> ClusterState:
         try:
-            answer = await self._stub.GetCluster(gateway_pb2.GetClusterRequest(), timeout=timeout_s)
+            answer = await self._stub.GetCluster(
+                gateway_pb2.GetClusterRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"get cluster at {self.target}") from error
         return cluster_from_pb(answer)
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    if not api_key:
+        return ()
+    if not api_key.isascii() or not api_key.isprintable():
+        raise ConfigError("api_key", "…", "must be printable ASCII")  # a key is never shown
+    return ((AUTHORIZATION, f"Bearer {api_key}"),)
+
+
+def _server_check(tls: TlsFiles | None) -> ServerCheck | None:
+    return None if tls is None else ServerCheck(Certificates(tls), PeerRole.GATEWAY)
 
 
 def _utf8(text: str) -> str:
@@ -176,7 +209,7 @@ def _token_ids(prompt: Sequence[int]) -> gateway_pb2.TokenIds:
     try:
         return gateway_pb2.TokenIds(ids=prompt)
     except ValueError as error:
-        rule = _range_words(gateway_pb2.TokenIds.DESCRIPTOR.fields_by_name["ids"])
+        rule = _range_words(gateway_pb2.TokenIds(), "ids")
         raise RequestError(f"token_ids: {rule} ({error})") from None
 
 
@@ -190,13 +223,14 @@ def _sampling_message(sampling: Sampling) -> gateway_pb2.SamplingParams:
         except UnicodeEncodeError as error:
             raise RequestError(f"{name}: is not valid Unicode: {error}") from None
         except ValueError:
-            rule = _range_words(gateway_pb2.SamplingParams.DESCRIPTOR.fields_by_name[name])
+            rule = _range_words(message, name)
             raise RequestError(f"{name}={value}: {rule}") from None
     return message
 
 
-def _range_words(field: FieldDescriptor) -> str:
+def _range_words(message: Message, name: str) -> str:
     """What the wire can carry in a field of whole numbers, or in the keys of a map of them."""
+    field = message.DESCRIPTOR.fields_by_name[name]
     if field.message_type is not None:
         field = field.message_type.fields_by_name["key"]
     bits = 64 if field.cpp_type in (field.CPPTYPE_INT64, field.CPPTYPE_UINT64) else 32

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from epserve.client import EpserveClient, Output, Sampling, TokenLogprobs, Usage
+from epserve.client import EpserveClient, Output, Sampling, Target, TokenLogprobs, Usage
 from epserve.stop_signals import run_until_signalled
 
 
@@ -56,7 +56,7 @@ def _as_fields(token: TokenLogprobs) -> dict[str, object]:
 
 
 def generate(
-    target: str, prompt: str | Sequence[int], sampling: Sampling, *, as_json: bool
+    target: Target, prompt: str | Sequence[int], sampling: Sampling, *, as_json: bool
 ) -> bool:
     """Print the completions; False when a signal cut them short. Raises EpserveError."""
 

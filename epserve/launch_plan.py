@@ -13,8 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from epserve.client import Target
 from epserve.layout import Place, derive_layout, spread_devices
+from epserve.options import LAUNCHER_KEY_HASH
 from epserve.supervisor import ChildSpec
+from gateway.api_keys import hash_of, new_key, read_keys
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import Role
 from moe_core.config.kv_cache_size import check_kv_cache_size
@@ -22,6 +25,10 @@ from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.service.addresses import join_address
+from moe_core.service.binding import require_safe_bind
+from moe_core.service.certificates import Certificates
+from moe_core.service.peer_roles import PeerRole
+from moe_core.service.tls_files import TlsFiles
 
 _DEVICE_QUESTION_TIMEOUT_S = 120.0
 # Workers leave before the gateway, so that none of them sees its cluster vanish.
@@ -39,6 +46,10 @@ class ClusterSettings:
     dtype: str = "auto"
     host: str = "127.0.0.1"
     grpc_port: int = 0  # 0: a free one is chosen when the plan is made
+    cluster_port: int = 0  # likewise; used with tls only
+    tls: TlsFiles | None = None  # of all processes, so its certificate names all their roles
+    insecure: bool = False
+    api_keys: Path | None = None
     kv_cache_tokens: int | None = None
     kv_cache_memory: int | None = None  # bytes
     memory_utilization: float | None = None
@@ -50,6 +61,7 @@ class ClusterSettings:
 
     def __post_init__(self) -> None:
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
+        require_safe_bind("host", self.host, self.tls, self.insecure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +72,31 @@ class LaunchPlan:
     model: ModelConfig
     parallel: ParallelConfig
     places: tuple[Place, ...]
+    # With it serve watches a gateway that has API keys.
+    launcher_key: str | None = field(default=None, repr=False)
 
     @property
     def target(self) -> str:
         """Where a client on this machine reaches the gateway."""
+        return self._local(self.settings.grpc_port)
+
+    @property
+    def client_target(self) -> Target:
+        """The same for serve's own client."""
+        tls = self.settings.tls and TlsFiles(self.settings.tls.ca)
+        return Target(self.target, tls, self.launcher_key)
+
+    def _local(self, port: int) -> str:
         host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "") else self.settings.host
         host = "::1" if host.strip("[]") == "::" else host
-        return join_address(host, self.settings.grpc_port)
+        return join_address(host, port)
 
     def children(self) -> tuple[ChildSpec, ...]:
         return tuple(
             ChildSpec(
                 place.name,
                 (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
-                _environment(place, self.parallel),
+                {**_environment(place, self.parallel), **self._secrets(place)},
                 _STOP_STAGES[place.role],
             )
             for place in self.places
@@ -84,11 +107,12 @@ class LaunchPlan:
         arguments = [place.role.value, "--model", str(settings.model)]
         if settings.debug:
             arguments.append("--debug")
+        if settings.tls is not None:
+            arguments += settings.tls.arguments()
         if place.role is Role.GATEWAY:
-            arguments += ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
-            arguments += _given("--max-queued-requests", settings.max_queued_requests)
-            return arguments + parallel_arguments(self.parallel)
-        arguments += ["--gateway", self.target, "--rank", str(place.rank)]
+            return arguments + self._gateway_arguments()
+        gateway = self.target if settings.tls is None else self._local(settings.cluster_port)
+        arguments += ["--gateway", gateway, "--rank", str(place.rank)]
         arguments += ["--device", place.device, "--dtype", settings.dtype]
         arguments += ["--transport", settings.transport]
         if place.role is Role.ATTN:
@@ -100,6 +124,23 @@ class LaunchPlan:
             arguments += _given("--microbatches", settings.microbatches)
         return arguments
 
+    def _gateway_arguments(self) -> list[str]:
+        settings = self.settings
+        arguments = ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
+        if settings.tls is not None:
+            arguments += ["--cluster-port", str(settings.cluster_port)]
+        if settings.insecure:
+            arguments.append("--insecure")
+        arguments += _given("--api-keys", settings.api_keys)
+        arguments += _given("--max-queued-requests", settings.max_queued_requests)
+        return arguments + parallel_arguments(self.parallel)
+
+    def _secrets(self, place: Place) -> Mapping[str, str]:
+        """Only the digest leaves this process: whoever reads it there cannot use it."""
+        if place.role is not Role.GATEWAY or self.launcher_key is None:
+            return {}
+        return {LAUNCHER_KEY_HASH: hash_of(self.launcher_key)}
+
 
 def make_plan(settings: ClusterSettings) -> LaunchPlan:
     """Check everything that can be known before a process starts.
@@ -108,10 +149,16 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
     """
     model = Checkpoint.open(settings.model).config
     parallel = settings.parallel.with_model(model)
-    settings = _with_port(settings)
+    if settings.tls is not None:
+        Certificates(settings.tls, PeerRole.GATEWAY, PeerRole.ATTN, PeerRole.EXPERT)
+    launcher_key = None
+    if settings.api_keys is not None:
+        read_keys(settings.api_keys)
+        launcher_key = new_key()
+    settings = _with_ports(settings)
     devices = spread_devices(parallel, num_cuda_devices(settings.device))
     places = derive_layout(parallel, model, *devices, gateway_port=settings.grpc_port)
-    return LaunchPlan(settings, model, parallel, places)
+    return LaunchPlan(settings, model, parallel, places, launcher_key)
 
 
 def num_cuda_devices(device: str) -> int:
@@ -147,16 +194,23 @@ def _given(flag: str, value: object | None) -> Sequence[str]:
     return () if value is None else (flag, str(value))
 
 
-def _with_port(settings: ClusterSettings) -> ClusterSettings:
-    """The settings with a port that was free a moment ago. Raises ConfigError for a taken one."""
+def _with_ports(settings: ClusterSettings) -> ClusterSettings:
+    """The settings with ports that were free a moment ago. Raises ConfigError for a taken one."""
+    grpc_port = _free_port("grpc_port", settings.host, settings.grpc_port)
+    settings = replace(settings, grpc_port=grpc_port)
+    if settings.tls is None:
+        return settings
+    cluster_port = _free_port("cluster_port", settings.host, settings.cluster_port)
+    return replace(settings, cluster_port=cluster_port)
+
+
+def _free_port(setting: str, host: str, port: int) -> int:
     try:
-        free = _bindable_port(settings.host, settings.grpc_port)
+        return _bindable_port(host, port)
     except OSError as error:
         reason = error.strerror or str(error)
-        where = join_address(settings.host, settings.grpc_port)
-        rule = f"cannot listen on {where}: {reason}"
-        raise ConfigError("grpc_port", settings.grpc_port, rule, ["0 (any free one)"]) from None
-    return replace(settings, grpc_port=free)
+        rule = f"cannot listen on {join_address(host, port)}: {reason}"
+        raise ConfigError(setting, port, rule, ["0 (any free one)"]) from None
 
 
 def _bindable_port(host: str, port: int) -> int:

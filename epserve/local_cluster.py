@@ -53,7 +53,7 @@ async def running_cluster(
     """
     async with (
         Supervisor(plan.children(), sink, grace_s) as supervisor,
-        EpserveClient(plan.target) as client,
+        EpserveClient(plan.client_target) as client,
     ):
         await supervisor.guard(wait_ready(client, plan.parallel, ready_timeout_s, progress))
         yield LocalCluster(plan, client, supervisor)

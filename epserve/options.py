@@ -18,17 +18,21 @@ from epserve.environment import variable_of
 from epserve.settings_command import read_settings
 from moe_core.config.kv_cache_size import parse_bytes
 from moe_core.errors import ConfigError
-from moe_core.service.addresses import split_address
+from moe_core.service.addresses import check_advertised, split_address
+from moe_core.service.tls_files import TlsFiles
 
 DEFAULT_GRPC_PORT = 50051
+DEFAULT_CLUSTER_PORT = 50052
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
 MAX_PORT = 65_535
+# Set by serve for the gateway that it starts, so that it can watch it: a digest, not a key.
+LAUNCHER_KEY_HASH = "EPSERVE_LAUNCHER_KEY_HASH"
 
 MODEL, PARALLEL, CACHE = "Model", "Parallel layout", "Cache and scheduling"
-NETWORK, LOGGING = "Network", "Logging"
+NETWORK, SECURITY, LOGGING = "Network", "Security", "Logging"
 
 Transport = Literal["auto", "nixl", "grpc"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16"]
@@ -72,6 +76,12 @@ def _at_least(
 
 def _address(parameter: typer.CallbackParam, value: str) -> str:
     split_address(str(parameter.name), value)
+    return value
+
+
+def _advertised(parameter: typer.CallbackParam, value: str | None) -> str | None:
+    if value is not None:
+        check_advertised(value)
     return value
 
 
@@ -141,8 +151,58 @@ GatewayOption = Annotated[
 AdvertiseOption = Annotated[
     str | None,
     typer.Option(
+        callback=_advertised,
         help="HOST or HOST:PORT where peers reach this process, if not where it listens.",
         rich_help_panel=NETWORK,
+    ),
+]
+TlsCertOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="PEM certificate that names this process's role; see epserve certs.",
+        rich_help_panel=SECURITY,
+    ),
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option(help="PEM private key of --tls-cert.", rich_help_panel=SECURITY)
+]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="PEM certificate of the CA that signs whom to believe.", rich_help_panel=SECURITY
+    ),
+]
+InsecureOption = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Listen beyond this machine without TLS, open to anybody.",
+        rich_help_panel=SECURITY,
+    ),
+]
+ClusterPortOption = Annotated[
+    int,
+    typer.Option(
+        callback=_at_least(0, MAX_PORT),
+        help="With TLS, the gateway's port for attn and expert; --grpc-port is for clients then.",
+        rich_help_panel=NETWORK,
+    ),
+]
+ApiKeysOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of API keys (epserve keys new); without it clients need none.",
+        rich_help_panel=SECURITY,
+    ),
+]
+LauncherKeyHashOption = Annotated[str | None, typer.Option(envvar=LAUNCHER_KEY_HASH, hidden=True)]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="EPSERVE_API_KEY",
+        hide_input=True,
+        help="Key to show; better given in the environment.",
+        rich_help_panel=SECURITY,
     ),
 ]
 RankOption = Annotated[
@@ -286,3 +346,10 @@ MaxQueuedRequestsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def absolute(files: TlsFiles | None) -> TlsFiles | None:
+    """For processes that may run elsewhere."""
+    if files is None or files.cert is None or files.key is None:
+        return files
+    return TlsFiles(files.ca.absolute(), files.cert.absolute(), files.key.absolute())

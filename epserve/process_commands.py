@@ -8,6 +8,7 @@ import typer
 
 from epserve import options as o
 from epserve.from_options import parallel_from, settings_from
+from moe_core.service.tls_files import TlsFiles
 
 
 def gateway(
@@ -26,6 +27,13 @@ def gateway(
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
+    cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
+    api_keys: o.ApiKeysOption = None,
+    launcher_key_hash: o.LauncherKeyHashOption = None,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
@@ -41,6 +49,7 @@ def gateway(
         port=grpc_port,
         parallel=parallel_from(context),
         limits=QueueLimits(max_requests=max_queued_requests),
+        tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
     )
     raise typer.Exit(main(settings))
 
@@ -63,6 +72,10 @@ def attn(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     threads: o.ThreadsOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
@@ -71,7 +84,8 @@ def attn(
     from attn_service.process import AttnSettings, main
 
     _configure_logging(debug)
-    raise typer.Exit(main(settings_from(context, AttnSettings)))
+    tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
+    raise typer.Exit(main(settings_from(context, AttnSettings, tls=tls)))
 
 
 def expert(
@@ -86,6 +100,10 @@ def expert(
     dtype: o.DtypeOption = "auto",
     transport: o.TransportOption = "auto",
     threads: o.ThreadsOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    tls_ca: o.TlsCaOption = None,
+    insecure: o.InsecureOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
@@ -94,7 +112,8 @@ def expert(
     from expert_service.process import ExpertSettings, main
 
     _configure_logging(debug)
-    raise typer.Exit(main(settings_from(context, ExpertSettings)))
+    tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
+    raise typer.Exit(main(settings_from(context, ExpertSettings, tls=tls)))
 
 
 def _configure_logging(debug: bool) -> None:

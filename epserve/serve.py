@@ -4,6 +4,7 @@ Knows what to print and when; how processes live and die is the supervisor's bus
 """
 
 import asyncio
+import shlex
 
 from rich.console import Console
 from rich.markup import escape
@@ -50,8 +51,16 @@ async def _stay_up(plan: LaunchPlan, out: Console, err: Console) -> None:
         models = await cluster.client.list_models()
         prompt = "--prompt 'Once'" if models[0].has_tokenizer else "--prompt-ids 1,2,3"
         out.print(f"[bold green]ready[/]: serving {models[0].id} at {plan.target} (gRPC)")
-        out.print(f"try: epserve generate --target {plan.target} {prompt}", soft_wrap=True)
+        options = _client_options(plan.settings)
+        command = f"epserve generate --target {plan.target}{options} {prompt}"
+        out.print(f"try: {escape(command)}", soft_wrap=True)
         await cluster.guard(asyncio.Event().wait())
+
+
+def _client_options(settings: ClusterSettings) -> str:
+    """What a client of this cluster must add."""
+    tls = "" if settings.tls is None else f" --tls-ca {shlex.quote(str(settings.tls.ca))}"
+    return tls + ("" if settings.api_keys is None else " --api-key KEY")
 
 
 def prefixed_lines(console: Console) -> LineSink:

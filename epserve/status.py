@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from epserve.client import EpserveClient
+from epserve.client import EpserveClient, Target
 from epserve.layout import describe_sizes
 from moe_core.cluster import ClusterState, LinkStats, Member, MemberState, Role
 
@@ -38,7 +38,7 @@ _LINK_FIELDS = (
 )
 
 
-def status(target: str, *, as_json: bool) -> None:
+def status(target: Target, *, as_json: bool) -> None:
     """Print the state of the cluster behind `target`. Raises EpserveError."""
 
     async def ask() -> ClusterState:

@@ -23,10 +23,14 @@ from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.exchange import link_spec
 from moe_core.model.linear import packing_pays
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
+from moe_core.service.binding import keep_libraries_on, require_safe_bind
+from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
 from moe_core.service.membership import Membership
 from moe_core.service.own_thread import in_own_thread
+from moe_core.service.peer_roles import PeerRole
+from moe_core.service.tls_files import TlsFiles
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.servicer import ExchangeServicer
 
@@ -40,7 +44,8 @@ IDLE_TIMEOUT_S = 5.0
 @dataclass(frozen=True, slots=True)
 class ExpertSettings:
     """host and port are listened on (port 0: any free one); `rank` None asks the gateway for
-    the lowest free one; `threads` None leaves torch's own choice of intra-op threads."""
+    the lowest free one; `threads` None leaves torch's own choice of intra-op threads. `insecure`
+    allows a host that others reach without `tls`."""
 
     gateway: str
     model: Path
@@ -52,6 +57,11 @@ class ExpertSettings:
     dtype: str = "auto"
     transport: str = "auto"
     threads: int | None = None
+    tls: TlsFiles | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        require_safe_bind("host", self.host, self.tls, self.insecure)
 
 
 class ExpertProcess:
@@ -65,13 +75,15 @@ class ExpertProcess:
         self._options = TransportOptions(transport=settings.transport, devices=(str(self._device),))
         self._epoch = new_instance_epoch()
         self._gate = ExchangeGate()
-        self._host = GrpcHost()
+        self._tls = Certificates.of(settings.tls, PeerRole.EXPERT)
+        self._host = GrpcHost(self._tls)
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None
         self.weight_bytes_read = 0  # of the checkpoint's tensors
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError or UnavailableError."""
+        keep_libraries_on(self._settings.host)
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
         fingerprint = await asyncio.to_thread(checkpoint.fingerprint)
@@ -125,7 +137,9 @@ class ExpertProcess:
             host_id=host_id(),
             rank=settings.rank,
         )
-        self._membership = await Membership.join(settings.gateway, join, timeout_s=JOIN_TIMEOUT_S)
+        self._membership = await Membership.join(
+            settings.gateway, join, timeout_s=JOIN_TIMEOUT_S, tls=self._tls
+        )
         return self._membership
 
     async def _load(
@@ -178,7 +192,13 @@ class ExpertProcess:
             spare_slots=self._options.spare_slots,
         )
         identity = Identity(membership.rank, parallel.expert_devices, self._epoch)
-        return ExchangeServicer(batcher.submit, spec, identity, self._options)
+        return ExchangeServicer(
+            batcher.submit,
+            spec,
+            identity,
+            self._options,
+            attention_world=lambda: membership.state.size(Role.ATTN),
+        )
 
 
 def main(settings: ExpertSettings) -> int:

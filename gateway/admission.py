@@ -76,6 +76,26 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     )
 
 
+def check_sizes(
+    model: ServedModel, *, prompt_tokens: int, stop: int, stop_token_ids: int, logit_bias: int
+) -> None:
+    """The counts in a client's message, before any of it is copied: a message of 64 MiB may hold
+    tens of millions. `admit` has the same limits. Raises RequestError."""
+    if prompt_tokens >= model.max_model_len:
+        raise _no_room(prompt_tokens, _model_limit(model))
+    _require_at_most("stop", stop, MAX_STOP_STRINGS, "strings")
+    _require_at_most("stop_token_ids", stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
+    _require_at_most("logit_bias", logit_bias, MAX_LOGIT_BIAS, "tokens")
+
+
+def _model_limit(model: ServedModel) -> str:
+    return f"max_position_embeddings={model.max_model_len}"
+
+
+def _no_room(prompt_tokens: int, limit: str) -> RequestError:
+    return RequestError(f"prompt: {prompt_tokens} tokens leave no room for output in {limit}")
+
+
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -165,14 +185,12 @@ def _room(prompt_tokens: int, model: ServedModel, kv_tokens: int) -> tuple[int, 
     no place in the KV pool. A prompt too long for both is told of the model's limit, which no
     setting moves."""
     limits = (
-        (model.max_model_len - prompt_tokens, f"max_position_embeddings={model.max_model_len}"),
+        (model.max_model_len - prompt_tokens, _model_limit(model)),
         (kv_tokens + 1 - prompt_tokens, f"the largest KV pool, of {kv_tokens} tokens"),
     )
     for left, limit in limits:
         if left < 1:
-            raise RequestError(
-                f"prompt: {prompt_tokens} tokens leave no room for output in {limit}"
-            )
+            raise _no_room(prompt_tokens, limit)
     return min(limits)
 
 

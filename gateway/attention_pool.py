@@ -21,7 +21,9 @@ from moe_core.cluster import ClusterState, Role
 from moe_core.errors import EpserveError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
+from moe_core.service.certificates import Certificates, ServerCheck, expecting
 from moe_core.service.grpc_channel import error_from_status, open_channel
+from moe_core.service.peer_roles import PeerRole
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +88,8 @@ class RequestStream:
 class AttentionPool:
     """The streams to all DP groups in use; opened by the first request that needs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Certificates | None = None) -> None:
+        self._security = expecting(tls, PeerRole.ATTN)
         self._links: dict[int, _GroupLink] = {}
         self._serial = itertools.count()
         self._closing: set[asyncio.Task[None]] = set()
@@ -97,7 +100,7 @@ class AttentionPool:
         link = self._links.get(group.dp_rank)
         if link is None or not link.serves(group):
             self._drop(group.dp_rank, "another process has taken its place")
-            link = self._links[group.dp_rank] = _GroupLink(group)
+            link = self._links[group.dp_rank] = _GroupLink(group, self._security)
         serial = next(self._serial)
         ids = [f"{each.request_id}/{serial}/{each.index}" for each in choices]
         return link.submit(dict(zip(ids, choices, strict=True)))
@@ -123,13 +126,13 @@ class AttentionPool:
 
 
 class _GroupLink:
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, security: ServerCheck | None) -> None:
         self.instance_epoch = group.leader.instance_epoch
         self._name = f"attention group dp_rank={group.dp_rank} at {group.leader.address}"
         self._streams: dict[str, tuple[RequestStream, int]] = {}
         self._outgoing: asyncio.Queue[pb.EngineRequest] = asyncio.Queue()
         self._lost: UnavailableError | None = None
-        self._channel = open_channel(group.leader.address)
+        self._channel = open_channel(group.leader.address, security)
         stub: Any = AttentionServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._call = stub.Serve(self._requests())
         self._reading = asyncio.create_task(self._read(), name=self._name)

@@ -12,7 +12,7 @@ import grpc.aio
 import structlog
 
 from gateway.cluster import MemberKey, Registry
-from moe_core.cluster import ClusterState, Join
+from moe_core.cluster import ClusterState, Join, Role
 from moe_core.errors import RequestError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc
@@ -24,6 +24,7 @@ from moe_core.service.cluster_codec import (
     role_from_pb,
 )
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.peer_roles import PeerRole, require_role
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +48,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def Register(
         self, requests: AsyncIterator[pb.RegisterRequest], context: Context
     ) -> AsyncIterator[pb.RegisterResponse]:
-        key = self._registry.join(await _first_join(requests))
+        join = await _first_join(requests)
+        _check_certificate(context, join.role)
+        key = self._registry.join(join)
         log.info("joined", role=str(key.role), rank=key.rank, peer=context.peer())
         reports = asyncio.create_task(self._take_reports(requests, key), name="reports")
         closing = asyncio.create_task(self._closing.wait(), name="closing")
@@ -65,7 +68,9 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             log.info("left", role=str(key.role), rank=key.rank, peer=context.peer())
 
     async def Lease(self, request: pb.LeaseRequest, context: Context) -> pb.LeaseResponse:
-        key = MemberKey(role_from_pb(request.role), request.rank, request.instance_epoch)
+        role = role_from_pb(request.role)
+        _check_certificate(context, role)
+        key = MemberKey(role, request.rank, request.instance_epoch)
         self._registry.lease(key, request.loop_idle_ms)
         return pb.LeaseResponse()
 
@@ -101,6 +106,11 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         if self._encoded.version != state.version:
             self._encoded = cluster_to_pb(state)
         return self._encoded
+
+
+def _check_certificate(context: Context, role: Role) -> None:
+    """Nobody speaks for a tier whose certificate it does not have. Raises AccessError."""
+    require_role(context, PeerRole(role.value), f"an {role} process of the cluster")
 
 
 async def _first_join(requests: AsyncIterator[pb.RegisterRequest]) -> Join:

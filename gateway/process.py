@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 
 from gateway.admission import ServedModel
+from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
 from gateway.balancer import usable_groups
 from gateway.cluster import Registry
@@ -28,7 +29,11 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
 from moe_core.service.addresses import host_id, join_address, new_instance_epoch
+from moe_core.service.binding import require_safe_bind
+from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.peer_roles import PeerRole
+from moe_core.service.tls_files import TlsFiles
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +42,12 @@ STOP_GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """`model` is a Hugging Face directory; `model_name` None: the directory's name."""
+    """`model` is a Hugging Face directory; `model_name` None: the directory's name.
+
+    With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
+    certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
+    `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
+    """
 
     model: Path
     host: str
@@ -45,6 +55,14 @@ class GatewaySettings:
     parallel: ParallelConfig
     model_name: str | None = None
     limits: QueueLimits = field(default_factory=QueueLimits)
+    cluster_port: int = 0
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    api_keys: Path | None = None
+    launcher_key_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        require_safe_bind("host", self.host, self.tls, self.insecure)
 
 
 def main(settings: GatewaySettings) -> int:
@@ -53,17 +71,21 @@ def main(settings: GatewaySettings) -> int:
 
 
 class GatewayService:
-    """`port` is the bound one once `startup` has returned."""
+    """`port` and `cluster_port` (None without TLS) are the bound ones once `startup` has
+    returned."""
 
     name = "gateway"
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        self._host = GrpcHost()
-        self._pool = AttentionPool()
+        tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
+        self._keys = ApiKeys(settings.api_keys, launcher_key_hash=settings.launcher_key_hash)
+        self._host = GrpcHost(tls, self._keys.authenticate)
+        self._pool = AttentionPool(tls)
         self._generator: Generator | None = None
         self._cluster: ClusterServicer | None = None
         self.port = settings.port
+        self.cluster_port: int | None = None
 
     async def startup(self) -> None:
         settings = self._settings
@@ -78,11 +100,14 @@ class GatewayService:
         self._generator = Generator(model, self._registry, self._pool, settings.limits)
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
-        GatewayServicer(self._generator, self._registry).add_to(self._host)
-        VllmServicer(self._generator, self._registry, directory).add_to(self._host)
-        self.port = await self._host.start(settings.host, settings.port)
+        GatewayServicer(self._generator, self._registry, self._keys).add_to(self._host)
+        VllmServicer(self._generator, self._registry, directory, self._keys).add_to(self._host)
+        cluster_port = None if settings.tls is None else settings.cluster_port
+        self.port = await self._host.start(settings.host, settings.port, cluster_port=cluster_port)
+        self.cluster_port = self._host.cluster_port
         self._registry.set_address(join_address(settings.host, self.port))
-        log.info("listening", address=join_address(settings.host, self.port), model=name)
+        address = join_address(settings.host, self.port)
+        log.info("listening", address=address, cluster_port=self.cluster_port, model=name)
 
     async def serve(self) -> None:
         """Follow the cluster: health, and the streams to groups that have left."""

@@ -10,11 +10,15 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
+from gateway.admission import check_sizes
+from gateway.api_keys import ApiKeys
+from gateway.callers import ANONYMOUS, Caller
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.requests import Chunk, GenerationRequest, Sampling
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
+from moe_core.service.access import authorization
 from moe_core.service.cluster_codec import cluster_to_pb
 from moe_core.service.grpc_host import GrpcHost
 
@@ -25,9 +29,12 @@ OPTIONAL_FIELDS = tuple(
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    def __init__(self, generator: Generator, registry: Registry) -> None:
+    def __init__(
+        self, generator: Generator, registry: Registry, keys: ApiKeys | None = None
+    ) -> None:
         self._generator = generator
         self._registry = registry
+        self._keys = keys or ApiKeys(None)
 
     def add_to(self, host: GrpcHost) -> None:
         host.add(gateway_pb2_grpc.add_GatewayServicer_to_server, self, "epserve.v1.Gateway")
@@ -35,7 +42,16 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        async with aclosing(self._generator.generate(request_from_pb(request))) as chunks:
+        check_sizes(
+            self._generator.model,
+            prompt_tokens=len(request.token_ids.ids),
+            stop=len(request.sampling.stop),
+            stop_token_ids=len(request.sampling.stop_token_ids),
+            logit_bias=len(request.sampling.logit_bias),
+        )
+        # Whether there is one was checked before; this says whose.
+        caller = self._keys.authenticate(authorization(context))
+        async with aclosing(self._generator.generate(request_from_pb(request, caller))) as chunks:
             async for chunk in chunks:
                 yield chunk_to_pb(chunk)
 
@@ -61,7 +77,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return cluster_to_pb(self._registry.state)
 
 
-def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
+def request_from_pb(message: pb.GenerateRequest, caller: Caller = ANONYMOUS) -> GenerationRequest:
     prompts: dict[str | None, str | tuple[int, ...] | None] = {
         None: None,
         "text": message.text,
@@ -73,6 +89,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         prompt=prompts[message.WhichOneof("prompt")],
         sampling=sampling_from_pb(message.sampling),
         priority=message.priority,
+        caller=caller,
     )
 
 

@@ -8,6 +8,7 @@ cluster is one engine to smg, which balances between engines: dp groups show in 
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc.aio
 
+from gateway.api_keys import ApiKeys
 from gateway.balancer import Group, usable_groups
 from gateway.cluster import Registry
 from gateway.generation import Generator
@@ -23,6 +25,7 @@ from moe_core.cluster import MemberState, Role
 from moe_core.errors import NotFoundError, UnsupportedError
 from moe_core.pb.smg import common_pb2, vllm_engine_pb2_grpc
 from moe_core.pb.smg import vllm_engine_pb2 as pb
+from moe_core.service.access import authorization
 from moe_core.service.grpc_host import GrpcHost
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -34,10 +37,13 @@ SERVER_TYPE = "vllm-grpc"  # what smg takes for an engine that speaks this proto
 class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     """`directory` is the model's, where smg finds the tokenizer if it runs on the same host."""
 
-    def __init__(self, generator: Generator, registry: Registry, directory: Path) -> None:
+    def __init__(
+        self, generator: Generator, registry: Registry, directory: Path, keys: ApiKeys
+    ) -> None:
         self._generator = generator
         self._registry = registry
         self._directory = directory
+        self._keys = keys
         self._started = time.monotonic()
         self._last_receive_time = 0.0  # seconds since 1970; 0: nothing yet
 
@@ -52,7 +58,10 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         answers: dict[int, ChoiceAnswer] = {}
         stop_token_ids = request.sampling_params.stop_token_ids
         prompt_tokens = len(request.tokenized.input_ids)
-        async with aclosing(self._generator.generate(request_from_pb(request))) as chunks:
+        # Whether there is one was checked before; this says whose.
+        caller = self._keys.authenticate(authorization(context))
+        asked = replace(request_from_pb(request), caller=caller)
+        async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
                 answer = answers.setdefault(chunk.index, ChoiceAnswer(stop_token_ids))
                 answer.add(chunk)

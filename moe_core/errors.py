@@ -50,6 +50,18 @@ class NotFoundError(EpserveError):
     code = "NOT_FOUND"
 
 
+class AuthenticationError(EpserveError):
+    """The caller has not shown who it is. Says the same of a wrong key and of an unknown one."""
+
+    code = "UNAUTHENTICATED"
+
+
+class AccessError(EpserveError):
+    """The caller is known, and what it asks for is not for its role: names both."""
+
+    code = "PERMISSION_DENIED"
+
+
 class UnsupportedError(EpserveError):
     """A method of a known protocol that is not served here: says which, and why."""
 

@@ -3,6 +3,7 @@
 Knows the system's names for hosts and addresses; knows no gRPC.
 """
 
+import ipaddress
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from moe_core.errors import ConfigError
 
 WITH_PORT = re.compile(r"(\[[^\]]+\]|[^:]+):\d+")
+HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 WILDCARDS = frozenset({"", "0.0.0.0", "::", "[::]"})
 
 
@@ -36,10 +38,33 @@ def advertised_address(host: str, port: int, advertise: str | None, gateway: str
     which this machine reaches the gateway.
     """
     if advertise:
+        check_advertised(advertise)
         return advertise if WITH_PORT.fullmatch(advertise) else join_address(advertise, port)
     if host not in WILDCARDS:
         return join_address(host, port)
     return join_address(_own_address_towards(*split_address("gateway", gateway)), port)
+
+
+def check_advertised(advertise: str) -> None:
+    """Raises ConfigError unless peers could use `advertise`, HOST or HOST:PORT."""
+    given_port = WITH_PORT.fullmatch(advertise) is not None
+    address = advertise if given_port else join_address(advertise, 1)
+    host, _ = split_address("advertise_address", address)
+    if host in WILDCARDS:
+        rule = "is an address to listen on, not one to reach"
+    elif not _is_host(host):
+        rule = "must be a host name, an IPv4 address, or an IPv6 address (in brackets with a port)"
+    else:
+        return
+    raise ConfigError("advertise_address", advertise, rule, ("10.1.2.3", "10.1.2.3:50060"))
+
+
+def _is_host(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return HOST_NAME.fullmatch(host) is not None
+    return True
 
 
 def _own_address_towards(host: str, port: int) -> str:

@@ -10,6 +10,8 @@ import grpc
 import grpc.aio
 
 from moe_core.errors import (
+    AccessError,
+    AuthenticationError,
     EpserveError,
     NotFoundError,
     PeerTimeoutError,
@@ -17,6 +19,7 @@ from moe_core.errors import (
     TooManyRequestsError,
     UnavailableError,
 )
+from moe_core.service.certificates import ServerCheck
 
 RETRY_AFTER = "retry-after"  # trailing metadata of TooManyRequestsError: whole seconds
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -59,9 +62,25 @@ def channel_options(max_message_bytes: int = MAX_MESSAGE_BYTES) -> Sequence[tupl
     return (*KEEPALIVE_OPTIONS, *RECONNECT_OPTIONS, *size_options(max_message_bytes))
 
 
-def open_channel(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
-    """A channel to `address` (host:port) that notices a frozen peer and reconnects quickly."""
-    return grpc.aio.insecure_channel(address, options=channel_options(max_message_bytes))
+def server_name_options(security: ServerCheck) -> tuple[tuple[str, str], ...]:
+    """The TLS library checks the name of a host: it is given the role's, whatever the address."""
+    return (("grpc.ssl_target_name_override", security.role.dns_name),)
+
+
+def open_channel(
+    address: str,
+    security: ServerCheck | None = None,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> grpc.aio.Channel:
+    """A channel to `address` (host:port) that notices a frozen peer and reconnects quickly; over
+    TLS with `security`, else in the clear."""
+    options = channel_options(max_message_bytes)
+    if security is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    credentials = security.certificates.channel_credentials()
+    named = (*options, *server_name_options(security))
+    return grpc.aio.secure_channel(address, credentials, options=named)
 
 
 def status_code(error: EpserveError) -> grpc.StatusCode:
@@ -81,6 +100,8 @@ def error_from_status(code: str, message: str) -> EpserveError:
     classes: dict[str, type[EpserveError]] = {
         "INVALID_ARGUMENT": RequestError,
         "NOT_FOUND": NotFoundError,
+        "UNAUTHENTICATED": AuthenticationError,
+        "PERMISSION_DENIED": AccessError,
         "UNAVAILABLE": UnavailableError,
         "DEADLINE_EXCEEDED": PeerTimeoutError,
     }

@@ -16,8 +16,9 @@ import structlog
 from moe_core.cluster import Role
 from moe_core.pb.epserve.v1 import cluster_pb2
 from moe_core.pb.epserve.v1.cluster_pb2_grpc import ClusterServiceStub
+from moe_core.service.certificates import ServerCheck
 from moe_core.service.cluster_codec import role_to_pb
-from moe_core.service.grpc_channel import channel_options
+from moe_core.service.grpc_channel import channel_options, server_name_options
 
 log = structlog.get_logger(__name__)
 
@@ -28,8 +29,16 @@ BEAT_S = 0.25
 class Lease:
     """Runs from its making until `stop`; make it on the event loop that it watches."""
 
-    def __init__(self, gateway_address: str, role: Role, rank: int, instance_epoch: int) -> None:
+    def __init__(
+        self,
+        gateway_address: str,
+        security: ServerCheck | None,
+        role: Role,
+        rank: int,
+        instance_epoch: int,
+    ) -> None:
         self._gateway_address = gateway_address
+        self._security = security
         self._role = role
         self._rank = rank
         self._instance_epoch = instance_epoch
@@ -49,14 +58,27 @@ class Lease:
         self._next_beat = self._loop.call_later(BEAT_S, self._beat)
 
     def _send_leases(self) -> None:
-        options = list(channel_options())
-        with grpc.insecure_channel(self._gateway_address, options=options) as channel:
-            stub = ClusterServiceStub(channel)  # type: ignore[no-untyped-call]  # generated code
-            while not self._stopped.wait(PERIOD_S):
-                try:
-                    stub.Lease(self._request(), timeout=PERIOD_S)
-                except grpc.RpcError as error:
-                    log.debug("a lease was not delivered", reason=str(error))
+        while not self._stopped.is_set():
+            with self._open_channel() as channel:
+                self._send_until_lost(channel)
+
+    def _open_channel(self) -> grpc.Channel:
+        options: list[tuple[str, int | str]] = list(channel_options())
+        if self._security is None:
+            return grpc.insecure_channel(self._gateway_address, options=options)
+        options += server_name_options(self._security)
+        credentials = self._security.certificates.channel_credentials()
+        return grpc.secure_channel(self._gateway_address, credentials, options=options)
+
+    def _send_until_lost(self, channel: grpc.Channel) -> None:
+        """A channel shows the certificate that it was opened with, so a lost one is opened anew."""
+        stub = ClusterServiceStub(channel)  # type: ignore[no-untyped-call]  # generated code
+        while not self._stopped.wait(PERIOD_S):
+            try:
+                stub.Lease(self._request(), timeout=PERIOD_S)
+            except grpc.RpcError as error:
+                log.debug("a lease was not delivered", reason=str(error))
+                return
 
     def _request(self) -> cluster_pb2.LeaseRequest:
         return cluster_pb2.LeaseRequest(

@@ -31,6 +31,7 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import EpserveError, ProtocolError, UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1.cluster_pb2_grpc import ClusterServiceStub
+from moe_core.service.certificates import Certificates, ServerCheck, expecting
 from moe_core.service.cluster_codec import (
     cluster_from_pb,
     join_to_pb,
@@ -39,6 +40,7 @@ from moe_core.service.cluster_codec import (
 )
 from moe_core.service.grpc_channel import error_from_rpc, open_channel
 from moe_core.service.lease import Lease
+from moe_core.service.peer_roles import PeerRole
 
 log = structlog.get_logger(__name__)
 
@@ -50,9 +52,10 @@ RETRY_S = 0.5
 class Membership:
     """A place in the cluster, from `join` until `close` or until `lost` raises."""
 
-    def __init__(self, channel: grpc.aio.Channel, gateway_address: str) -> None:
-        self._channel = channel
+    def __init__(self, gateway_address: str, security: ServerCheck | None) -> None:
+        self._channel = open_channel(gateway_address, security)
         self._gateway = gateway_address
+        self._security = security
         self._changed = asyncio.Condition()
         self._reported = asyncio.Event()
         self._report = StatusReport(MemberState.LOADING)
@@ -64,12 +67,19 @@ class Membership:
         self.parallel = ParallelConfig()
 
     @classmethod
-    async def join(cls, gateway_address: str, join: Join, *, timeout_s: float) -> "Membership":
+    async def join(
+        cls,
+        gateway_address: str,
+        join: Join,
+        *,
+        timeout_s: float,
+        tls: Certificates | None = None,
+    ) -> "Membership":
         """Join the cluster of the gateway at `gateway_address` (host:port), waiting up to
         `timeout_s` for a gateway that is not there yet. When this returns, `rank`, `parallel`
         and `state` are known. Raises UnavailableError when no gateway came in time, and at once
         the gateway's own refusal (of a rank, a fingerprint, a dtype)."""
-        membership = cls(open_channel(gateway_address), gateway_address)
+        membership = cls(gateway_address, expecting(tls, PeerRole.GATEWAY))
         try:
             await membership._join_until(join, time.monotonic() + timeout_s, timeout_s)
         except BaseException:
@@ -172,7 +182,9 @@ class Membership:
         except BaseException:
             call.cancel()
             raise
-        self._lease = Lease(self._gateway, join.role, self.rank, join.instance_epoch)
+        self._lease = Lease(
+            self._gateway, self._security, join.role, self.rank, join.instance_epoch
+        )
         self._reading = asyncio.create_task(self._read(call, answers), name="membership")
 
     async def _requests(self, join: pb.RegisterRequest) -> AsyncIterator[pb.RegisterRequest]:

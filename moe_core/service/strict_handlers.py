@@ -28,15 +28,20 @@ log = structlog.get_logger(__name__)
 
 Parse = Callable[[bytes], Any]
 Behavior = Callable[[Any, Any], Any]
+Check = Callable[[str, Any], None]
+"""Of a method's path and its call's context: raises an EpserveError to refuse the call."""
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
-def strict_handlers(service: str, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
-    """`handlers` of one service (method name to handler), made strict."""
-    return {name: _strict(service, name, handler) for name, handler in handlers.items()}
+def strict_handlers(
+    service: str, handlers: Mapping[str, Handler], check: Check
+) -> dict[str, Handler]:
+    """`handlers` of one service (method name to handler), made strict; `check` is asked before
+    anything of a call is looked at."""
+    return {name: _strict(service, name, handler, check) for name, handler in handlers.items()}
 
 
-def _strict(service: str, method: str, handler: Handler) -> Handler:
+def _strict(service: str, method: str, handler: Handler, check: Check) -> Handler:
     path = f"/{service}/{method}"
     assert handler.request_deserializer is not None
     parse = _strict_parse(handler.request_deserializer, _input_type(service, method))
@@ -55,9 +60,9 @@ def _strict(service: str, method: str, handler: Handler) -> Handler:
     }[handler.request_streaming, handler.response_streaming]
     parse_one = None if handler.request_streaming else parse
     if isasyncgenfunction(behavior):
-        wrapped = _guard(path, _write_all(behavior, parse_one))
+        wrapped = _guard(path, _write_all(behavior, parse_one), check)
     else:
-        wrapped = _guard(path, _call(behavior, parse_one))
+        wrapped = _guard(path, _call(behavior, parse_one), check)
     return make(
         wrapped,
         request_deserializer=parse if handler.request_streaming else None,
@@ -103,9 +108,10 @@ def _write_all(behavior: Behavior, parse: Parse | None) -> Behavior:
     return write_all
 
 
-def _guard(path: str, behavior: Behavior) -> Behavior:
+def _guard(path: str, behavior: Behavior, check: Check) -> Behavior:
     async def guarded(request: Any, context: Any) -> Any:  # noqa: ANN401
         try:
+            check(path, context)
             return await behavior(request, context)
         except EpserveError as error:
             await context.abort(status_code(error), str(error), trailing_metadata(error))

@@ -7,6 +7,8 @@ import logging
 
 from moe_core.errors import PeerLostError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
+from moe_core.service.certificates import Certificates, expecting
+from moe_core.service.peer_roles import PeerRole
 from moe_core.transport.base import ExpertLink, Identity, LinkSpec, TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.endpoint import NixlEndpoint
@@ -27,8 +29,10 @@ async def connect_link(
     peer: Identity,
     options: TransportOptions,
     endpoint: NixlEndpoint | None = None,
+    tls: Certificates | None = None,
 ) -> ExpertLink:
-    """A link from attention process `identity` to expert process `peer` at `address`.
+    """A link from attention process `identity` to expert process `peer` at `address`; `tls` is
+    what this process shows of itself.
 
     `peer.instance_epoch` 0 means whichever start of it is there. A process with several links opens
     one `endpoint` (choice.open_endpoint) for all of them and closes it after them; without one,
@@ -38,7 +42,7 @@ async def connect_link(
     the peer cannot be reached within `options.connect_timeout_s`, ConfigError when `options` ask
     for nixl and there is none.
     """
-    connector = _Connector(address, spec, identity, peer, options)
+    connector = _Connector(address, spec, identity, peer, options, tls)
     if endpoint is not None and options.transport != "grpc":
         return await connector.over_nixl(endpoint, owns_endpoint=False)
     own, _ = open_endpoint(identity, options)
@@ -63,8 +67,10 @@ class _Connector:
         identity: Identity,
         peer: Identity,
         options: TransportOptions,
+        tls: Certificates | None,
     ) -> None:
         self._address = address
+        self._security = expecting(tls, PeerRole.EXPERT)
         self._name = f"expert {peer.rank} ({address})"
         self._spec = spec
         self._identity = identity
@@ -72,7 +78,7 @@ class _Connector:
         self._options = options
 
     async def over_grpc(self) -> ExpertLink:
-        stream = ExchangeStream(self._address, self._name)
+        stream = ExchangeStream(self._address, self._name, self._security)
         try:
             await self._greet(stream, ("grpc",), None)
         except BaseException:
@@ -84,7 +90,7 @@ class _Connector:
         """By NIXL, or by grpc where the peer prefers that or NIXL does not get through and the
         options leave the choice."""
         path = attention_path(endpoint, self._spec, self._name)
-        stream = ExchangeStream(self._address, self._name)
+        stream = ExchangeStream(self._address, self._name, self._security)
         only = self._options.transport == "nixl"
         try:
             welcome = await self._greet(stream, ("nixl",) if only else ALL, path.grant())

@@ -12,8 +12,8 @@ import contextlib
 import mmap
 import os
 import socket
+import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 FLAG_BYTES = mmap.PAGESIZE
@@ -66,8 +66,13 @@ class LocalBell:
     """The doorbell of a process on this host, rung only while its owner is parked."""
 
     def __init__(self, name: str, pid: int, flag_fd: int) -> None:
-        """Raises OSError when the owner is gone or may not be looked at."""
-        with Path(f"/proc/{pid}/fd/{flag_fd}").open("rb") as file:
+        """Raises OSError when the owner is gone or may not be looked at, ValueError when what it
+        names is no flag."""
+        # What a peer names may be anything: a pipe would block, a short file kill us at the read.
+        descriptor = os.open(f"/proc/{pid}/fd/{flag_fd}", os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError(f"descriptor {flag_fd} of process {pid} is no memory")
             self._flag = mmap.mmap(file.fileno(), FLAG_BYTES, prot=mmap.PROT_READ)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._address = b"\0" + name.encode("ascii")

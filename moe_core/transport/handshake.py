@@ -50,14 +50,24 @@ def make_hello(
 
 
 def accept_hello(
-    hello: pb.Hello, spec: LinkSpec, identity: Identity, supported: dict[str, str]
+    hello: pb.Hello,
+    spec: LinkSpec,
+    identity: Identity,
+    supported: dict[str, str],
+    attention_world: int | None = None,
 ) -> Agreement:
-    """The expert's side. `supported` maps each transport to "" or to why it is not to be had.
+    """The expert's side. `supported` maps each transport to "" or to why it is not to be had;
+    `attention_world` is the cluster's number of attention processes, where it is known.
 
     Raises ProtocolError that names both sides' values of everything that differs.
     """
     version = common_version(hello.protocol_versions)
     differences = list(_differences(hello, spec, identity))
+    if attention_world is not None and hello.attn_rank >= attention_world:
+        differences.append(
+            f"attention rank {hello.attn_rank} is not below the {attention_world} attention "
+            "processes that the gateway has told the expert side of"
+        )
     if differences:
         raise ProtocolError(f"the hello does not fit: {'; '.join(differences)}")
     transport, reason = _choose(tuple(hello.transports), supported)

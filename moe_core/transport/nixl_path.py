@@ -9,7 +9,7 @@ import os
 from functools import partial
 from typing import Any
 
-from moe_core.errors import ProtocolError
+from moe_core.errors import ProtocolError, TransportError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.transport.base import LinkCounters
 from moe_core.transport.doorbell import Bell, LocalBell, StreamBell
@@ -19,7 +19,12 @@ from moe_core.transport.layout import ALIGNMENT
 
 MAX_METADATA_BYTES = 1 << 20
 MAX_NAME_BYTES = 256
+MAX_SOCKET_NAME = 107  # what an abstract unix socket's address leaves
 ADDRESS_LIMIT = 1 << 64
+
+
+def _is_doorbell(name: str) -> bool:
+    return name.isascii() and len(name) <= MAX_SOCKET_NAME
 
 
 class NixlPath:
@@ -84,6 +89,7 @@ class NixlPath:
         self._check(grant)
         self._endpoint.add_peer(grant.agent_name, grant.agent_metadata)
         self._grant = grant
+        self._prove_range()
         self._counters = counters
         self._bell = self._bell_of(grant.process, ring_stream)
 
@@ -105,6 +111,7 @@ class NixlPath:
                 len(grant.agent_metadata) <= MAX_METADATA_BYTES,
             ),
             ("link_id", grant.link_id, grant.link_id == (self.link_id or grant.link_id) != 0),
+            ("doorbell", grant.process.doorbell, _is_doorbell(grant.process.doorbell)),
         )
         for name, value, fits in rules:
             if not fits:
@@ -113,11 +120,24 @@ class NixlPath:
                     f"{self._slot_count} slots of {size} bytes, link {self.link_id}"
                 )
 
+    def _prove_range(self) -> None:
+        """NIXL knows from the metadata what the peer has registered, and makes no handle for a
+        write outside of it: the first and the last slot, whole, show that all are inside. Raises
+        ProtocolError."""
+        for slot in {0, self._slot_count - 1}:
+            try:
+                self._prepare(slot, self._outgoing_bytes)
+            except TransportError as error:
+                raise ProtocolError(
+                    f"{self.peer} grants slot {slot} of {self._outgoing_bytes} bytes outside of "
+                    f"the memory that it has registered: {error}"
+                ) from None
+
     def _bell_of(self, process: pb.HostProcess, ring_stream: Action) -> Bell:
         if process.host_id == self._endpoint.process.host_id:
             try:
                 return LocalBell(process.doorbell, process.pid, process.parked_fd)
-            except OSError:  # another user's process, say
+            except (OSError, ValueError):  # another user's process, say, or no flag at all
                 pass
         return StreamBell(ring_stream)
 

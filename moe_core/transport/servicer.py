@@ -6,6 +6,7 @@ carries is its session's business.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -37,8 +38,12 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         spec: LinkSpec,
         identity: Identity,
         options: TransportOptions,
+        attention_world: Callable[[], int] | None = None,
     ) -> None:
-        """Raises ConfigError when `options` ask for nixl and there is none."""
+        """`attention_world` says how many attention processes the cluster has now; without it a
+        caller's own word is taken. Raises ConfigError when `options` ask for nixl and there is
+        none."""
+        self._attention_world = attention_world
         self._handler = handler
         self._spec = spec
         self._identity = identity
@@ -65,7 +70,8 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
 
     async def _exchange(self, context: Context) -> None:
         hello = await self._read_hello(context)
-        agreement = accept_hello(hello, self._spec, self._identity, self._supported())
+        world = None if self._attention_world is None else self._attention_world()
+        agreement = accept_hello(hello, self._spec, self._identity, self._supported(), world)
         exchange = self._open(hello, agreement, context)
         self._running.add(exchange)
         try:

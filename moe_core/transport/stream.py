@@ -15,6 +15,7 @@ import grpc.aio
 from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError, TransportError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
+from moe_core.service.certificates import ServerCheck
 from moe_core.service.grpc_channel import open_channel
 
 Message = TypeVar("Message")
@@ -71,9 +72,9 @@ def _settle(mark: asyncio.Future[bool], result: bool) -> None:
 class ExchangeStream:
     """The attention's end: a channel of its own, one call on it, and the task that reads it."""
 
-    def __init__(self, address: str, peer: str) -> None:
+    def __init__(self, address: str, peer: str, security: ServerCheck | None) -> None:
         self.peer = peer
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, security)
         stub: Any = rpc.ExpertServiceStub  # generated without annotations
         self._call: Any = stub(self._channel).Exchange(wait_for_ready=True)
         self.writer: MessageWriter[pb.ExchangeRequest] = MessageWriter(self._call.write)

@@ -70,6 +70,15 @@ async def test_another_expert_than_the_wanted_one_refuses(wire: str, expert: Exp
         await connect_link(expert.address, SPEC, ATTENTION, wanted, TransportOptions(wire))
 
 
+async def test_a_rank_beyond_the_attention_tier_is_refused_whatever_world_it_claims(wire: str):
+    async with serve(SPEC, wire, attention_world=lambda: 2) as expert:
+        with pytest.raises(ProtocolError, match="rank 7 is not below the 2 attention processes"):
+            await connect(expert.address, SPEC, wire, Identity(rank=7, world=8, instance_epoch=1))
+        assert expert.servicer.peers == ()
+        link = await connect(expert.address, SPEC, wire, Identity(1, 2, 1))
+        await link.close()
+
+
 async def test_another_start_of_the_expert_than_the_wanted_one_is_refused(
     wire: str, expert: Expert
 ):
@@ -265,6 +274,8 @@ async def test_nixl_tags_of_another_start_or_link_or_an_old_sequence_are_dropped
         ("slot_bytes", 64),
         ("slot_count", 9),
         ("base_address", 2**64 - 100),
+        ("base_address", 4096),
+        ("device_id", 2**31),
         ("memory_type", "FILE"),
         ("agent_name", ""),
         ("agent_metadata", b"not metadata"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import product
 
 import grpc
+import psutil
 import pytest
 import torch
 from grpc_health.v1 import health_pb2
@@ -256,3 +257,15 @@ def test_status_prints_tables(target: str):
     assert done.returncode == 0, done
     for words in ("gateway", "attn 0", "expert 1", "ready", "Level 1"):
         assert words in done.stdout
+
+
+def test_nothing_listens_beyond_this_machine(serve: tuple[Running, str], target: str):
+    """Neither our servers nor what UCX, gloo and torch's store open beside them."""
+    listening = {
+        (process.pid, each.laddr.ip.removeprefix("::ffff:"))
+        for process in serve[0].family()
+        for each in process.net_connections(kind="tcp")
+        if each.status == psutil.CONN_LISTEN
+    }
+    assert len({pid for pid, _ in listening}) == len(PROCESSES)
+    assert {address for _, address in listening} <= {"127.0.0.1", "::1"}

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -161,3 +162,13 @@ async def test_a_follower_of_another_start_of_the_leader_is_refused_with_both_va
         assert formed.follower.returncode == 1
         assert b"leader_instance_epoch=76" in stderr
         assert b"leader_instance_epoch=77" in stderr
+
+
+async def test_store_of_a_group_on_this_machine_is_reached_from_nowhere_else() -> None:
+    store = open_store("127.0.0.1", 2, TIMEOUT_S)
+    listening = [
+        each.laddr
+        for each in psutil.Process().net_connections(kind="tcp")
+        if each.status == psutil.CONN_LISTEN and each.laddr.port == store.port
+    ]
+    assert [address.ip for address in listening] == ["127.0.0.1"]

@@ -2,7 +2,7 @@
 and links to it over each transport. The layer says how the handler behaves."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ import torch
 
 from moe_core.errors import UnavailableError
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
+from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.transport.base import (
     Dispatch,
@@ -90,9 +91,12 @@ async def serve(
     identity: Identity = EXPERT,
     port: int = 0,
     host: str = "127.0.0.1",
+    attention_world: Callable[[], int] | None = None,
+    tls: Certificates | None = None,
 ) -> AsyncIterator[Expert]:
-    servicer = ExchangeServicer(handler, spec, identity, TransportOptions(transport))
-    server = GrpcHost()
+    options = TransportOptions(transport)
+    servicer = ExchangeServicer(handler, spec, identity, options, attention_world)
+    server = GrpcHost(tls)
     server.add(rpc.add_ExpertServiceServicer_to_server, servicer, SERVICE)
     bound = await server.start(host, port)
     try:

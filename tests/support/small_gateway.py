@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gateway.admission import ServedModel
+from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
@@ -21,6 +22,7 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc, gateway_pb2_grpc
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceServicer
 from moe_core.placement import ExpertPlacement
+from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_channel import open_channel
 from moe_core.service.grpc_host import GrpcHost
 from support.fake_attention import FakeWorker
@@ -44,13 +46,19 @@ class SmallGateway:
         parallel: ParallelConfig | None = None,
         tokenizer: TextTokenizer | None = None,
         limits: QueueLimits | None = None,
+        *,
+        tls: Certificates | None = None,
+        keys: ApiKeys | None = None,
     ) -> None:
+        """With `tls`, `channel` and the stubs know no certificate and are of no use."""
+        self._keys = keys or ApiKeys(None)
+        self._tls = tls
         self.registry = make_registry(parallel)
-        self.pool = AttentionPool()
+        self.pool = AttentionPool(tls)
         model = ServedModel("small", MODEL, tokenizer)
         self.generator = Generator(model, self.registry, self.pool, limits)
         self.cluster = ClusterServicer(self.registry)
-        self._host = GrpcHost()
+        self._host = GrpcHost(tls, self._keys.authenticate)
         self._port = 0
         self._closers: list[Callable[[], Awaitable[None]]] = []
 
@@ -61,10 +69,12 @@ class SmallGateway:
 
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
-        GatewayServicer(self.generator, self.registry).add_to(self._host)
-        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY).add_to(self._host)
-        port = await self._host.start("127.0.0.1", self._port)
+        GatewayServicer(self.generator, self.registry, self._keys).add_to(self._host)
+        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY, self._keys).add_to(self._host)
+        cluster_port = None if self._tls is None else 0
+        port = await self._host.start("127.0.0.1", self._port, cluster_port=cluster_port)
         self.address = f"127.0.0.1:{port}"
+        self.cluster_address = f"127.0.0.1:{self._host.cluster_port}"
         self.channel = open_channel(self.address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
         self.cluster_stub = cluster_pb2_grpc.ClusterServiceStub(self.channel)

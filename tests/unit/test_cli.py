@@ -17,7 +17,10 @@ from moe_core.errors import CheckpointError
 from support.full_sampling import FULL_SAMPLING
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
-COMMANDS = ["demo", "serve", "gateway", "attn", "expert", "generate", "status", "manifest"]
+COMMANDS = [
+    *("demo", "serve", "gateway", "attn", "expert", "generate", "status", "manifest"),
+    *("certs", "keys"),
+]
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
@@ -57,6 +60,22 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
         (
             ["serve", "--model", str(TINY), "--grpc-port", "99999"],
             "must be at least 0 and at most 65535; nearest valid: 65535",
+        ),
+        (
+            ["serve", "--model", str(TINY), "--host", "0.0.0.0"],
+            "host='0.0.0.0': other machines reach this address",
+        ),
+        (
+            ["expert", "--model", str(TINY), "--tls-ca", "ca.crt"],
+            "tls_cert=None: a process needs --tls-cert, --tls-key and --tls-ca, or none",
+        ),
+        (
+            ["gateway", "--model", str(TINY), "--api-keys", "/nowhere/keys"],
+            "api_keys='/nowhere/keys': cannot be read",
+        ),
+        (
+            ["attn", "--model", str(TINY), "--advertise-address", "a b"],
+            "advertise_address='a b': must be a host name",
         ),
         (["attn", "--model", str(TINY), "--rank", "-1"], "rank=-1: must be at least 0"),
         (["expert", "--model", str(TINY), "--gateway", "nowhere"], "gateway='nowhere'"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gateway.admission import ServedModel, admit
+from gateway.admission import ServedModel, admit, check_sizes
 from gateway.requests import GenerationRequest, Sampling, Sequence
 from moe_core.errors import RequestError
 from support.moe_configs import moe_model
@@ -116,3 +116,19 @@ def test_missing_seed_and_request_id_are_drawn_and_given_ones_kept() -> None:
     assert first.seed != second.seed
     assert first.request_id != second.request_id
     assert admitted(seed=0).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"prompt_tokens": MODEL.max_model_len}, "prompt: .* max_position_embeddings="),
+        ({"stop": 17}, "stop: at most 16 strings, not 17"),
+        ({"stop_token_ids": 257}, "stop_token_ids: at most 256"),
+        ({"logit_bias": 1025}, "logit_bias: at most 1024"),
+    ],
+)
+def test_counts_are_refused_before_anything_is_copied(counts: dict[str, int], message: str) -> None:
+    fine = {"prompt_tokens": 1, "stop": 16, "stop_token_ids": 256, "logit_bias": 1024}
+    check_sizes(MODEL, **fine)
+    with pytest.raises(RequestError, match=message):
+        check_sizes(MODEL, **{**fine, **counts})

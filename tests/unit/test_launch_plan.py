@@ -7,9 +7,13 @@ import pytest
 from epserve import launch_plan
 from epserve.launch_plan import ClusterSettings, make_plan
 from epserve.layout import Place
+from gateway.api_keys import hash_of
 from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
+from moe_core.service.peer_roles import PeerRole
+from moe_core.service.tls_files import TlsFiles
+from support.certificates import CertificateAuthority
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
 
@@ -112,6 +116,34 @@ def test_the_target_is_where_this_machine_reaches_the_gateway(host: str, target:
     plan = make_plan(settings())
     places = (Place(Role.GATEWAY, 0, "", 7),)
     moved = launch_plan.LaunchPlan(
-        settings(host=host, grpc_port=7), plan.model, plan.parallel, places
+        settings(host=host, grpc_port=7, insecure=True), plan.model, plan.parallel, places
     )
     assert moved.target == target
+
+
+def test_tls_files_and_keys_reach_the_processes_and_no_key_does(tmp_path: Path):
+    every = PeerRole.GATEWAY, PeerRole.ATTN, PeerRole.EXPERT
+    tls = CertificateAuthority().files(tmp_path, *every)
+    key_file = tmp_path / "keys.yaml"
+    key_file.write_text("[]")
+    plan = make_plan(settings(tls=tls, api_keys=key_file))
+    gateway, *workers = plan.children()
+    assert plan.client_target.tls == TlsFiles(tls.ca)
+    cluster_port = str(plan.settings.cluster_port)
+    for child in (gateway, *workers):
+        words = " ".join(child.command)
+        assert " ".join(tls.arguments()) in words
+        assert cluster_port in words
+    assert f"--api-keys {key_file}" in " ".join(gateway.command)
+    key = plan.launcher_key
+    assert key is not None
+    assert gateway.environment["EPSERVE_LAUNCHER_KEY_HASH"] == hash_of(key)
+    for child in (gateway, *workers):
+        assert key not in repr(child)
+    assert key not in repr(plan.client_target)
+
+
+def test_a_certificate_that_lacks_a_tier_is_refused_before_anything_starts(tmp_path: Path):
+    tls = CertificateAuthority().files(tmp_path, PeerRole.GATEWAY, PeerRole.ATTN)
+    with pytest.raises(ConfigError, match="epserve://expert"):
+        make_plan(settings(tls=tls))

@@ -17,6 +17,8 @@ from moe_core.cluster import (
 )
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import (
+    AccessError,
+    AuthenticationError,
     CheckpointError,
     ConfigError,
     PeerTimeoutError,
@@ -118,13 +120,37 @@ def test_advertised_address_is_one_that_peers_can_use(
     assert advertised_address(host, 7, advertise, "127.0.0.1:50051") == expected
 
 
+@pytest.mark.parametrize(
+    "advertise",
+    [
+        "node 3",
+        "node3:0",
+        "node3:99999",
+        "a:b:c",
+        "fe80::zz",
+        "0.0.0.0",
+        "[::]:9",
+        "http://x",
+    ],
+)
+def test_an_address_that_peers_cannot_use_is_not_advertised(advertise: str) -> None:
+    with pytest.raises(ConfigError, match="advertise_address="):
+        advertised_address("0.0.0.0", 7, advertise, "127.0.0.1:50051")
+
+
 def test_host_id_is_stable_and_epochs_grow() -> None:
     assert host_id() == host_id()
     assert new_instance_epoch() < new_instance_epoch()
 
 
 def test_statuses_and_errors_translate_both_ways() -> None:
-    for error in (RequestError("x"), UnavailableError("x"), PeerTimeoutError("x")):
+    for error in (
+        RequestError("x"),
+        UnavailableError("x"),
+        PeerTimeoutError("x"),
+        AuthenticationError("x"),
+        AccessError("x"),
+    ):
         back = error_from_status(status_code(error).name, "x")
         assert (type(back), str(back)) == (type(error), "x")
     other = error_from_status(status_code(CheckpointError("x")).name, "x")

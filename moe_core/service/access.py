@@ -1,0 +1,88 @@
+"""Who may call which method: the one table, asked before anything of a call is parsed.
+
+Knows services' names, roles and that a key is somebody's to check. Knows no key and no message.
+A service that has no rule cannot be added to a server, so a new one cannot be forgotten; a new
+method has its service's rule.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_core.errors import AccessError
+from moe_core.service.peer_roles import PeerRole, in_words, shown_roles
+
+Authenticate = Callable[[str | None], object]
+"""Takes the `authorization` metadata; raises AuthenticationError."""
+
+AUTHORIZATION = "authorization"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`roles`: over TLS, the certificates of which one is needed; None: no certificate is.
+    `key`: an API key, on a server that has keys; one that has none wants an administrator's
+    certificate instead."""
+
+    roles: frozenset[PeerRole] | None = None
+    key: bool = False
+
+
+def _only(*roles: PeerRole) -> Rule:
+    return Rule(frozenset(roles))
+
+
+EVERYBODY = Rule()
+KEY = Rule(key=True)
+ADMINISTRATORS = Rule(frozenset({PeerRole.ADMIN}), key=True)
+WORKERS = _only(PeerRole.ATTN, PeerRole.EXPERT, PeerRole.GATEWAY)
+
+RULES: Mapping[str, Rule] = {
+    "grpc.health.v1.Health": EVERYBODY,
+    "grpc.reflection.v1alpha.ServerReflection": KEY,
+    "epserve.v1.Gateway": KEY,
+    "vllm.grpc.engine.VllmEngine": KEY,
+    "epserve.v1.Admin": ADMINISTRATORS,
+    "epserve.v1.ClusterService": WORKERS,
+    "epserve.v1.AttentionService": _only(PeerRole.GATEWAY),
+    "/epserve.v1.AttentionService/Follow": _only(PeerRole.ATTN),
+    "epserve.v1.ExpertService": _only(PeerRole.ATTN),
+}
+
+
+def require_rule(service: str) -> None:
+    """Raises LookupError for a service that nobody has thought about."""
+    if service not in RULES:
+        raise LookupError(f"{service} has no rule in {__name__}.RULES: say who may call it")
+
+
+class AccessCheck:
+    """`authenticate` None: this server has no keys of its own."""
+
+    def __init__(self, authenticate: Authenticate | None) -> None:
+        self._authenticate = authenticate
+
+    def check(self, path: str, context: Any) -> None:  # noqa: ANN401 - grpc.aio's context
+        """Before `path` (/SERVICE/METHOD) runs. Raises AccessError or AuthenticationError."""
+        rule = RULES.get(path) or RULES[path.split("/")[1]]
+        roles = rule.roles
+        if rule.key and self._authenticate is None:
+            roles = frozenset({PeerRole.ADMIN})
+        if roles is not None:
+            self._check_roles(path, roles, context)
+        if rule.key and self._authenticate is not None:
+            self._authenticate(authorization(context))
+
+    def _check_roles(self, path: str, roles: frozenset[PeerRole], context: Any) -> None:  # noqa: ANN401
+        shown = shown_roles(context)
+        if shown is not None and not shown & roles:
+            needed = " or ".join(sorted(role.uri for role in roles))
+            raise AccessError(f"{path} needs a certificate with {needed}; {in_words(shown)}")
+
+
+def authorization(context: Any) -> str | None:  # noqa: ANN401
+    """What the caller sent as `authorization`, the first if there are several."""
+    for name, value in context.invocation_metadata() or ():
+        if name == AUTHORIZATION:
+            return value if isinstance(value, str) else None
+    return None

@@ -1,0 +1,81 @@
+"""Which addresses may be listened on without TLS, and how TLS files come together."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from attn_service.settings import AttnSettings
+from epserve.launch_plan import ClusterSettings
+from expert_service.process import ExpertSettings
+from gateway.process import GatewaySettings
+from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
+from moe_core.service.binding import is_loopback, require_safe_bind
+from moe_core.service.tls_files import TlsFiles
+
+HERE, MODEL = "127.0.0.1:1", Path("model")
+FILES = TlsFiles(Path("ca"), Path("cert"), Path("key"))
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.8.9.10", "::1", "[::1]", "localhost", "LOCALHOST"]
+)
+def test_loopback_needs_nothing(host: str) -> None:
+    assert is_loopback(host)
+    require_safe_bind("host", host, None, False)
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "10.1.2.3", "fe80::1", "node3", "localhost.example.com", "127.1"]
+)
+def test_anything_else_needs_tls_or_a_word(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"http_host=.*epserve certs DIR.*--insecure"):
+        require_safe_bind("http_host", host, None, False)
+    require_safe_bind("http_host", host, None, True)
+    require_safe_bind("http_host", host, FILES, False)
+
+
+def _gateway(host: str, tls: TlsFiles | None, insecure: bool) -> object:
+    return GatewaySettings(MODEL, host, 0, ParallelConfig(), tls=tls, insecure=insecure)
+
+
+def _attn(host: str, tls: TlsFiles | None, insecure: bool) -> object:
+    return AttnSettings(HERE, MODEL, host, tls=tls, insecure=insecure)
+
+
+def _expert(host: str, tls: TlsFiles | None, insecure: bool) -> object:
+    return ExpertSettings(HERE, MODEL, host, tls=tls, insecure=insecure)
+
+
+def _serve(host: str, tls: TlsFiles | None, insecure: bool) -> object:
+    return ClusterSettings(MODEL, host=host, tls=tls, insecure=insecure)
+
+
+@pytest.mark.parametrize("make", [_gateway, _attn, _expert, _serve])
+def test_every_process_refuses_an_open_bind(
+    make: Callable[[str, TlsFiles | None, bool], object],
+) -> None:
+    with pytest.raises(ConfigError, match=r"host='0\.0\.0\.0'.*--insecure"):
+        make("0.0.0.0", None, False)
+    make("0.0.0.0", None, True)
+    make("0.0.0.0", FILES, False)
+    make("127.0.0.1", None, False)
+
+
+def test_a_process_takes_three_tls_files_or_none() -> None:
+    path = Path("x")
+    assert TlsFiles.of_process(None, None, None) is None
+    assert TlsFiles.of_process(path, path, path) == TlsFiles(path, path, path)
+    for given in ((path, None, None), (None, path, path), (path, path, None)):
+        with pytest.raises(ConfigError, match=r"--tls-cert, --tls-key and --tls-ca, or none"):
+            TlsFiles.of_process(*given)
+
+
+def test_a_client_takes_a_ca_and_perhaps_a_pair() -> None:
+    path = Path("x")
+    assert TlsFiles.of_client(None, None, None) is None
+    assert TlsFiles.of_client(path, None, None) == TlsFiles(path)
+    for given in ((path, path, None), (path, None, path), (None, path, path)):
+        with pytest.raises(ConfigError, match="tls"):
+            TlsFiles.of_client(*given)
