@@ -1,21 +1,23 @@
 """A request's body: read within limits, parsed strictly.
 
 Knows sizes, JSON and pydantic; knows no field. Refused before it costs anything: bodies over
-the limit (by their declared size before a byte is read), NaN and Infinity, numbers of over 4,300
-digits, nesting of over 200 levels, half of a surrogate pair.
+the limit (nothing of one is kept whose size is declared), NaN and Infinity, numbers of over
+4,300 digits, nesting of over 200 levels, half of a surrogate pair.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from gateway.http.errors import BodyTimeoutError, TooLargeError
 from moe_core.errors import RequestError
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 BODY_TIMEOUT_S = 60.0
 MAX_SHOWN = 60
 
@@ -57,22 +59,41 @@ def parse(kind: type[B], values: dict[str, object]) -> B:
 
 async def _read(request: Request, limit: int) -> bytes:
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
-        raise TooLargeError(f"the body has {declared} bytes; at most {limit} are taken")
     content = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            async for part in request.stream():
+            if declared.isdecimal() and int(declared) > limit:
+                await _discard(request)
+                raise TooLargeError(f"the body has {declared} bytes; at most {limit} are taken")
+            async for part in _parts(request):
                 content += part
                 if len(content) > limit:
+                    del content
+                    await _discard(request)
                     raise TooLargeError(f"the body has more than the {limit} bytes that are taken")
     except TimeoutError:
-        raise BodyTimeoutError(
-            f"the body did not arrive within {BODY_TIMEOUT_S:g} s; {len(content)} bytes have"
-        ) from None
-    except ClientDisconnect:
-        raise RequestError("the body ended early: the client has gone") from None
+        raise BodyTimeoutError(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
     return bytes(content)
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError("the body ended early: the client has gone")
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
+async def _discard(request: Request) -> None:
+    """Let a client finish, within limits: one that still sends as its connection is closed sees
+    no answer."""
+    left = MAX_DISCARDED_BYTES
+    async for part in _parts(request):
+        left -= len(part)
+        if left < 0:
+            return
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -13,8 +13,8 @@ from gateway.http.host import HttpHost
 from support.small_gateway import SmallGateway
 
 TEMPLATE = (
-    "{% for message in messages %}{{ message.content }} {% endfor %}"
-    "{% if add_generation_prompt %}{{ opening or 'wzzx' }}{% endif %}"
+    "{% for message in messages %}{{ ' ' if not loop.first }}{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %} {{ opening or 'wabx' }}{% endif %}"
 )
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from gateway.http.chat_template import ChatTemplate
@@ -15,13 +16,15 @@ MESSAGES = [
     {"role": "assistant", "content": "yes"},
 ]
 TEMPLATES = [
-    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m.content }}{{ eos_token }}{% endfor %}",
-    "{% for m in messages %}\n    {% if loop.index0 == 1 %}\n        {% continue %}\n    {% endif %}\n"
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}{{ m['content'] }}{% endfor %}"
+    "{{ eos_token }}",
+    "{% for m in messages %}\n    {% if loop.index0 == 1 %}\n     {% continue %}\n  {% endif %}\n"
     "    {{- m.role }}\n    {% if m.role == 'assistant' %}{% break %}{% endif %}\n{% endfor %}\n",
     "{{ messages | tojson }}|{{ messages | tojson(indent=2) }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{{ strftime_now('%Y') | length }}{% if add_generation_prompt %}>{% endif %}{{ thinking }}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}",
 ]
 
 
@@ -29,8 +32,6 @@ TEMPLATES = [
 @pytest.mark.parametrize("opening", [True, False])
 def test_templates_render_as_in_transformers(source: str, opening: bool) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    from tokenizers import Tokenizer, models
-
     oracle = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), **tokens
     )
@@ -63,12 +64,12 @@ def test_what_a_template_refuses_is_told() -> None:
     ],
 )
 def test_what_a_template_cannot_do_is_the_requests_error(source: str) -> None:
-    with pytest.raises(RequestError, match="^messages: "):
+    with pytest.raises(RequestError, match=r"^messages: "):
         ChatTemplate(source, {}, "here").render(MESSAGES)
 
 
 def test_the_conversation_itself_is_no_variable() -> None:
-    with pytest.raises(RequestError, match="^chat_template_kwargs: messages cannot be set there"):
+    with pytest.raises(RequestError, match=r"^chat_template_kwargs: messages cannot be set there"):
         ChatTemplate("x", {}, "here").render(MESSAGES, variables={"messages": []})
 
 

@@ -70,7 +70,7 @@ def test_sampling_fields_become_a_sampling() -> None:
 
 @pytest.mark.parametrize("key", ["x", "-1", "1" * 30, "1.5", "²", ""])
 def test_a_bias_of_no_token_is_refused(key: str) -> None:
-    with pytest.raises(RequestError, match="^logit_bias: the key"):
+    with pytest.raises(RequestError, match=r"^logit_bias: the key"):
         parse(CompletionBody, {"logit_bias": {key: 1.0}}).to_sampling(1, None)
 
 
@@ -96,12 +96,12 @@ def test_a_prompt_has_four_forms() -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_anything_else_is_no_prompt(value: object) -> None:
-    with pytest.raises(RequestError, match="^prompt: "):
+    with pytest.raises(RequestError, match=r"^prompt: "):
         read_prompts(value, SERVED)
 
 
 def test_text_needs_a_tokenizer() -> None:
-    with pytest.raises(RequestError, match="^prompt: send token ids; model 'small' has no"):
+    with pytest.raises(RequestError, match=r"^prompt: send token ids; model 'small' has no"):
         read_prompts("once", ServedModel("small", MODEL, None))
 
 
