@@ -145,10 +145,10 @@ def layout_table(places: Sequence[Place]) -> Table:
             place.device,
             _ports(place),
         )
-    table.caption = "experts per layer: routed + redundant + shared"
+    table.caption = "experts per layer: routed + redundant + shared; gateway's ports: gRPC / HTTP"
     return table
 
 
 def _ports(place: Place) -> str:
     port = str(place.port) if place.port else "any"
-    return port if place.http_port is None else f"{port}, HTTP {place.http_port or 'any'}"
+    return port if place.http_port is None else f"{port} / {place.http_port or 'any'}"

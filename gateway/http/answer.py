@@ -26,6 +26,7 @@ from moe_core.errors import EpserveError
 
 log = structlog.get_logger(__name__)
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each call
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -209,4 +210,4 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 
 def dumps(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()

@@ -147,7 +147,7 @@ class ChatFormat:
             logprobs = dumps(chat_logprobs(self._names, chunk.logprobs))
         if self._body.return_token_ids:
             more = b',"token_ids":%b' % dumps(chunk.token_ids)
-        reason = dumps(chunk.finish_reason or None)
+        reason = dumps(chunk.finish_reason) if chunk.finish_reason else b"null"
         delta = b'{"content":%b}' % dumps(chunk.text) if chunk.text else b"{}"
         return self._frame.event(
             b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b}'

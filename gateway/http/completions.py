@@ -131,7 +131,7 @@ class CompletionFormat:
                 dumps(prompt_ids),
                 dumps(chunk.token_ids),
             )
-        reason = dumps(chunk.finish_reason or None)
+        reason = dumps(chunk.finish_reason) if chunk.finish_reason else b"null"
         return self._frame.event(
             b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}'
             % (choice, dumps(text), logprobs, reason, more),

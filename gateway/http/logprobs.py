@@ -36,19 +36,16 @@ class CompletionLogprobs:
         self._names = names
         self._offset = 0
 
-    def shape(
-        self, entries: Sequence[TokenLogprobs | None], first_id: int = -1
-    ) -> dict[str, object]:
-        """{tokens, token_logprobs, top_logprobs, text_offset}. None is a prompt's first token,
-        `first_id`, which nothing has predicted."""
+    def shape(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
+        """{tokens, token_logprobs, top_logprobs, text_offset}."""
         tokens, values, tops, offsets = [], [], [], []
         for entry in entries:
-            text = self._names.text(first_id if entry is None else entry.token_id)
+            text = self._names.text(entry.token_id)
             tokens.append(text)
             offsets.append(self._offset)
             self._offset += len(text)
-            values.append(None if entry is None else finite(entry.logprob))
-            tops.append(None if entry is None else self._top(text, entry))
+            values.append(finite(entry.logprob))
+            tops.append(self._top(text, entry))
         return {
             "text_offset": offsets,
             "token_logprobs": values,

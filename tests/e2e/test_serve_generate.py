@@ -69,7 +69,7 @@ def test_the_layout_is_printed_before_anything_is_loaded(serve: tuple[Running, s
     first = next(i for i, line in enumerate(running.out) if line.startswith("waiting for"))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in running.out[:first]]
     assert [row for row in rows if row] == [
-        ["gateway", "", "", "", "", "", "", f"{target.rpartition(':')[2]}, HTTP {http_port}"],
+        ["gateway", "", "", "", "", "", "", f"{target.rpartition(':')[2]} / {http_port}"],
         ["attn 0", "0", "0", "", "", "", "cpu", "any"],
         ["attn 1", "0", "1", "", "", "", "cpu", "any"],
         ["expert 0", "", "", "0", "0", "8+1+0", "cpu", "any"],

@@ -30,12 +30,6 @@ def test_a_completion_tells_the_token_and_the_likeliest_and_where_each_begins() 
     assert shape.shape(ENTRIES[:1])["text_offset"] == [len(five + six)]
 
 
-def test_a_prompts_first_token_has_no_logprob() -> None:
-    shape = CompletionLogprobs(NAMES).shape([None, ENTRIES[0]], first_id=7)
-    assert shape["tokens"] == [f" {WORDS[7]}", f" {WORDS[5]}"]
-    assert (shape["token_logprobs"], shape["top_logprobs"][0]) == ([None, -1.5], None)
-
-
 def test_tokens_of_the_same_text_do_not_hide_each_other() -> None:
     (top, _) = CompletionLogprobs(SameNames(None)).shape(ENTRIES)["top_logprobs"]
     assert top == {"�": -1.5, "token_id:6": -0.5, "token_id:7": -1.0}

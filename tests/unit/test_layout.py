@@ -74,7 +74,7 @@ def test_the_table_names_every_process_and_fits_eighty_columns(model: ModelConfi
     console = Console(file=io.StringIO(), width=80)
     console.print(layout_table(places))
     text = console.file.getvalue()
-    for words in ("gateway", "attn 0", "expert 1", "8+0+0", "50051, HTTP 8000", "any"):
+    for words in ("gateway", "attn 0", "expert 1", "8+0+0", "50051 / 8000", "any"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 80
 
