@@ -61,6 +61,7 @@ def serve(
     device: o.DeviceKindOption = "auto",
     dtype: o.DtypeOption = "auto",
     host: o.HostOption = "127.0.0.1",
+    port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
     cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
     tls_cert: o.TlsCertOption = None,
@@ -89,6 +90,7 @@ def serve(
             ClusterSettings,
             model=model.absolute(),
             parallel=parallel_from(context),
+            http_port=port,
             tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
             api_keys=api_keys and api_keys.absolute(),
         )

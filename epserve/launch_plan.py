@@ -9,7 +9,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class ClusterSettings:
     dtype: str = "auto"
     host: str = "127.0.0.1"
     grpc_port: int = 0  # 0: a free one is chosen when the plan is made
+    http_port: int = 0  # likewise
     cluster_port: int = 0  # likewise; used with tls only
     tls: TlsFiles | None = None  # of all processes, so its certificate names all their roles
     insecure: bool = False
@@ -77,7 +79,7 @@ class LaunchPlan:
 
     @property
     def target(self) -> str:
-        """Where a client on this machine reaches the gateway."""
+        """Where a client on this machine reaches the gateway by gRPC."""
         return self._local(self.settings.grpc_port)
 
     @property
@@ -85,6 +87,12 @@ class LaunchPlan:
         """The same for serve's own client."""
         tls = self.settings.tls and TlsFiles(self.settings.tls.ca)
         return Target(self.target, tls, self.launcher_key)
+
+    @property
+    def http_url(self) -> str:
+        """Where a client on this machine reaches the gateway by HTTP."""
+        scheme = "http" if self.settings.tls is None else "https"
+        return f"{scheme}://{self._local(self.settings.http_port)}"
 
     def _local(self, port: int) -> str:
         host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "") else self.settings.host
@@ -126,7 +134,8 @@ class LaunchPlan:
 
     def _gateway_arguments(self) -> list[str]:
         settings = self.settings
-        arguments = ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
+        arguments = ["--host", settings.host, "--port", str(settings.http_port)]
+        arguments += ["--grpc-port", str(settings.grpc_port)]
         if settings.tls is not None:
             arguments += ["--cluster-port", str(settings.cluster_port)]
         if settings.insecure:
@@ -157,7 +166,9 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
         launcher_key = new_key()
     settings = _with_ports(settings)
     devices = spread_devices(parallel, num_cuda_devices(settings.device))
-    places = derive_layout(parallel, model, *devices, gateway_port=settings.grpc_port)
+    places = derive_layout(
+        parallel, model, *devices, gateway_ports=(settings.grpc_port, settings.http_port)
+    )
     return LaunchPlan(settings, model, parallel, places, launcher_key)
 
 
@@ -196,32 +207,41 @@ def _given(flag: str, value: object | None) -> Sequence[str]:
 
 def _with_ports(settings: ClusterSettings) -> ClusterSettings:
     """The settings with ports that were free a moment ago. Raises ConfigError for a taken one."""
-    grpc_port = _free_port("grpc_port", settings.host, settings.grpc_port)
-    settings = replace(settings, grpc_port=grpc_port)
-    if settings.tls is None:
-        return settings
-    cluster_port = _free_port("cluster_port", settings.host, settings.cluster_port)
-    return replace(settings, cluster_port=cluster_port)
+    host = settings.host
+    with (
+        _held_port("grpc_port", host, settings.grpc_port) as grpc_port,
+        _held_port("port", host, settings.http_port) as http_port,
+    ):
+        settings = replace(settings, grpc_port=grpc_port, http_port=http_port)
+        if settings.tls is None:
+            return settings
+        with _held_port("cluster_port", host, settings.cluster_port) as cluster_port:
+            return replace(settings, cluster_port=cluster_port)
 
 
-def _free_port(setting: str, host: str, port: int) -> int:
+@contextmanager
+def _held_port(setting: str, host: str, port: int) -> Iterator[int]:
+    """The port (0: a free one), which nobody else gets meanwhile."""
     try:
-        return _bindable_port(host, port)
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, where = found[0]
+        probe = socket.socket(family, kind, protocol)
     except OSError as error:
-        reason = error.strerror or str(error)
-        rule = f"cannot listen on {join_address(host, port)}: {reason}"
-        raise ConfigError(setting, port, rule, ["0 (any free one)"]) from None
+        raise _no_port(setting, host, port, error) from None
+    with probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+        except OSError as error:
+            raise _no_port(setting, host, port, error) from None
+        yield int(probe.getsockname()[1])
 
 
-def _bindable_port(host: str, port: int) -> int:
-    found = socket.getaddrinfo(
-        host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    family, kind, protocol, _, where = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(where)
-        return int(probe.getsockname()[1])
+def _no_port(setting: str, host: str, port: int, error: OSError) -> ConfigError:
+    rule = f"cannot listen on {join_address(host, port)}: {error.strerror or error}"
+    return ConfigError(setting, port, rule, ["0 (any free one)"])
 
 
 def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:

@@ -23,6 +23,7 @@ from moe_core.service.tls_files import TlsFiles
 
 DEFAULT_GRPC_PORT = 50051
 DEFAULT_CLUSTER_PORT = 50052
+DEFAULT_HTTP_PORT = 8000
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
@@ -131,6 +132,10 @@ GrpcPortOption = Annotated[
         help="The gateway's gRPC port; 0: any free one.",
         rich_help_panel=NETWORK,
     ),
+]
+HttpPortOption = Annotated[
+    int,
+    typer.Option(callback=_at_least(0, MAX_PORT), help="The gateway's HTTP port; 0: any free one."),
 ]
 WorkerPortOption = Annotated[
     int,

@@ -6,9 +6,9 @@ what clients send into a GenerationRequest, and Chunks into what clients are sen
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
-from contextlib import closing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -50,25 +50,39 @@ class Generator:
         return self._live.keys()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """The request's output as it comes, choices interleaved; the last chunk of each has a
-        finish_reason, and after all of them this ends. A caller that stops early (cancelled, or
-        past its deadline) closes this, and the engine is told. What fails one choice, fails the
-        request."""
+        """As generate_batches, chunk by chunk."""
+        async with aclosing(self.generate_batches(request)) as batches:
+            async for batch in batches:
+                for chunk in batch:
+                    yield chunk
+
+    async def generate_batches(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[list[Chunk], None]:
+        """The request's output as it comes, choices interleaved, all that is there at once; the
+        last chunk of each choice has a finish_reason, and after all of them this ends. A caller
+        that stops early (cancelled, or past its deadline) closes this, and the engine is told.
+        What fails one choice, fails the request."""
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         with self._room.enter(request) as place, self._under_way(request.request_id, place):
             choices = await self._admit(request)
             outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
             group = await place.turn(choices)
             if group is None:
-                for output in outputs:
-                    yield output.push(Delta((), ABORTED))
+                yield [output.push(Delta((), ABORTED)) for output in outputs]
                 return
             stream = self._live[request.request_id] = self._pool.submit(group, choices)
             with closing(stream):
                 while not all(output.finished for output in outputs):
-                    chunk = await _next_chunk(stream, outputs, place)
-                    if chunk.token_ids or chunk.text or chunk.finish_reason:
-                        yield chunk
+                    batch = await _next_chunks(stream, outputs, place)
+                    if batch:
+                        yield batch
+
+    async def check(self, requests: Iterable[GenerationRequest]) -> None:
+        """Raises what `generate` would refuse any of them with, before one of them costs
+        anything."""
+        for request in requests:
+            await self._admit(request)
 
     def abort(self, request_id: str) -> bool:
         """End a request early; its client gets finish_reason "abort". False if it is not here."""
@@ -120,16 +134,22 @@ class Generator:
         return [replace(first, index=index) for index in range(request.sampling.n or 1)]
 
 
-async def _next_chunk(
+async def _next_chunks(
     stream: RequestStream, outputs: Many["SequenceOutput"], place: Place
-) -> Chunk:
-    index, delta = await stream.next()
-    place.received(len(delta.token_ids), delta.cached_tokens)
-    chunk = outputs[index].push(delta)
-    if chunk.finish_reason:
-        stream.drop(index)
-        place.ended()
-    return chunk
+) -> list[Chunk]:
+    """What has come, without chunks that say nothing."""
+    chunks = []
+    for index, delta in await stream.next():
+        if outputs[index].finished:
+            continue  # a stop string was found in a delta before this one
+        place.received(len(delta.token_ids), delta.cached_tokens)
+        chunk = outputs[index].push(delta)
+        if chunk.finish_reason:
+            stream.drop(index)
+            place.ended()
+        if chunk.token_ids or chunk.text or chunk.finish_reason:
+            chunks.append(chunk)
+    return chunks
 
 
 class SequenceOutput:

@@ -1,5 +1,7 @@
 """The gateway process: what it is made of, and the order in which it starts and ends.
 
+gRPC and HTTP are two doors to the same parts, on one event loop.
+
 Knows the parts and how they are wired. Ready means: every process of both tiers has been READY
 once, all expert processes are READY now, and at least one DP group can take requests.
 """
@@ -19,6 +21,9 @@ from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.entrance import QueueLimits
 from gateway.generation import Generator
+from gateway.http.app import make_app
+from gateway.http.chat_template import ChatTemplate
+from gateway.http.host import HttpHost
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
@@ -42,7 +47,8 @@ STOP_GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """`model` is a Hugging Face directory; `model_name` None: the directory's name.
+    """`model` is a Hugging Face directory; `model_name` None: the directory's name. `port` is
+    gRPC's; 0 is any free one, also for http_port.
 
     With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
     certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
@@ -54,6 +60,7 @@ class GatewaySettings:
     port: int
     parallel: ParallelConfig
     model_name: str | None = None
+    http_port: int = 0
     limits: QueueLimits = field(default_factory=QueueLimits)
     cluster_port: int = 0
     tls: TlsFiles | None = None
@@ -71,8 +78,8 @@ def main(settings: GatewaySettings) -> int:
 
 
 class GatewayService:
-    """`port` and `cluster_port` (None without TLS) are the bound ones once `startup` has
-    returned."""
+    """`port`, `http_port` and `cluster_port` (None without TLS) are the bound ones once `startup`
+    has returned."""
 
     name = "gateway"
 
@@ -81,10 +88,13 @@ class GatewayService:
         tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
         self._keys = ApiKeys(settings.api_keys, launcher_key_hash=settings.launcher_key_hash)
         self._host = GrpcHost(tls, self._keys.authenticate)
+        self._http = HttpHost(tls)
         self._pool = AttentionPool(tls)
         self._generator: Generator | None = None
+        self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
         self.port = settings.port
+        self.http_port = settings.http_port
         self.cluster_port: int | None = None
 
     async def startup(self) -> None:
@@ -93,28 +103,40 @@ class GatewayService:
         parallel = settings.parallel.with_model(config)
         placement = ExpertPlacement.initial(config, parallel)
         tokenizer = TextTokenizer.from_directory(settings.model)
+        chat_template = ChatTemplate.from_directory(settings.model)
         directory = settings.model.resolve()
         name = settings.model_name or directory.name
-        self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
+        registry = Registry(self._as_member(), parallel, placement, fingerprint)
+        self._registry = registry
         model = ServedModel(name, config, tokenizer)
-        self._generator = Generator(model, self._registry, self._pool, settings.limits)
-        self._cluster = ClusterServicer(self._registry)
+        self._generator = Generator(model, registry, self._pool, settings.limits)
+        self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
-        GatewayServicer(self._generator, self._registry, self._keys).add_to(self._host)
-        VllmServicer(self._generator, self._registry, directory, self._keys).add_to(self._host)
+        GatewayServicer(self._generator, registry, self._keys).add_to(self._host)
+        VllmServicer(self._generator, registry, directory, self._keys).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
         self.port = await self._host.start(settings.host, settings.port, cluster_port=cluster_port)
         self.cluster_port = self._host.cluster_port
-        self._registry.set_address(join_address(settings.host, self.port))
+        app = make_app(
+            self._generator, registry, chat_template, authenticate=self._keys.authenticate
+        )
+        self.http_port = await self._http.start(app, settings.host, settings.http_port)
         address = join_address(settings.host, self.port)
-        log.info("listening", address=address, cluster_port=self.cluster_port, model=name)
+        registry.set_address(address)
+        scheme = "http" if settings.tls is None else "https"
+        http = f"{scheme}://{join_address(settings.host, self.http_port)}"
+        log.info(
+            "listening", address=address, http=http, cluster_port=self.cluster_port, model=name
+        )
 
     async def serve(self) -> None:
         """Follow the cluster: health, and the streams to groups that have left."""
+        registry = self._registry
+        assert registry is not None, "startup comes first"
         assert self._generator is not None
         version, been_complete, ready = 0, False, False
         while True:
-            state = await self._registry.newer_than(version)
+            state = await registry.newer_than(version)
             version = state.version
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
@@ -123,10 +145,12 @@ class GatewayService:
                 ready = not ready
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
-                self._registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
+                registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
 
     async def drain(self) -> None:
         self._host.set_ready(False)
+        if self._registry is not None:
+            self._registry.set_gateway(MemberState.DRAINING)
         try:
             if self._generator is not None:
                 await self._generator.drain()
@@ -136,6 +160,7 @@ class GatewayService:
             if self._cluster is not None:
                 self._cluster.close()
             await self._pool.close()
+            await self._http.stop(STOP_GRACE_S)
             await self._host.stop(STOP_GRACE_S)
 
     def _as_member(self) -> Member:

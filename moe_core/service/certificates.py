@@ -69,6 +69,13 @@ class Certificates:
                 self._complain(str(error))
             return self._current
 
+    @property
+    def own_files(self) -> tuple[Path, Path]:
+        """The certificate's and the key's, for who can only read files."""
+        files = self._files
+        assert files.cert is not None and files.key is not None, "a server has its own"  # noqa: PT018
+        return files.cert, files.key
+
     def _complain(self, reason: str) -> None:
         if reason != self._complaint:
             self._complaint = reason

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -82,6 +83,32 @@ async def test_gateway_serves_once_both_tiers_are_ready(
     await workers[1].stop()
     await next_status(statuses, NOT_SERVING)
     await workers[2].stop()
+
+
+async def test_http_is_ready_with_grpc_and_drains_with_it(gateway: GatewayService) -> None:
+    address, digest = f"127.0.0.1:{gateway.port}", Checkpoint.open(MODEL).fingerprint()
+    fake = FakeAttention(lambda prompt: [7, 8], step_s=0.2)
+    workers = [FakeWorker(address, digest, role) for role in (Role.ATTN, Role.EXPERT, Role.ATTN)]
+    url = f"http://127.0.0.1:{gateway.http_port}"
+    async with httpx2.AsyncClient(base_url=url, timeout=10) as client:
+        assert (await client.get("/ready")).status_code == 503
+        for worker in workers:
+            await worker.start(fake)
+        async with asyncio.timeout(10):
+            while (await client.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.02)
+        body = {"prompt": "once upon a time", "stream": True}
+        asked = asyncio.create_task(client.post("/v1/completions", json=body))
+        while not fake.added:
+            await asyncio.sleep(0.01)
+        draining = asyncio.create_task(gateway.drain())
+        await asyncio.sleep(0)
+        assert (await client.get("/ready")).json()["missing"] == ["the gateway, which is draining"]
+        assert (await client.post("/v1/completions", json=body)).status_code == 503
+        assert (await asked).text.endswith("data: [DONE]\n\n")
+        await draining
+    for worker in workers:
+        await worker.stop()
 
 
 async def test_a_layout_that_the_model_does_not_allow_is_refused() -> None:
