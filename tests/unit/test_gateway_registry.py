@@ -64,7 +64,9 @@ def test_expert_load_stays_while_other_reports_come() -> None:
 def test_expert_load_of_another_shape_is_refused(load: ExpertLoad) -> None:
     registry = make_registry(PARALLEL)
     key = registry.join(join())
-    with pytest.raises(RequestError, match=r"attn 0 reports .* 8 experts in each of its MoE layers 1, 2"):
+    with pytest.raises(
+        RequestError, match=r"attn 0 reports .* 8 experts in each of its MoE layers 1, 2"
+    ):
         registry.report_expert_load(key, load)
 
 
