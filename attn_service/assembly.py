@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attn_service.duties import Duty, Following, Leading
-from attn_service.engine import Engine
+from attn_service.engine import Engine, EngineObserver
 from attn_service.expert_client import ExpertClient
 from attn_service.expert_counts import CountedExperts
 from attn_service.expert_links import ExpertLinks
@@ -107,19 +107,22 @@ def make_duty(
     followers: Followers | None,
     terms: GroupTerms,
     microbatches: MicrobatchRule,
+    observer: EngineObserver | None = None,
 ) -> Duty:
     """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
-    `terms` are the group's, or a single process's own; `microbatches` is for whoever leads."""
+    `terms` are the group's, or a single process's own; `microbatches` and `observer` are for
+    whoever leads."""
     if group is None:
         counted = CountedExperts(experts, site.model, site.device)
         runner = _model_runner(site, weights, counted, NoTensorParallel(), terms)
-        return Leading(_engine(site, runner, terms, microbatches), None, counted)
+        return Leading(_engine(site, runner, terms, microbatches, observer), None, counted)
     group_experts = GroupExperts(experts, group.tensor_parallel)
     if followers is not None:
         counted = CountedExperts(group_experts, site.model, site.device)
         runner = _model_runner(site, weights, counted, group.tensor_parallel, terms)
         leading = GroupRunner(runner, group_experts, followers.publish)
-        return Leading(_engine(site, leading, terms, microbatches), followers, counted)
+        engine = _engine(site, leading, terms, microbatches, observer)
+        return Leading(engine, followers, counted)
     runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
     following = GroupRunner(runner, group_experts, None)
     return Following(group.leader.address, group.rank, terms, following)
@@ -162,6 +165,7 @@ def _engine(
     runner: ModelRunner | GroupRunner,
     terms: GroupTerms,
     microbatches: MicrobatchRule,
+    observer: EngineObserver | None,
 ) -> Engine:
     return Engine(
         runner,
@@ -170,4 +174,5 @@ def _engine(
         vocab_size=site.model.vocab_size,
         placement_epoch=site.placement.epoch,
         microbatches=microbatches,
+        observer=observer,
     )

@@ -7,11 +7,13 @@ Knows no arithmetic, no scheduling and no message; assembly.py puts the parts to
 import asyncio
 import os
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 
 from attn_service.assembly import Site, make_duty, make_links, microbatch_rule
 from attn_service.duties import Duty, Leading, until_first
+from attn_service.engine import EngineObserver
 from attn_service.expert_links import ExpertLinks
 from attn_service.follow import Followers, GroupTerms
 from attn_service.kv_agreement import KvOffer, agree
@@ -37,10 +39,15 @@ from moe_core.service.addresses import (
 )
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
+from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
+from moe_core.service.trace_option import open_spans
 from moe_core.transport.base import TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.endpoint import NixlEndpoint
+
+if TYPE_CHECKING:
+    from moe_core.service.tracing import Spans
 
 __all__ = ["AttnSettings", "main"]
 
@@ -74,6 +81,7 @@ class AttentionProcess:
         self._links: ExpertLinks | None = None
         self._followers: Followers | None = None
         self._duty: Duty | None = None
+        self._spans: Spans | None = None
         self._draining = False
         self._last_report: object = None
 
@@ -89,7 +97,8 @@ class AttentionProcess:
         links = await self._connect(site, membership, tensor_parallel)
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
-        duty = make_duty(site, weights, links, group, followers, terms, rule)
+        observer = self._observer(site)
+        duty = make_duty(site, weights, links, group, followers, terms, rule, observer)
         if isinstance(duty, Leading):
             self._servicer.lead(duty.engine)
         else:
@@ -122,6 +131,8 @@ class AttentionProcess:
             self._endpoint.close()
         if self._membership is not None:
             await self._membership.close()
+        if self._spans is not None:
+            await self._spans.close()
         dissolve()
 
     async def _join(self, checkpoint: Checkpoint) -> tuple[Site, Membership]:
@@ -147,6 +158,7 @@ class AttentionProcess:
         )
         membership = await Membership.join(settings.gateway, join, timeout_s=JOIN_TIMEOUT_S)
         self._membership = membership
+        bind_rank(membership.rank)
         site = Site(
             settings=settings,
             model=model,
@@ -159,6 +171,18 @@ class AttentionProcess:
             placement=membership.state.placement,
         )
         return site, membership
+
+    def _observer(self, site: Site) -> EngineObserver | None:
+        """Of the engine, if this rank has one and is to trace."""
+        if site.group_rank.tp_rank:
+            return None
+        endpoint = self._settings.otlp_traces_endpoint
+        self._spans = open_spans(endpoint, self.name, site.rank)
+        if self._spans is None:
+            return None
+        from attn_service.traces import EngineTraces
+
+        return EngineTraces(self._spans, site.instance_epoch, site.group_rank.dp_rank)
 
     async def _meet(self, site: Site, membership: Membership) -> Group | None:
         if site.group_rank.tp_size == 1:

@@ -79,8 +79,8 @@ class Sequence:
 
     Between two steps it has blocks just if it is_running. arrival: its number among all
     sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
-    when it was first admitted; None before. added_s, started_s: when it came and when its first
-    step began (None before), in seconds of time.perf_counter.
+    when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when its
+    first step began and when that token was there (None before), in seconds of time.perf_counter.
     """
 
     request: SequenceRequest
@@ -93,6 +93,7 @@ class Sequence:
     num_cached_tokens: int | None = None
     added_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None
+    first_token_s: float | None = None
     token_counts: TokenCounts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

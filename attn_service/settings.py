@@ -12,6 +12,7 @@ from attn_service.scheduler import SchedulerConfig
 from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
+from moe_core.service.trace_option import check_traces_endpoint
 
 DEFAULT_KV_CACHE_TOKENS = 65_536
 
@@ -44,6 +45,7 @@ class AttnSettings:
     microbatches: str = AUTO
     expert_wait_s: float = 30.0
     threads: int | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -53,6 +55,7 @@ class AttnSettings:
             rule = f"must hold at least one block of block_size={self.block_size} tokens"
             raise ConfigError("kv_cache_tokens", self.kv_cache_tokens, rule, (self.block_size,))
         check_setting(self.microbatches)
+        check_traces_endpoint(self.otlp_traces_endpoint)
         if self.expert_wait_s <= 0:
             raise ConfigError("expert_wait_s", self.expert_wait_s, "must be above 0", (30.0,))
 

@@ -65,6 +65,8 @@ def serve(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Serve a model, all processes on this machine."""
@@ -97,6 +99,8 @@ def serve(
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             microbatches=microbatches,
+            otlp_traces_endpoint=otlp_traces_endpoint,
+            log_json=log_json,
             debug=debug,
         )
     )

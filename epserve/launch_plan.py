@@ -22,6 +22,7 @@ from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.service.addresses import join_address
+from moe_core.service.trace_option import check_traces_endpoint
 
 _DEVICE_QUESTION_TIMEOUT_S = 120.0
 # Workers leave before the gateway, so that none of them sees its cluster vanish.
@@ -45,9 +46,12 @@ class ClusterSettings:
     block_size: int | None = None
     max_num_seqs: int | None = None
     microbatches: str | None = None
+    otlp_traces_endpoint: str | None = None
+    log_json: bool = False
     debug: bool = False
 
     def __post_init__(self) -> None:
+        check_traces_endpoint(self.otlp_traces_endpoint)
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
 
 
@@ -83,6 +87,9 @@ class LaunchPlan:
         arguments = [place.role.value, "--model", str(settings.model)]
         if settings.debug:
             arguments.append("--debug")
+        if settings.log_json:
+            arguments.append("--log-json")
+        arguments += _given("--otlp-traces-endpoint", settings.otlp_traces_endpoint)
         if place.role is Role.GATEWAY:
             arguments += ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
             return arguments + parallel_arguments(self.parallel)

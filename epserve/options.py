@@ -169,6 +169,15 @@ MicrobatchesOption = Annotated[
         "experts. auto: 2 for steps of many tokens where each tier has devices of its own, else 1."
     ),
 ]
+TracesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="Send traces to this OTLP gRPC collector, as in http://127.0.0.1:4317.",
+    ),
+]
+LogJsonOption = Annotated[bool, typer.Option("--log-json", help="Log one JSON object a line.")]
 TargetOption = Annotated[str, typer.Option(callback=_address, help="HOST:PORT of a gateway.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -28,6 +28,8 @@ def gateway(
     ] = None,
     host: o.HostOption = "127.0.0.1",
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run the gateway of a cluster."""
@@ -44,9 +46,14 @@ def gateway(
         shared_experts=shared_experts,
         colocated=colocated,
     )
-    _configure_logging(debug)
+    _configure_logging("gateway", debug, log_json)
     settings = GatewaySettings(
-        model=model, host=host, port=grpc_port, parallel=parallel, model_name=model_name
+        model=model,
+        host=host,
+        port=grpc_port,
+        parallel=parallel,
+        model_name=model_name,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     raise typer.Exit(main(settings))
 
@@ -68,12 +75,14 @@ def attn(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     threads: o.ThreadsOption = None,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run one process of the attention tier."""
     from attn_service.process import AttnSettings, main
 
-    _configure_logging(debug)
+    _configure_logging("attn", debug, log_json)
     settings = AttnSettings(
         gateway=gateway,
         model=model,
@@ -91,6 +100,7 @@ def attn(
         max_num_seqs=max_num_seqs,
         microbatches=microbatches,
         threads=threads,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     raise typer.Exit(main(settings))
 
@@ -106,12 +116,14 @@ def expert(
     dtype: o.DtypeOption = "auto",
     transport: o.TransportOption = "auto",
     threads: o.ThreadsOption = None,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Run one process of the expert tier."""
     from expert_service.process import ExpertSettings, main
 
-    _configure_logging(debug)
+    _configure_logging("expert", debug, log_json)
     settings = ExpertSettings(
         gateway=gateway,
         model=model,
@@ -123,11 +135,12 @@ def expert(
         dtype=dtype,
         transport=transport,
         threads=threads,
+        otlp_traces_endpoint=otlp_traces_endpoint,
     )
     raise typer.Exit(main(settings))
 
 
-def _configure_logging(debug: bool) -> None:
+def _configure_logging(service: str, debug: bool, log_json: bool) -> None:
     from moe_core.service.logs import configure_logging
 
-    configure_logging(debug=debug)
+    configure_logging(debug=debug, json_of=service if log_json else None)

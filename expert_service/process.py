@@ -8,6 +8,7 @@ import asyncio
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -25,9 +26,14 @@ from moe_core.model.linear import packing_pays
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
+from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
+from moe_core.service.trace_option import check_traces_endpoint, open_spans
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.servicer import ExchangeServicer
+
+if TYPE_CHECKING:
+    from moe_core.service.tracing import Spans
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +57,10 @@ class ExpertSettings:
     dtype: str = "auto"
     transport: str = "auto"
     threads: int | None = None
+    otlp_traces_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        check_traces_endpoint(self.otlp_traces_endpoint)
 
 
 class ExpertProcess:
@@ -67,6 +77,7 @@ class ExpertProcess:
         self._host = GrpcHost()
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None
+        self._spans: Spans | None = None
         self.weight_bytes_read = 0  # of the checkpoint's tensors
 
     async def startup(self) -> None:
@@ -79,7 +90,7 @@ class ExpertProcess:
         port = await self._host.start(self._settings.host, self._settings.port)
         membership = await self._join(port, fingerprint, dtype)
         runner = await self._load(membership, checkpoint, dtype)
-        self._batcher = Batcher(runner)
+        self._batcher = self._make_batcher(runner, membership.rank)
         self._gate.open(self._servicer(membership, checkpoint, fingerprint, dtype, self._batcher))
         self._host.set_ready(True)
         membership.report(MemberState.READY)
@@ -108,6 +119,8 @@ class ExpertProcess:
         await self._host.stop(STOP_GRACE_S)
         if self._membership is not None:
             await self._membership.close()
+        if self._spans is not None:
+            await self._spans.close()
 
     async def _join(self, port: int, fingerprint: str, dtype: torch.dtype) -> Membership:
         settings = self._settings
@@ -125,6 +138,7 @@ class ExpertProcess:
             rank=settings.rank,
         )
         self._membership = await Membership.join(settings.gateway, join, timeout_s=JOIN_TIMEOUT_S)
+        bind_rank(self._membership.rank)
         return self._membership
 
     async def _load(
@@ -159,6 +173,14 @@ class ExpertProcess:
             bytes_read=checkpoint.bytes_read,
         )
         return ExpertRunner(weights, placement, ep_rank, self._device)
+
+    def _make_batcher(self, runner: ExpertRunner, rank: int) -> Batcher:
+        self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, rank)
+        if self._spans is None:
+            return Batcher(runner)
+        from expert_service.traces import BatchTraces
+
+        return Batcher(runner, BatchTraces(self._spans))
 
     def _servicer(
         self,

@@ -8,6 +8,7 @@ import asyncio
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -18,6 +19,7 @@ from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
 from gateway.metrics.requests import RequestMetrics
+from gateway.observers import BothObservers, RequestObserver
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -28,6 +30,11 @@ from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
 from moe_core.service.addresses import host_id, join_address, new_instance_epoch
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.logs import bind_rank
+from moe_core.service.trace_option import check_traces_endpoint, open_spans
+
+if TYPE_CHECKING:
+    from moe_core.service.tracing import Spans
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +50,10 @@ class GatewaySettings:
     port: int
     parallel: ParallelConfig
     model_name: str | None = None
+    otlp_traces_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        check_traces_endpoint(self.otlp_traces_endpoint)
 
 
 def main(settings: GatewaySettings) -> int:
@@ -61,10 +72,12 @@ class GatewayService:
         self._pool = AttentionPool()
         self._generator: Generator | None = None
         self._cluster: ClusterServicer | None = None
+        self._spans: Spans | None = None
         self.port = settings.port
 
     async def startup(self) -> None:
         settings = self._settings
+        bind_rank(0)
         config, fingerprint = await asyncio.to_thread(_read_checkpoint, settings.model)
         parallel = settings.parallel.with_model(config)
         placement = ExpertPlacement.initial(config, parallel)
@@ -72,8 +85,8 @@ class GatewayService:
         name = settings.model_name or settings.model.resolve().name
         self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
         model = ServedModel(name, config, tokenizer)
-        metrics = RequestMetrics(name, model.max_model_len)
-        self._generator = Generator(model, self._registry, self._pool, metrics)
+        observer = self._observer(RequestMetrics(name, model.max_model_len))
+        self._generator = Generator(model, self._registry, self._pool, observer)
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, self._registry).add_to(self._host)
@@ -105,6 +118,16 @@ class GatewayService:
                 self._cluster.close()
             await self._pool.close()
             await self._host.stop(STOP_GRACE_S)
+            if self._spans is not None:
+                await self._spans.close()
+
+    def _observer(self, metrics: RequestMetrics) -> RequestObserver:
+        self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, 0)
+        if self._spans is None:
+            return metrics
+        from gateway.traces import RequestTraces
+
+        return BothObservers(metrics, RequestTraces(self._spans))
 
     def _as_member(self) -> Member:
         return Member(

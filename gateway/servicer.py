@@ -13,6 +13,7 @@ import grpc.aio
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.requests import Chunk, GenerationRequest, Sampling
+from moe_core import trace_context
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
 from moe_core.service.cluster_codec import cluster_to_pb
@@ -35,7 +36,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        async with aclosing(self._generator.generate(request_from_pb(request))) as chunks:
+        traceparent = _metadata(context, trace_context.HEADER)
+        wanted = request_from_pb(request, traceparent)
+        async with aclosing(self._generator.generate(wanted)) as chunks:
             async for chunk in chunks:
                 yield chunk_to_pb(chunk)
 
@@ -61,7 +64,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return cluster_to_pb(self._registry.state)
 
 
-def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
+def _metadata(context: Context, name: str) -> str:
+    """What the client has sent under `name`, or nothing."""
+    for key, value in context.invocation_metadata() or ():
+        if key == name and isinstance(value, str):
+            return value
+    return ""
+
+
+def request_from_pb(message: pb.GenerateRequest, traceparent: str = "") -> GenerationRequest:
     prompts: dict[str | None, str | tuple[int, ...] | None] = {
         None: None,
         "text": message.text,
@@ -73,6 +84,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         prompt=prompts[message.WhichOneof("prompt")],
         sampling=sampling_from_pb(message.sampling),
         priority=message.priority,
+        traceparent=traceparent,
     )
 
 

@@ -115,6 +115,10 @@ class Identity:
 class Reply(Protocol):
     """How the expert side answers one dispatch; exactly one of the two calls, once."""
 
+    @property
+    def source_epoch(self) -> int:
+        """Which start of the attention process has sent the dispatch."""
+
     def complete(self, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         """`partial` [num_tokens, hidden_size] is copied before this returns."""
 
