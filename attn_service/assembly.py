@@ -110,8 +110,7 @@ def make_duty(
     observer: EngineObserver | None = None,
 ) -> Duty:
     """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
-    `terms` are the group's, or a single process's own; `microbatches` and `observer` are for
-    whoever leads."""
+    `terms` are the group's, or a single process's own; `microbatches` is for whoever leads."""
     if group is None:
         counted = CountedExperts(experts, site.model, site.device)
         runner = _model_runner(site, weights, counted, NoTensorParallel(), terms)
@@ -124,7 +123,7 @@ def make_duty(
         engine = _engine(site, leading, terms, microbatches, observer)
         return Leading(engine, followers, counted)
     runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
-    following = GroupRunner(runner, group_experts, None)
+    following = GroupRunner(runner, group_experts, None, observer)
     return Following(group.leader.address, group.rank, terms, following)
 
 

@@ -60,7 +60,8 @@ class EngineObserver(Protocol):
     """Who watches an engine. Nothing here may fail or wait."""
 
     def stepped(self, step: int, sequences: Many[Sequence], times: StepTimes) -> None:
-        """A step is over that was not failed by the experts; called after its tokens are out."""
+        """A step is over that was not failed by the experts; called after its tokens are out. A
+        rank that follows knows no sequences."""
 
     def ended(self, sequence: Sequence, reason: FinishReason) -> None:
         """A sequence leaves the engine."""

@@ -173,16 +173,13 @@ class AttentionProcess:
         return site, membership
 
     def _observer(self, site: Site) -> EngineObserver | None:
-        """Of the engine, if this rank has one and is to trace."""
-        if site.group_rank.tp_rank:
-            return None
-        endpoint = self._settings.otlp_traces_endpoint
-        self._spans = open_spans(endpoint, self.name, site.rank)
+        """Of this rank's steps, and of the engine where it has one, if it is to trace."""
+        self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, site.rank)
         if self._spans is None:
             return None
         from attn_service.traces import EngineTraces
 
-        return EngineTraces(self._spans, site.instance_epoch, site.group_rank.dp_rank)
+        return EngineTraces(self._spans, site.instance_epoch, site.group_rank)
 
     async def _meet(self, site: Site, membership: Membership) -> Group | None:
         if site.group_rank.tp_size == 1:

@@ -57,7 +57,8 @@ class Sampling:
 class SequenceRequest:
     """`output_ids` were generated before, by another process: the sequence goes on after them,
     and every setting counts them as outputs. priority: lower is served first; equal ones are
-    served in order of arrival. traceparent: the W3C header of the span it belongs to, or nothing."""
+    served in order of arrival. traceparent: the W3C header of the span that it belongs to, or
+    nothing."""
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
@@ -79,8 +80,8 @@ class Sequence:
 
     Between two steps it has blocks just if it is_running. arrival: its number among all
     sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
-    when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when its
-    first step began and when that token was there (None before), in seconds of time.perf_counter.
+    when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when
+    its first step began and when that token was there, in seconds of time.perf_counter.
     """
 
     request: SequenceRequest

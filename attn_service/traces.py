@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from attn_service.sequence import FinishReason, Sequence
 from attn_service.step_times import StepTimes
+from attn_service.tensor_parallel import GroupRank
 from moe_core.service.tracing import Spans
 from moe_core.trace_context import TraceContext, parse_traceparent, step_context
 
@@ -18,10 +19,10 @@ _NO_SPLIT = ("steps", "step_s")
 
 
 class EngineTraces:
-    def __init__(self, spans: Spans, instance_epoch: int, dp_rank: int) -> None:
+    def __init__(self, spans: Spans, instance_epoch: int, rank: GroupRank) -> None:
         self._spans = spans
         self._instance_epoch = instance_epoch
-        self._dp_rank = dp_rank
+        self._ranks = {"epserve.dp_rank": rank.dp_rank, "epserve.tp_rank": rank.tp_rank}
 
     def stepped(self, step: int, sequences: Many[Sequence], times: StepTimes) -> None:
         """See `EngineObserver.stepped`."""
@@ -38,8 +39,8 @@ class EngineTraces:
             now,
             attributes={
                 "epserve.step": step,
-                "epserve.dp_rank": self._dp_rank,
-                "epserve.sequences": len(sequences),
+                **self._ranks,
+                **({"epserve.sequences": len(sequences)} if sequences else {}),
                 "epserve.other_s": times.other_s,
                 **split,
             },
@@ -62,7 +63,7 @@ class EngineTraces:
                 parent=parent,
                 attributes={
                     "epserve.sequence_id": sequence.request.sequence_id,
-                    "epserve.dp_rank": self._dp_rank,
+                    **self._ranks,
                     "epserve.finish_reason": str(reason),
                     "epserve.cached_tokens": sequence.num_cached_prompt_tokens,
                     "gen_ai.usage.input_tokens": len(sequence.request.prompt_ids),

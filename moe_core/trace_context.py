@@ -48,7 +48,7 @@ def parse_traceparent(header: str) -> TraceContext | None:
 
 
 def traceparent_of(headers: Mapping[str, str]) -> str:
-    """The header of an HTTP request, or nothing; `headers` ignores case, or has lower-case names."""
+    """The header of an HTTP request, or nothing; names in `headers` are in lower case."""
     return headers.get(HEADER, "")
 
 
