@@ -19,9 +19,9 @@ class CountedExperts:
     def __init__(self, experts: Experts, model: ModelConfig, device: torch.device) -> None:
         self._experts = experts
         self._layer_ids = model.moe_layer_ids
-        self._row = {layer_id: row for row, layer_id in enumerate(self._layer_ids)}
         shape = (len(self._layer_ids), model.moe.num_experts)
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._of_layer = dict(zip(self._layer_ids, self._tokens.unbind(), strict=True))
         self._one = torch.ones(1, dtype=torch.int64, device=device)
 
     async def dispatch(
@@ -35,7 +35,7 @@ class CountedExperts:
         """See `Experts.dispatch`."""
         chosen = topk_ids.flatten()  # [num_tokens * top_k]
         # Not bincount, which on CUDA waits for the largest id.
-        self._tokens[self._row[layer_id]].scatter_add_(0, chosen, self._one.expand(chosen.shape))
+        self._of_layer[layer_id].scatter_add_(0, chosen, self._one.expand(chosen.shape))
         return await self._experts.dispatch(key, layer_id, hidden_states, topk_ids, topk_weights)
 
     @property

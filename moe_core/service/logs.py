@@ -14,18 +14,18 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 
 class JsonHandler(logging.StreamHandler[TextIO]):
-    """Writes every record as one JSON object, with the service and, once it has one, the rank."""
+    """Writes every record as one JSON object, with `service` and, once known, `service_rank`."""
 
     def __init__(self, service: str) -> None:
         super().__init__(sys.stderr)
         self._identity: dict[str, str | int] = {"service": service}
 
     def bind_rank(self, rank: int) -> None:
-        self._identity["rank"] = rank
+        self._identity["service_rank"] = rank
 
     def identify(self, logger: WrappedLogger, name: str, event: EventDict) -> EventDict:
-        """A processor. What the event says of another's service or rank stays."""
-        return {**self._identity, **event}
+        """A processor. An event may have a `rank` of its own, which is that of another process."""
+        return {**event, **self._identity}
 
 
 def configure_logging(*, debug: bool = False, json_of: str | None = None) -> None:

@@ -88,7 +88,7 @@ def test_every_run_of_experts_is_a_child_of_its_step(run: Run) -> None:
 def test_every_line_of_the_log_is_one_object_that_says_who_wrote_it(run: Run) -> None:
     assert run.status == 0
     records = [json.loads(line) for line in run.lines]
-    assert {(r["service"], r.get("rank")) for r in records} >= {
+    assert {(r["service"], r.get("service_rank")) for r in records} >= {
         ("gateway", 0), ("attn", 0), ("expert", 0), ("expert", 1),
     }  # fmt: skip
     for record in records:
