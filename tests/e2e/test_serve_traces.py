@@ -112,7 +112,7 @@ def test_collector_that_is_not_there_disturbs_nothing() -> None:
 def test_refused_settings_are_json_lines_too_and_name_the_endpoint() -> None:
     with started("serve", "--model", "x", "--otlp-traces-endpoint", "localhost") as process:
         assert process.wait() == 2
-    assert "otlp_traces_endpoint=localhost" in process.err[-1]
+    assert "otlp_traces_endpoint='localhost'" in process.err[-1]
     done = epserve("attn", "--model", "/nowhere", "--log-json")
     assert done.returncode != 0
     assert "/nowhere" in json.loads(done.stderr.splitlines()[-1])["error"]

@@ -11,6 +11,7 @@ from gateway.attention_pool import AttentionPool
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
+from gateway.observers import RequestObserver
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from moe_core.cluster import ClusterState, Member, MemberState, Role
@@ -36,12 +37,15 @@ def make_registry(parallel: ParallelConfig | None = None) -> Registry:
 
 class SmallGateway:
     def __init__(
-        self, parallel: ParallelConfig | None = None, tokenizer: TextTokenizer | None = None
+        self,
+        parallel: ParallelConfig | None = None,
+        tokenizer: TextTokenizer | None = None,
+        observer: RequestObserver | None = None,
     ) -> None:
         self.registry = make_registry(parallel)
         self.pool = AttentionPool()
         model = ServedModel("small", MODEL, tokenizer)
-        self.generator = Generator(model, self.registry, self.pool)
+        self.generator = Generator(model, self.registry, self.pool, observer)
         self.cluster = ClusterServicer(self.registry)
         self._host = GrpcHost()
         self._port = 0
