@@ -85,7 +85,8 @@ class GatewayService:
         name = settings.model_name or settings.model.resolve().name
         self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
         model = ServedModel(name, config, tokenizer)
-        observer = self._observer(RequestMetrics(name, model.max_model_len))
+        metrics = RequestMetrics(name, model.max_model_len)
+        observer = self._observer(metrics)
         self._generator = Generator(model, self._registry, self._pool, observer)
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
