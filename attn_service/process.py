@@ -41,6 +41,7 @@ from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
+from moe_core.service.own_thread import in_own_thread
 from moe_core.service.trace_option import open_spans
 from moe_core.transport.base import TransportOptions
 from moe_core.transport.choice import open_endpoint
@@ -92,7 +93,7 @@ class AttentionProcess:
         site, membership = await self._join(checkpoint)
         group = await self._meet(site, membership)
         tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
-        weights = await asyncio.to_thread(_load, checkpoint, site)
+        weights = await in_own_thread(_load, checkpoint, site)
         terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership, tensor_parallel)
         followers = self._followers

@@ -39,12 +39,17 @@ async def decode(
     return rate.tokens_per_s
 
 
-async def main(directory: Path) -> None:
+async def main(directory: Path, device: torch.device) -> None:
     config = ModelConfig.from_hf(directory)
     dtype = getattr(torch, config.dtype)
     loop = asyncio.get_running_loop()
     async with local_engine(
-        directory, ParallelConfig(), dtype=dtype, kv_cache_tokens=8192, max_step_tokens=512
+        directory,
+        ParallelConfig(),
+        dtype=dtype,
+        kv_cache_tokens=8192,
+        max_step_tokens=512,
+        device=device,
     ) as local:
         print(json.dumps({"ready": True}), flush=True)
         while line := await loop.run_in_executor(None, sys.stdin.readline):
@@ -53,4 +58,4 @@ async def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(Path(sys.argv[1])))
+    uvloop.run(main(Path(sys.argv[1]), torch.device(sys.argv[2])))

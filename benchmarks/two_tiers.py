@@ -11,57 +11,20 @@ the machine's drift hits both. Prints medians, and one JSON line.
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+from child import Child
 from decode_rate import DecodeRate, random_prompts
 from epserve.client import EpserveClient, Sampling
 from epserve.launch_plan import ClusterSettings, make_plan
 from epserve.local_cluster import running_cluster
 
-HERE = Path(__file__).parent
 PROMPT_TOKENS, NUM_TOKENS = 128, 64
 
 
-class OneProcess:
-    """benchmarks/one_process.py as a child."""
-
-    def __init__(self, directory: Path) -> None:
-        search = os.pathsep.join(str(path) for path in (HERE, HERE.parent / "tests"))
-        self._child = subprocess.Popen(
-            [sys.executable, str(HERE / "one_process.py"), str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": search},
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._child.stdout is not None
-        line = self._child.stdout.readline()
-        if not line:
-            raise RuntimeError(f"one_process.py ended with status {self._child.wait()}")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def decode(self, batch: int) -> float:
-        assert self._child.stdin is not None
-        work = {"batch": batch, "prompt_tokens": PROMPT_TOKENS, "num_tokens": NUM_TOKENS}
-        print(json.dumps(work), file=self._child.stdin, flush=True)
-        return self._answer()["tokens_per_s"]
-
-    def close(self) -> None:
-        assert self._child.stdin is not None
-        self._child.stdin.close()
-        self._child.wait(30)
-
-
 async def decode_two_tiers(client: EpserveClient, vocab_size: int, batch: int) -> float:
-    """The same work as OneProcess.decode, as concurrent requests to the gateway."""
+    """The work of one_process.py, as concurrent requests to the gateway."""
     rate = DecodeRate(batch)
     sampling = Sampling(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 
@@ -76,19 +39,23 @@ async def decode_two_tiers(client: EpserveClient, vocab_size: int, batch: int) -
     return rate.tokens_per_s
 
 
-async def measure(directory: Path, transport: str, batches: list[int], rounds: int) -> None:
-    settings = ClusterSettings(model=directory, transport=transport, kv_cache_tokens=8192)
+async def measure(
+    directory: Path, transport: str, device: str, batches: list[int], rounds: int
+) -> None:
+    settings = ClusterSettings(
+        model=directory, transport=transport, device=device, kv_cache_tokens=8192
+    )
     plan = make_plan(settings)
-    one = await asyncio.to_thread(OneProcess, directory)
+    one = await asyncio.to_thread(Child, "one_process.py", str(directory), device)
     vocab_size = plan.model.vocab_size
     try:
         async with running_cluster(plan, lambda *_: None, lambda _: None, grace_s=10.0) as cluster:
             await decode_two_tiers(cluster.client, vocab_size, 2)
-            await asyncio.to_thread(one.decode, 2)
+            await asyncio.to_thread(one.decode, 2, PROMPT_TOKENS, NUM_TOKENS)
             for batch in batches:
                 pairs = [
                     (
-                        await asyncio.to_thread(one.decode, batch),
+                        await asyncio.to_thread(one.decode, batch, PROMPT_TOKENS, NUM_TOKENS),
                         await decode_two_tiers(cluster.client, vocab_size, batch),
                     )
                     for _ in range(rounds)
@@ -114,11 +81,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--transport", default="nixl")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batches", default="1,16")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     batches = [int(batch) for batch in options.batches.split(",")]
-    asyncio.run(measure(options.directory, options.transport, batches, options.rounds))
+    asyncio.run(
+        measure(options.directory, options.transport, options.device, batches, options.rounds)
+    )
 
 
 if __name__ == "__main__":

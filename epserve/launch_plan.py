@@ -187,7 +187,7 @@ def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
         cores = sorted(os.sched_getaffinity(0))
         num_threads = max(1, len(cores) // tier)
         wanted["OMP_NUM_THREADS"] = str(num_threads)
-        wanted["GOMP_SPINCOUNT"] = "20000"
+        wanted["GOMP_SPINCOUNT"] = "5000"
         if num_threads > 1 and place.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             own = cores[place.rank * num_threads : (place.rank + 1) * num_threads]
             # One thread a core: the kernel wakes a tier's threads on one core beside an idle one.

@@ -28,6 +28,7 @@ from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
+from moe_core.service.own_thread import in_own_thread
 from moe_core.service.trace_option import check_traces_endpoint, open_spans
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.servicer import ExchangeServicer
@@ -149,9 +150,9 @@ class ExpertProcess:
         placement = membership.state.placement
         ep_rank, etp_rank = parallel.expert_ranks(membership.rank)
         membership.report(MemberState.LOADING)
-        packed = await asyncio.to_thread(packing_pays, dtype, self._device)
+        packed = await in_own_thread(packing_pays, dtype, self._device)
         with shown_progress(f"expert {membership.rank}: loading experts", "layer") as progress:
-            weights = await asyncio.to_thread(
+            weights = await in_own_thread(
                 load_expert_weights,
                 checkpoint,
                 placement=placement,

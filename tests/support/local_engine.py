@@ -83,6 +83,7 @@ async def local_engine(
     max_num_seqs: int = 16,
     max_step_tokens: int = 64,
     microbatches: str = "1",
+    device: torch.device = CPU,
 ) -> AsyncIterator[LocalEngine]:
     """A running engine; it is stopped on the way out."""
     checkpoint = Checkpoint.open(directory)
@@ -100,7 +101,7 @@ async def local_engine(
         model=checkpoint.config,
         fingerprint="local",
         dtype=dtype,
-        device=CPU,
+        device=device,
         rank=0,
         instance_epoch=1,
         parallel=parallel,
@@ -131,8 +132,8 @@ def _weights(checkpoint: Checkpoint, site: Site):
         tp_size=1,
         shared_expert=not site.parallel.shared_on_experts,
         dtype=site.dtype,
-        device=CPU,
-        packed=packing_pays(site.dtype, CPU),
+        device=site.device,
+        packed=packing_pays(site.dtype, site.device),
     )
 
 
@@ -143,7 +144,7 @@ def _experts(site: Site, links: tuple[LocalLink, ...]) -> ExpertClient:
         site.placement,
         NoTensorParallel(),
         expert_wait_s=EXPERT_WAIT_S,
-        device=CPU,
+        device=site.device,
     )
 
 
@@ -158,11 +159,11 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
         etp_size=parallel.etp_size,
         shared_expert=parallel.shared_on_experts,
         dtype=site.dtype,
-        device=CPU,
-        packed=packing_pays(site.dtype, CPU),
+        device=site.device,
+        packed=packing_pays(site.dtype, site.device),
     )
     spec = link_spec(
         site.model, parallel, model_fingerprint="local", dtype=site.dtype, spare_slots=2
     )
-    batcher = Batcher(ExpertRunner(weights, site.placement, ep_rank, CPU))
+    batcher = Batcher(ExpertRunner(weights, site.placement, ep_rank, site.device))
     return LocalLink(batcher.submit, spec, peer=f"expert {rank} (local)")

@@ -19,7 +19,14 @@ from moe_core.model.paged_attention import decode_attention, prefill_attention
 from moe_core.model.rotary import rotation_scale, softmax_scale, yarn_mscale
 from moe_core.model.tensor_parallel import NoTensorParallel
 from support.decode_loop import ThreadedTensorParallel, run_ranks
-from support.published_configs import DEEPSEEK_V3, GLM_4_5, QWEN3_30B_A3B
+from support.published_configs import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    GLM_4_5,
+    KIMI_K2,
+    MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +36,13 @@ from support.published_configs import DEEPSEEK_V3, GLM_4_5, QWEN3_30B_A3B
         (DEEPSEEK_V3, True, 8, 576),
         (DEEPSEEK_V3, False, 1, 128 * (192 + 128)),
         (DEEPSEEK_V3, False, 4, 32 * (192 + 128)),
+        (KIMI_K2, True, 1, 576),
+        (DEEPSEEK_V2_LITE, True, 1, 576),
+        (DEEPSEEK_V2_LITE, False, 1, 16 * (192 + 128)),
         (QWEN3_30B_A3B, False, 2, 2 * (128 + 128)),
         (QWEN3_30B_A3B, False, 8, 1 * (128 + 128)),
+        (GLM_4_5, False, 1, 8 * (128 + 128)),
+        (MIXTRAL_8X7B, False, 1, 8 * (128 + 128)),
     ],
 )
 def test_cache_bytes_per_token(
