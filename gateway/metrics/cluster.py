@@ -22,19 +22,19 @@ from moe_core.cluster import (
     Role,
 )
 
+# As in EngineMetrics, where each has _s behind it.
 STEP_PARTS = ("attention", "dispatch", "expert_wait", "combine", "sampling", "other")
 EXPERT_PARTS = ("queue", "compute")
-Family: TypeAlias = type[CounterMetricFamily] | type[GaugeMetricFamily]
-LoadRow: TypeAlias = tuple[Family, str, str, Callable[[AttentionLoad], float]]
+LoadRow: TypeAlias = tuple[str, str, Callable[[AttentionLoad], float]]
 EngineRow: TypeAlias = tuple[str, str, Callable[[EngineMetrics], float]]
 LOADS: tuple[LoadRow, ...] = (
-    (GaugeMetricFamily, "num_requests_running", "Sequences that steps compute.",
+    ("num_requests_running", "Sequences that steps compute.",
      lambda load: load.num_running),
-    (GaugeMetricFamily, "num_requests_waiting", "Sequences that wait for their first step.",
+    ("num_requests_waiting", "Sequences that wait for their first step.",
      lambda load: load.num_waiting),
-    (GaugeMetricFamily, "kv_cache_usage_perc", "Used part of the KV blocks; 1 is all of them.",
+    ("kv_cache_usage_perc", "Used part of the KV blocks; 1 is all of them.",
      lambda load: 1 - load.free_kv_blocks / load.total_kv_blocks if load.total_kv_blocks else 0.0),
-    (GaugeMetricFamily, "kv_cache_tokens", "Tokens that all KV blocks of the group hold.",
+    ("kv_cache_tokens", "Tokens that all KV blocks of the group hold.",
      lambda load: load.total_kv_blocks * load.kv_block_size),
 )  # fmt: skip
 ENGINES: tuple[EngineRow, ...] = (
@@ -86,8 +86,8 @@ def _engines(state: ClusterState, model_name: str) -> Iterator[Metric]:
     labels = ("model_name", "dp_rank")
     tier = state.tier(Role.ATTN)
     loads = [((model_name, str(each.dp_rank)), each.attention_load) for each in tier]
-    for family, name, text, value in LOADS:
-        metric = family(f"epserve_{name}", text, labels=labels)
+    for name, text, value in LOADS:
+        metric = GaugeMetricFamily(f"epserve_{name}", text, labels=labels)
         for where, load in loads:
             if load is not None:
                 metric.add_metric(where, value(load))
@@ -129,7 +129,7 @@ def _links(state: ClusterState) -> Iterator[Metric]:
         yield counter
     wait = CounterMetricFamily(
         "epserve_link_wait_seconds",
-        "Seconds that an attention process waited for this expert process and for no other.",
+        "Seconds that an attention process waited for this expert process and no other.",
         labels=("source", "target", "transport"),
     )
     for link in links:
