@@ -56,6 +56,17 @@ class StepRunner(Protocol):
         """Raises TransportError when the experts fail the step."""
 
 
+class EngineObserver(Protocol):
+    """Who watches an engine. Nothing here may fail or wait."""
+
+    def stepped(self, step: int, sequences: Many[Sequence], times: StepTimes) -> None:
+        """A step is over that was not failed by the experts; called after its tokens are out. A
+        rank that follows knows no sequences."""
+
+    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
+        """A sequence leaves the engine."""
+
+
 class Engine:
     """`run` must be running for anything to happen; `open_stream` is how work comes in."""
 
@@ -68,6 +79,7 @@ class Engine:
         vocab_size: int,
         placement_epoch: int,
         microbatches: MicrobatchRule = ALWAYS_ONE,
+        observer: EngineObserver | None = None,
     ) -> None:
         self._runner = runner
         self._pool = pool
@@ -75,6 +87,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._placement_epoch = placement_epoch
         self._microbatches = microbatches
+        self._observer = observer
         self._streams: set[EngineStream] = set()
         self._owner: dict[Sequence, EngineStream] = {}
         self._discarded: set[Sequence] = set()
@@ -199,9 +212,14 @@ class Engine:
 
     def _drop_discarded(self) -> None:
         for sequence in self._discarded:
-            self._finished[FinishReason.ABORT] += 1
+            self._count(sequence, FinishReason.ABORT)
             self._remove(sequence)
         self._discarded.clear()
+
+    def _count(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._finished[reason] += 1
+        if self._observer is not None:
+            self._observer.ended(sequence, reason)
 
     def _remove(self, sequence: Sequence, *, reusable: bool = True) -> None:
         self._scheduler.remove(sequence, reusable=reusable)
@@ -210,6 +228,8 @@ class Engine:
     async def _run_step(self) -> None:
         started = time.perf_counter()
         scheduled = self._scheduler.schedule()
+        for item in scheduled:
+            item.sequence.started_s = item.sequence.started_s or started
         plan = self._plan(scheduled)
         try:
             result = await self._runner.execute(plan)
@@ -219,7 +239,10 @@ class Engine:
         else:
             sampling_s = self._advance(scheduled, result.logits)
             step_s = time.perf_counter() - started
-            self.times += replace(result.times, step_s=step_s, sampling_s=sampling_s)
+            times = replace(result.times, step_s=step_s, sampling_s=sampling_s)
+            self.times += times
+            if self._observer is not None:
+                self._observer.stepped(self.step, [each.sequence for each in scheduled], times)
 
     def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
         self.step += 1
@@ -248,7 +271,7 @@ class Engine:
         for sequence, output in results:
             by_stream[self._owner[sequence]].append(output)
             if output.finish_reason is not None:
-                self._finished[output.finish_reason] += 1
+                self._count(sequence, output.finish_reason)
                 self._remove(sequence, reusable=output.finish_reason is not FinishReason.ERROR)
         for stream, outputs in by_stream.items():
             stream.deliver(self.step, outputs)

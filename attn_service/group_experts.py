@@ -10,13 +10,15 @@ raises the first failure (by rank) on all of them before anybody uses the result
 """
 
 import json
+import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 import torch
 from torch import Tensor
 
-from attn_service.engine import StepResult, StepRunner
+from attn_service.engine import EngineObserver, StepResult, StepRunner
 from attn_service.expert_client import even_parts
 from attn_service.experts import Combined, Experts, ExpertTimes, PendingExperts, StepKey
 from attn_service.sequence import StepPlan
@@ -88,17 +90,20 @@ class GroupExperts:
 
 
 class GroupRunner:
-    """A StepRunner of one rank in a group; `publish` is None on the ranks that follow."""
+    """A StepRunner of one rank in a group; `publish` is None on the ranks that follow, whose steps
+    `observer` is told of. The leader's engine tells of its own."""
 
     def __init__(
         self,
         runner: StepRunner,
         experts: GroupExperts,
         publish: Callable[[StepPlan], Awaitable[None]] | None,
+        observer: EngineObserver | None = None,
     ) -> None:
         self._runner = runner
         self._experts = experts
         self._publish = publish
+        self._observer = observer
 
     async def execute(self, plan: StepPlan) -> StepResult:
         """See `StepRunner.execute`; a failed step raises AgreedTransportError on all ranks."""
@@ -111,10 +116,15 @@ class GroupRunner:
     async def follow(self, plan: StepPlan) -> None:
         """Execute one of the leader's plans. A step that the experts failed is the leader's to
         report, and this rank goes on with the next."""
+        started = time.perf_counter()
         try:
-            await self.execute(plan)
+            result = await self.execute(plan)
         except AgreedTransportError as error:
             log.warning("the experts failed a step", step=plan.step, error=str(error))
+            return
+        if self._observer is not None:
+            times = replace(result.times, step_s=time.perf_counter() - started)
+            self._observer.stepped(plan.step, (), times)
 
 
 class _PendingGroup:

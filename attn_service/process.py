@@ -7,11 +7,13 @@ Knows no arithmetic, no scheduling and no message; assembly.py puts the parts to
 import asyncio
 import os
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 
 from attn_service.assembly import Site, make_duty, make_links, microbatch_rule
 from attn_service.duties import Duty, Leading, until_first
+from attn_service.engine import EngineObserver
 from attn_service.expert_links import ExpertLinks
 from attn_service.follow import Followers, GroupTerms
 from attn_service.kv_agreement import KvOffer, agree
@@ -39,12 +41,17 @@ from moe_core.service.binding import keep_libraries_on
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
+from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
 from moe_core.service.own_thread import in_own_thread
 from moe_core.service.peer_roles import PeerRole
+from moe_core.service.trace_option import open_spans
 from moe_core.transport.base import TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.endpoint import NixlEndpoint
+
+if TYPE_CHECKING:
+    from moe_core.service.tracing import Spans
 
 __all__ = ["AttnSettings", "main"]
 
@@ -56,6 +63,7 @@ CONNECT_TIMEOUT_S = 60.0
 # A rank may wait for its experts while the others wait for it in a collective.
 COLLECTIVE_MARGIN_S = 10.0
 TICK_S = 0.5
+EXPERT_LOAD_S = 5.0  # large models have 15,000 experts, and counts wait for the device
 STOP_GRACE_S = 1.0
 
 
@@ -78,6 +86,7 @@ class AttentionProcess:
         self._links: ExpertLinks | None = None
         self._followers: Followers | None = None
         self._duty: Duty | None = None
+        self._spans: Spans | None = None
         self._draining = False
         self._last_report: object = None
 
@@ -94,7 +103,8 @@ class AttentionProcess:
         links = await self._connect(site, membership, tensor_parallel)
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
-        duty = make_duty(site, weights, links, group, followers, terms, rule)
+        observer = self._observer(site)
+        duty = make_duty(site, weights, links, group, followers, terms, rule, observer)
         if isinstance(duty, Leading):
             self._servicer.lead(duty.engine)
         else:
@@ -109,7 +119,10 @@ class AttentionProcess:
         assert self._membership is not None
         assert self._duty is not None
         await until_first(
-            self._duty.run(), self._membership.lost(), self._keep_up(self._membership)
+            self._duty.run(),
+            self._membership.lost(),
+            self._keep_up(self._membership),
+            _report_expert_load(self._duty, self._membership),
         )
 
     async def drain(self) -> None:
@@ -124,6 +137,8 @@ class AttentionProcess:
             self._endpoint.close()
         if self._membership is not None:
             await self._membership.close()
+        if self._spans is not None:
+            await self._spans.close()
         dissolve()
 
     async def _join(self, checkpoint: Checkpoint) -> tuple[Site, Membership]:
@@ -151,6 +166,7 @@ class AttentionProcess:
             settings.gateway, join, timeout_s=JOIN_TIMEOUT_S, tls=self._tls
         )
         self._membership = membership
+        bind_rank(membership.rank)
         site = Site(
             settings=settings,
             model=model,
@@ -164,6 +180,15 @@ class AttentionProcess:
             tls=self._tls,
         )
         return site, membership
+
+    def _observer(self, site: Site) -> EngineObserver | None:
+        """Of this rank's steps, and of the engine where it has one, if it is to trace."""
+        self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, site.rank)
+        if self._spans is None:
+            return None
+        from attn_service.traces import EngineTraces
+
+        return EngineTraces(self._spans, site.instance_epoch, site.group_rank)
 
     async def _meet(self, site: Site, membership: Membership) -> Group | None:
         if site.group_rank.tp_size == 1:
@@ -258,6 +283,17 @@ class AttentionProcess:
             engine_metrics=metrics,
             links=links,
         )
+
+
+async def _report_expert_load(duty: Duty, membership: Membership) -> None:
+    """From time to time, and only what is new. Ends with its task."""
+    reported = None
+    while True:
+        await asyncio.sleep(EXPERT_LOAD_S)
+        load = duty.expert_load
+        if load is not None and load != reported:
+            membership.report_expert_load(load)
+            reported = load
 
 
 def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:

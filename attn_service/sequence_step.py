@@ -4,6 +4,8 @@ Knows one sequence at a time: its slice of the plan, its sampling row, its outpu
 no streams and no other sequence.
 """
 
+import time
+
 from attn_service.sampler import NO_TOKEN, SamplingRow
 from attn_service.scheduler import Scheduled
 from attn_service.sequence import (
@@ -52,10 +54,13 @@ def next_output(sequence: Sequence, token: int, logprobs: TokenLogprobs | None) 
     reason = sequence.append(token)
     told = () if logprobs is None else (logprobs,)
     first = sequence.num_output_tokens == len(sequence.request.output_ids) + 1
+    if first:
+        sequence.first_token_s = time.perf_counter()
     return SequenceOutput(
         sequence.request.sequence_id,
         (token,),
         reason,
         logprobs=told,
         num_cached_tokens=sequence.num_cached_prompt_tokens if first else 0,
+        queued_us=sequence.queued_us if first else None,
     )

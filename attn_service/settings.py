@@ -14,6 +14,7 @@ from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
 from moe_core.service.binding import require_safe_bind
 from moe_core.service.tls_files import TlsFiles
+from moe_core.service.trace_option import check_traces_endpoint
 
 DEFAULT_KV_CACHE_TOKENS = 65_536
 
@@ -49,6 +50,7 @@ class AttnSettings:
     threads: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         require_safe_bind("host", self.host, self.tls, self.insecure)
@@ -59,6 +61,7 @@ class AttnSettings:
             rule = f"must hold at least one block of block_size={self.block_size} tokens"
             raise ConfigError("kv_cache_tokens", self.kv_cache_tokens, rule, (self.block_size,))
         check_setting(self.microbatches)
+        check_traces_endpoint(self.otlp_traces_endpoint)
         if self.expert_wait_s <= 0:
             raise ConfigError("expert_wait_s", self.expert_wait_s, "must be above 0", (30.0,))
 

@@ -76,6 +76,8 @@ def serve(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,

@@ -30,6 +30,7 @@ from moe_core.service.binding import require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
+from moe_core.service.trace_option import check_traces_endpoint
 
 _DEVICE_QUESTION_TIMEOUT_S = 120.0
 # Workers leave before the gateway, so that none of them sees its cluster vanish.
@@ -59,9 +60,12 @@ class ClusterSettings:
     max_num_seqs: int | None = None
     microbatches: str | None = None
     max_queued_requests: int | None = None
+    otlp_traces_endpoint: str | None = None
+    log_json: bool = False
     debug: bool = False
 
     def __post_init__(self) -> None:
+        check_traces_endpoint(self.otlp_traces_endpoint)
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
         require_safe_bind("host", self.host, self.tls, self.insecure)
 
@@ -117,6 +121,9 @@ class LaunchPlan:
             arguments.append("--debug")
         if settings.tls is not None:
             arguments += settings.tls.arguments()
+        if settings.log_json:
+            arguments.append("--log-json")
+        arguments += _given("--otlp-traces-endpoint", settings.otlp_traces_endpoint)
         if place.role is Role.GATEWAY:
             return arguments + self._gateway_arguments()
         gateway = self.target if settings.tls is None else self._local(settings.cluster_port)

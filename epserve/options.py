@@ -350,6 +350,19 @@ MaxQueuedRequestsOption = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
+TracesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="Send traces to this OTLP gRPC collector, as in http://127.0.0.1:4317.",
+        rich_help_panel=LOGGING,
+    ),
+]
+LogJsonOption = Annotated[
+    bool,
+    typer.Option("--log-json", help="Log one JSON object a line.", rich_help_panel=LOGGING),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

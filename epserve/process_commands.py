@@ -35,6 +35,8 @@ def gateway(
     insecure: o.InsecureOption = False,
     api_keys: o.ApiKeysOption = None,
     launcher_key_hash: o.LauncherKeyHashOption = None,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
@@ -43,7 +45,7 @@ def gateway(
     from gateway.entrance import QueueLimits
     from gateway.process import GatewaySettings, main
 
-    _configure_logging(debug)
+    _configure_logging("gateway", debug, log_json)
     settings = settings_from(
         context,
         GatewaySettings,
@@ -78,6 +80,8 @@ def attn(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
@@ -85,7 +89,7 @@ def attn(
     """Run one process of the attention tier."""
     from attn_service.process import AttnSettings, main
 
-    _configure_logging(debug)
+    _configure_logging("attn", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
     raise typer.Exit(main(settings_from(context, AttnSettings, tls=tls)))
 
@@ -106,6 +110,8 @@ def expert(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    otlp_traces_endpoint: o.TracesOption = None,
+    log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
@@ -113,12 +119,12 @@ def expert(
     """Run one process of the expert tier."""
     from expert_service.process import ExpertSettings, main
 
-    _configure_logging(debug)
+    _configure_logging("expert", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
     raise typer.Exit(main(settings_from(context, ExpertSettings, tls=tls)))
 
 
-def _configure_logging(debug: bool) -> None:
+def _configure_logging(service: str, debug: bool, log_json: bool) -> None:
     from moe_core.service.logs import configure_logging
 
-    configure_logging(debug=debug)
+    configure_logging(debug=debug, json_of=service if log_json else None)

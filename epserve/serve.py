@@ -46,7 +46,7 @@ async def _stay_up(plan: LaunchPlan, out: Console, err: Console) -> None:
     def progress(waiting_for: str) -> None:
         out.print(f"waiting for: {escape(waiting_for)}", soft_wrap=True)
 
-    sink = prefixed_lines(err)
+    sink = plain_lines(err) if plan.settings.log_json else prefixed_lines(err)
     async with running_cluster(plan, sink, progress, grace_s=STOP_GRACE_S) as cluster:
         models = await cluster.client.list_models()
         prompt = "--prompt 'Once'" if models[0].has_tokenizer else "--prompt-ids 1,2,3"
@@ -65,6 +65,15 @@ def _client_options(settings: ClusterSettings) -> str:
     """What a client of this cluster must add."""
     tls = "" if settings.tls is None else f" --tls-ca {shlex.quote(str(settings.tls.ca))}"
     return tls + ("" if settings.api_keys is None else " --api-key KEY")
+
+
+def plain_lines(console: Console) -> LineSink:
+    """Prints each line as it came: a JSON line says itself who wrote it."""
+
+    def print_line(name: str, line: str) -> None:
+        console.out(line, highlight=False)
+
+    return print_line
 
 
 def prefixed_lines(console: Console) -> LineSink:

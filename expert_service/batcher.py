@@ -10,8 +10,10 @@ reads and writes between two of them.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,11 +31,24 @@ class _Queued:
     arrived: float  # seconds, time.perf_counter
 
 
+class BatchObserver(Protocol):
+    def ran(
+        self,
+        layer_id: int,
+        joined: Sequence[tuple[Dispatch, Reply]],
+        began_s: float,
+        ended_s: float,
+    ) -> None:
+        """A run is over and its replies are out, so the tensors of `joined` are no longer to be
+        read. Seconds of time.perf_counter. Must not fail or wait."""
+
+
 class Batcher:
     """A DispatchHandler: `handler = batcher.submit`."""
 
-    def __init__(self, runner: ExpertRunner) -> None:
+    def __init__(self, runner: ExpertRunner, observer: BatchObserver | None = None) -> None:
         self._runner = runner
+        self._observer = observer
         self._queue: list[_Queued] = []
         self._scheduled = False
         self._empty = asyncio.Event()
@@ -84,10 +99,14 @@ class Batcher:
         except Exception as error:  # ends the process, but its peers are told why first
             self._fail(layer_id, joined, error)
             return
-        compute_us = _microseconds(time.perf_counter() - started)
+        ended = time.perf_counter()
+        compute_us = _microseconds(ended - started)
         parts = torch.split(partial, [each.dispatch.num_tokens for each in joined])
         for each, part in zip(joined, parts, strict=True):
             each.reply.complete(part, _microseconds(started - each.arrived), compute_us)
+        if self._observer is not None:
+            pairs = [(each.dispatch, each.reply) for each in joined]
+            self._observer.ran(layer_id, pairs, started, ended)
 
     def _run(self, layer_id: int, joined: list[_Queued]) -> Tensor:
         return self._runner.run(

@@ -8,6 +8,7 @@ import asyncio
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -27,12 +28,17 @@ from moe_core.service.binding import keep_libraries_on, require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.lifecycle import run
+from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
 from moe_core.service.own_thread import in_own_thread
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
+from moe_core.service.trace_option import check_traces_endpoint, open_spans
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.servicer import ExchangeServicer
+
+if TYPE_CHECKING:
+    from moe_core.service.tracing import Spans
 
 log = structlog.get_logger(__name__)
 
@@ -59,9 +65,11 @@ class ExpertSettings:
     threads: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         require_safe_bind("host", self.host, self.tls, self.insecure)
+        check_traces_endpoint(self.otlp_traces_endpoint)
 
 
 class ExpertProcess:
@@ -79,6 +87,7 @@ class ExpertProcess:
         self._host = GrpcHost(self._tls)
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None
+        self._spans: Spans | None = None
         self.weight_bytes_read = 0  # of the checkpoint's tensors
 
     async def startup(self) -> None:
@@ -92,7 +101,7 @@ class ExpertProcess:
         port = await self._host.start(self._settings.host, self._settings.port)
         membership = await self._join(port, fingerprint, dtype)
         runner = await self._load(membership, checkpoint, dtype)
-        self._batcher = Batcher(runner)
+        self._batcher = self._make_batcher(runner, membership.rank)
         self._gate.open(self._servicer(membership, checkpoint, fingerprint, dtype, self._batcher))
         self._host.set_ready(True)
         membership.report(MemberState.READY)
@@ -121,6 +130,8 @@ class ExpertProcess:
         await self._host.stop(STOP_GRACE_S)
         if self._membership is not None:
             await self._membership.close()
+        if self._spans is not None:
+            await self._spans.close()
 
     async def _join(self, port: int, fingerprint: str, dtype: torch.dtype) -> Membership:
         settings = self._settings
@@ -140,6 +151,7 @@ class ExpertProcess:
         self._membership = await Membership.join(
             settings.gateway, join, timeout_s=JOIN_TIMEOUT_S, tls=self._tls
         )
+        bind_rank(self._membership.rank)
         return self._membership
 
     async def _load(
@@ -174,6 +186,14 @@ class ExpertProcess:
             bytes_read=checkpoint.bytes_read,
         )
         return ExpertRunner(weights, placement, ep_rank, self._device)
+
+    def _make_batcher(self, runner: ExpertRunner, rank: int) -> Batcher:
+        self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, rank)
+        if self._spans is None:
+            return Batcher(runner)
+        from expert_service.traces import BatchTraces
+
+        return Batcher(runner, BatchTraces(self._spans))
 
     def _servicer(
         self,

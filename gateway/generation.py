@@ -17,6 +17,7 @@ from gateway.attention_pool import ABORTED, AttentionPool, Delta, RequestStream
 from gateway.cluster import Registry
 from gateway.entrance import QueueLimits
 from gateway.fair_slots import FairSlots
+from gateway.observers import NoObserver, RequestObserver, RequestWatch
 from gateway.requests import Chunk, GenerationRequest, Sequence, Usage
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
@@ -37,8 +38,10 @@ class Generator:
         registry: Registry,
         pool: AttentionPool,
         limits: QueueLimits | None = None,
+        observer: RequestObserver | None = None,
     ) -> None:
         self.model = model
+        self._observer = observer or NoObserver()
         self._pool = pool
         self._room = WaitingRoom(registry, limits)
         self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
@@ -63,6 +66,23 @@ class Generator:
         last chunk of each choice has a finish_reason, and after all of them this ends. A caller
         that stops early (cancelled, or past its deadline) closes this, and the engine is told.
         What fails one choice, fails the request."""
+        watch = self._observer.watch(request)
+        error: BaseException | None = None
+        try:
+            async with aclosing(self._batches(request, watch)) as batches:
+                async for batch in batches:
+                    for chunk in batch:
+                        watch.put_out(chunk)
+                    yield batch
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            watch.ended(error)
+
+    async def _batches(
+        self, request: GenerationRequest, watch: RequestWatch
+    ) -> AsyncGenerator[list[Chunk], None]:
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         with self._room.enter(request) as place, self._under_way(request.request_id, place):
             choices = await self._admit(request)
@@ -71,10 +91,12 @@ class Generator:
             if group is None:
                 yield [output.push(Delta((), ABORTED)) for output in outputs]
                 return
+            choices = [replace(choice, traceparent=watch.traceparent) for choice in choices]
             stream = self._live[request.request_id] = self._pool.submit(group, choices)
+            watch.admitted(choices, group.dp_rank)
             with closing(stream):
                 while not all(output.finished for output in outputs):
-                    batch = await _next_chunks(stream, outputs, place)
+                    batch = await _next_chunks(stream, outputs, place, watch)
                     if batch:
                         yield batch
 
@@ -135,13 +157,15 @@ class Generator:
 
 
 async def _next_chunks(
-    stream: RequestStream, outputs: Many["SequenceOutput"], place: Place
+    stream: RequestStream, outputs: Many["SequenceOutput"], place: Place, watch: RequestWatch
 ) -> list[Chunk]:
     """What has come, without chunks that say nothing."""
     chunks = []
     for index, delta in await stream.next():
         if outputs[index].finished:
             continue  # a stop string was found in a delta before this one
+        if delta.queued_s is not None:
+            watch.queued(delta.queued_s)
         place.received(len(delta.token_ids), delta.cached_tokens)
         chunk = outputs[index].push(delta)
         if chunk.finish_reason:

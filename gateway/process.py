@@ -10,6 +10,7 @@ import asyncio
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -24,6 +25,8 @@ from gateway.generation import Generator
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.host import HttpHost
+from gateway.metrics.requests import RequestMetrics
+from gateway.observers import BothObservers, RequestObserver
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
@@ -37,8 +40,13 @@ from moe_core.service.addresses import host_id, join_address, new_instance_epoch
 from moe_core.service.binding import require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.logs import bind_rank
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
+from moe_core.service.trace_option import check_traces_endpoint, open_spans
+
+if TYPE_CHECKING:
+    from moe_core.service.tracing import Spans
 
 log = structlog.get_logger(__name__)
 
@@ -67,9 +75,11 @@ class GatewaySettings:
     insecure: bool = False
     api_keys: Path | None = None
     launcher_key_hash: str | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         require_safe_bind("host", self.host, self.tls, self.insecure)
+        check_traces_endpoint(self.otlp_traces_endpoint)
 
 
 def main(settings: GatewaySettings) -> int:
@@ -93,12 +103,14 @@ class GatewayService:
         self._generator: Generator | None = None
         self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
+        self._spans: Spans | None = None
         self.port = settings.port
         self.http_port = settings.http_port
         self.cluster_port: int | None = None
 
     async def startup(self) -> None:
         settings = self._settings
+        bind_rank(0)
         config, fingerprint = await asyncio.to_thread(_read_checkpoint, settings.model)
         parallel = settings.parallel.with_model(config)
         placement = ExpertPlacement.initial(config, parallel)
@@ -109,7 +121,9 @@ class GatewayService:
         registry = Registry(self._as_member(), parallel, placement, fingerprint)
         self._registry = registry
         model = ServedModel(name, config, tokenizer)
-        self._generator = Generator(model, registry, self._pool, settings.limits)
+        metrics = RequestMetrics(name, model.max_model_len)
+        observer = self._observer(metrics)
+        self._generator = Generator(model, registry, self._pool, settings.limits, observer)
         self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, registry, self._keys).add_to(self._host)
@@ -162,6 +176,16 @@ class GatewayService:
             await self._pool.close()
             await self._http.stop(STOP_GRACE_S)
             await self._host.stop(STOP_GRACE_S)
+            if self._spans is not None:
+                await self._spans.close()
+
+    def _observer(self, metrics: RequestMetrics) -> RequestObserver:
+        self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, 0)
+        if self._spans is None:
+            return metrics
+        from gateway.traces import RequestTraces
+
+        return BothObservers(metrics, RequestTraces(self._spans))
 
     def _as_member(self) -> Member:
         return Member(

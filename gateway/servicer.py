@@ -5,17 +5,17 @@ Knows gateway.proto and the values of gateway/requests.py.
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
 import grpc.aio
 
 from gateway.admission import check_sizes
 from gateway.api_keys import ApiKeys
-from gateway.callers import ANONYMOUS, Caller
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.requests import Chunk, GenerationRequest, Sampling
+from moe_core import trace_context
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
 from moe_core.service.access import authorization
@@ -51,7 +51,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
         # Whether there is one was checked before; this says whose.
         caller = self._keys.authenticate(authorization(context))
-        async with aclosing(self._generator.generate(request_from_pb(request, caller))) as chunks:
+        traceparent = _metadata(context, trace_context.HEADER)
+        asked = replace(request_from_pb(request), caller=caller, traceparent=traceparent)
+        async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
                 yield chunk_to_pb(chunk)
 
@@ -77,7 +79,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return cluster_to_pb(self._registry.state)
 
 
-def request_from_pb(message: pb.GenerateRequest, caller: Caller = ANONYMOUS) -> GenerationRequest:
+def _metadata(context: Context, name: str) -> str:
+    """What the client has sent under `name`, or nothing."""
+    for key, value in context.invocation_metadata() or ():
+        if key == name and isinstance(value, str):
+            return value
+    return ""
+
+
+def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
     prompts: dict[str | None, str | tuple[int, ...] | None] = {
         None: None,
         "text": message.text,
@@ -89,7 +99,6 @@ def request_from_pb(message: pb.GenerateRequest, caller: Caller = ANONYMOUS) -> 
         prompt=prompts[message.WhichOneof("prompt")],
         sampling=sampling_from_pb(message.sampling),
         priority=message.priority,
-        caller=caller,
     )
 
 

@@ -61,8 +61,21 @@ class EngineMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """Tokens that an attention group's router has given to each expert since its process began.
+
+    tokens[i][e]: to logical expert e of layer layer_ids[i]. A token counts once for each of its
+    top_k experts.
+    """
+
+    layer_ids: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LinkStats:
-    """One attention process's totals towards one expert process, in bytes and counts."""
+    """One attention process's totals towards one expert process, in bytes and counts. wait_s: the
+    seconds for which it waited for this one and for no other."""
 
     source: str
     target: str
@@ -73,11 +86,13 @@ class LinkStats:
     routing_bytes: int
     stream_tensor_bytes: int
     doorbells: int
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process. The ranks that its role does not have are None."""
+    """One process. The ranks that its role does not have are None. expert_load is known to the
+    gateway only."""
 
     role: Role
     rank: int
@@ -98,6 +113,7 @@ class Member:
     links: tuple[LinkStats, ...] = ()
     engine_metrics: EngineMetrics | None = None
     queued_requests: int = 0
+    expert_load: ExpertLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

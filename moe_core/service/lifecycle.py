@@ -21,7 +21,7 @@ import structlog
 import uvloop
 
 from moe_core.errors import ConfigError, EpserveError, RequestError, UnavailableError
-from moe_core.service.logs import configure_logging, is_debug
+from moe_core.service.logs import configure_logging, is_debug, logs_json
 
 log = structlog.get_logger(__name__)
 
@@ -152,8 +152,11 @@ def _leave(status: int) -> None:
 
 
 def _complain(name: str, message: str, error: Exception) -> int:
-    if is_debug():
-        traceback.print_exception(error)
     line = " ".join(message.split())
-    print(f"epserve {name}: {line}", file=sys.stderr, flush=True)
+    if logs_json():
+        log.error("ended", error=line, exc_info=error if is_debug() else None)
+    else:
+        if is_debug():
+            traceback.print_exception(error)
+        print(f"epserve {name}: {line}", file=sys.stderr, flush=True)
     return EXIT_REFUSED if isinstance(error, ConfigError | RequestError) else EXIT_FAILED

@@ -83,6 +83,7 @@ class LinkCounters:
     routing_bytes: int = 0  # physical_ids and topk_weights
     stream_tensor_bytes: int = 0  # tensor bytes that travelled inside gRPC messages
     doorbells: int = 0  # rung by this end
+    wait_s: float = 0.0  # seconds that the caller waited for combines, by its own account
     dropped: int = 0  # answers that came after their waiter had gone, and tags that match nothing
 
 
@@ -113,6 +114,10 @@ class Identity:
 
 class Reply(Protocol):
     """How the expert side answers one dispatch; exactly one of the two calls, once."""
+
+    @property
+    def source_epoch(self) -> int:
+        """Which start of the attention process has sent the dispatch."""
 
     def complete(self, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         """`partial` [num_tokens, hidden_size] is copied before this returns."""

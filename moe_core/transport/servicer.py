@@ -106,6 +106,7 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         peer = f"attn {hello.attn_rank} ({context.peer()})"
         exchange = _Exchange(context)
         exchange.session = self._session(peer, hello, agreement, exchange)
+        exchange.session.source_epoch = hello.instance_epoch
         self._exchanges[hello.attn_rank] = exchange
         logger.info("%s: transport %s (%s)", peer, agreement.transport, agreement.reason)
         return exchange

@@ -35,6 +35,10 @@ class SlotReply:
         self.num_tokens = num_tokens
         self.answered = False
 
+    @property
+    def source_epoch(self) -> int:
+        return self._session.source_epoch
+
     def complete(self, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         spec = self._session.spec
         if partial.dtype is not spec.dtype or partial.shape != (self.num_tokens, spec.hidden_size):
@@ -62,6 +66,7 @@ class PeerSession(ABC):
 
     def __init__(self, peer: str, spec: LinkSpec, handler: DispatchHandler) -> None:
         self.peer = peer
+        self.source_epoch = 0  # instance_epoch of the attention process, once the exchange is open
         self.spec = spec
         self.counters = LinkCounters()
         self._layout = SlotLayout(spec)

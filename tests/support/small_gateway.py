@@ -14,6 +14,7 @@ from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.entrance import QueueLimits
 from gateway.generation import Generator
+from gateway.observers import RequestObserver
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
@@ -46,6 +47,7 @@ class SmallGateway:
         parallel: ParallelConfig | None = None,
         tokenizer: TextTokenizer | None = None,
         limits: QueueLimits | None = None,
+        observer: RequestObserver | None = None,
         *,
         tls: Certificates | None = None,
         keys: ApiKeys | None = None,
@@ -56,7 +58,7 @@ class SmallGateway:
         self.registry = make_registry(parallel)
         self.pool = AttentionPool(tls)
         model = ServedModel("small", MODEL, tokenizer)
-        self.generator = Generator(model, self.registry, self.pool, limits)
+        self.generator = Generator(model, self.registry, self.pool, limits, observer)
         self.cluster = ClusterServicer(self.registry)
         self._host = GrpcHost(tls, self._keys.authenticate)
         self._port = 0
