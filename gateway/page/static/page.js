@@ -1,0 +1,191 @@
+// The page's clock: asks for the cluster once a second, and gives what came to those who draw it.
+
+import { count, milliseconds, percent } from "./format.js";
+import { fillGroups, fillPhases, noteGroups, Tiles } from "./groups.js";
+import { HeatMap } from "./heatmap.js";
+import { PromptBox } from "./prompt.js";
+import { Rates } from "./rates.js";
+import { apiKey, get, Refused, setApiKey } from "./source.js";
+import { setText } from "./svg.js";
+import { fillLegend, linkRate, noteLinks, stateWord, Topology } from "./topology.js";
+
+const PERIOD_MS = 1000;
+const MAX_RETRY_MS = 5000;
+const RATE_WINDOW_S = 5;
+const LEVELS = ["EP off", "EP Level 1, broadcast", "EP Level 2, targeted"];
+
+const find = (id) => document.getElementById(id);
+const rates = new Rates(RATE_WINDOW_S);
+const tiles = new Tiles(find("tiles"));
+const topology = new Topology(find("topology"), find("links"));
+const heatMap = new HeatMap({
+  canvas: find("heat"),
+  box: find("heat-scroll"),
+  foot: find("heat-foot"),
+  empty: find("heat-empty"),
+  hottest: find("heat-hottest"),
+  replicas: find("heat-replicas"),
+  scale: find("heat-scale"),
+  top: find("heat-top"),
+  periods: [...document.querySelectorAll("input[name=period]")],
+});
+const promptBox = new PromptBox({
+  form: find("prompt-form"),
+  label: find("prompt-label"),
+  prompt: find("prompt"),
+  maxTokens: find("max-tokens"),
+  temperature: find("temperature"),
+  send: find("send"),
+  stop: find("stop"),
+  answer: find("answer"),
+  note: find("answer-note"),
+});
+
+const shown = { gateway: null, expertLoad: null, placement: null, heardAt: null, failures: 0 };
+let timer = 0;
+let isPolling = false;
+
+async function poll() {
+  if (isPolling) return;
+  isPolling = true;
+  clearTimeout(timer);
+  let wait = PERIOD_MS;
+  try {
+    const cluster = await get("cluster");
+    await fetchExperts(cluster);
+    shown.failures = 0;
+    shown.heardAt = performance.now();
+    hideKeyForm();
+    show(cluster);
+    connection("live", "live");
+  } catch (error) {
+    shown.failures += 1;
+    wait = Math.min(MAX_RETRY_MS, PERIOD_MS * shown.failures);
+    if (error instanceof Refused) showKeyForm();
+    else showGone();
+  }
+  isPolling = false;
+  timer = setTimeout(poll, document.hidden ? 5 * wait : wait);
+}
+
+// The large documents, only when they have changed.
+async function fetchExperts(cluster) {
+  if (cluster.gateway.instance_epoch !== shown.gateway) {
+    Object.assign(shown, { gateway: cluster.gateway.instance_epoch, placement: null, expertLoad: null });
+  }
+  if (cluster.placement_epoch !== shown.placement) {
+    const placement = await get("cluster/placement");
+    heatMap.setPlacement(placement);
+    shown.placement = placement.epoch;
+  }
+  if (cluster.expert_load_version !== shown.expertLoad) {
+    const totals = await get("cluster/experts");
+    heatMap.setTotals(totals, performance.now() / 1000);
+    shown.expertLoad = totals.version;
+  }
+}
+
+function show(cluster) {
+  const seconds = performance.now() / 1000;
+  noteLinks(cluster, rates, seconds);
+  noteGroups(cluster, rates, seconds);
+  rates.forgetOlder(seconds);
+  heatMap.tick(seconds);
+  const { layout, model } = cluster;
+  setText(find("model"), model.name);
+  setText(
+    find("layout"),
+    `attention dp ${layout.dp_size} × tp ${layout.tp_size} · experts ep ${layout.ep_size} × tp ${layout.etp_size} · ` +
+      `${LEVELS[layout.expert_parallel_degree]} · ${layout.enable_mla ? "MLA cache" : "per-head K/V cache"}`,
+  );
+  showMissing(cluster);
+  showTiles(cluster);
+  topology.update(cluster, rates);
+  fillGroups(find("groups"), cluster, rates);
+  promptBox.setModel(model);
+  promptBox.setReady(cluster.gateway.state === "ready");
+}
+
+function showMissing(cluster) {
+  const box = find("missing");
+  const missing = ["attn", "expert"].flatMap((role) =>
+    Object.entries(cluster.counts[role])
+      .filter(([state]) => state !== "ready")
+      .map(([state, number]) => `${number} ${role} ${stateWord(state)}`),
+  );
+  const isReady = cluster.gateway.state === "ready";
+  box.hidden = isReady && !missing.length;
+  const words = isReady ? "Serving, but not whole: " : "Not ready: ";
+  setText(box, words + (missing.join(", ") || "the gateway is getting ready"));
+}
+
+function showTiles(cluster) {
+  const loads = cluster.groups.flatMap((group) => (group.load ? [group.load] : []));
+  const sum = (name) => loads.reduce((total, load) => total + load[name], 0);
+  const ready = sumCounts(cluster, (state) => state === "ready");
+  const all = sumCounts(cluster, () => true);
+  const traffic = rateOfLinks(cluster);
+  const step = meanStep(cluster);
+  tiles.set("Processes ready", `${ready}/${all}`);
+  tiles.set("Running", count(sum("num_running")), `${count(sum("num_waiting"))} waiting`, sum("num_running"));
+  tiles.set("KV cache", percent(sum("kv_tokens_used"), sum("kv_tokens")), `of ${count(sum("kv_tokens"))} tokens`);
+  tiles.set("Step", milliseconds(step), "mean of 5 s", step);
+  tiles.set("Between the tiers", count(traffic), "B/s", traffic);
+  tiles.set("Placement", `epoch ${cluster.placement_epoch}`);
+}
+
+function sumCounts(cluster, wanted) {
+  return Object.values(cluster.counts)
+    .flatMap(Object.entries)
+    .reduce((total, [state, number]) => total + (wanted(state) ? number : 0), 0);
+}
+
+function rateOfLinks(cluster) {
+  return cluster.links.reduce((total, link) => total + (linkRate(link, rates) ?? 0), 0);
+}
+
+function meanStep(cluster) {
+  const total = (name) =>
+    cluster.groups.reduce((sum, group) => sum + (rates.rate(`dp ${group.dp_rank} ${name}`) ?? 0), 0);
+  return total("steps") > 0 ? total("step_s") / total("steps") : null;
+}
+
+function connection(state, words) {
+  const pill = find("connection");
+  pill.dataset.state = state;
+  setText(pill, words);
+  document.body.classList.toggle("stale", state !== "live");
+}
+
+function showGone() {
+  promptBox.setReady(false);
+  const never = shown.heardAt === null;
+  const age = never ? "" : `, last heard ${Math.round((performance.now() - shown.heardAt) / 1000)} s ago`;
+  connection("gone", `gateway gone${age}; reconnecting`);
+}
+
+function showKeyForm() {
+  const given = apiKey() !== "";
+  find("key-form").hidden = false;
+  setText(find("key-message"), given ? "The gateway refused this key." : "This gateway asks for an API key.");
+  promptBox.setReady(false);
+  connection("refused", given ? "key refused" : "key needed");
+}
+
+function hideKeyForm() {
+  find("key-form").hidden = true;
+}
+
+find("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  setApiKey(find("key").value.trim());
+  find("key").value = "";
+  void poll();
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) void poll();
+});
+fillLegend(find("legend"));
+fillPhases(find("phases"));
+promptBox.setReady(false);
+void poll();
