@@ -12,6 +12,7 @@ import torch
 from attn_service.duties import Duty, Following, Leading
 from attn_service.engine import Engine
 from attn_service.expert_client import ExpertClient
+from attn_service.expert_counts import CountedExperts
 from attn_service.expert_links import ExpertLinks
 from attn_service.experts import Experts
 from attn_service.follow import Followers, GroupTerms
@@ -110,13 +111,16 @@ def make_duty(
     """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
     `terms` are the group's, or a single process's own; `microbatches` is for whoever leads."""
     if group is None:
-        runner = _model_runner(site, weights, experts, NoTensorParallel(), terms)
-        return Leading(_engine(site, runner, terms, microbatches), None)
+        counted = CountedExperts(experts, site.model, site.device)
+        runner = _model_runner(site, weights, counted, NoTensorParallel(), terms)
+        return Leading(_engine(site, runner, terms, microbatches), None, counted)
     group_experts = GroupExperts(experts, group.tensor_parallel)
-    runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
     if followers is not None:
+        counted = CountedExperts(group_experts, site.model, site.device)
+        runner = _model_runner(site, weights, counted, group.tensor_parallel, terms)
         leading = GroupRunner(runner, group_experts, followers.publish)
-        return Leading(_engine(site, leading, terms, microbatches), followers)
+        return Leading(_engine(site, leading, terms, microbatches), followers, counted)
+    runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
     following = GroupRunner(runner, group_experts, None)
     return Following(group.leader.address, group.rank, terms, following)
 

@@ -9,10 +9,11 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from attn_service.engine import Engine
+from attn_service.expert_counts import CountedExperts
 from attn_service.follow import Followers, GroupTerms, follow
 from attn_service.group_experts import GroupRunner
 from attn_service.tensor_parallel import GroupLostError, GroupRank
-from moe_core.cluster import AttentionLoad, EngineMetrics
+from moe_core.cluster import AttentionLoad, EngineMetrics, ExpertLoad
 
 
 class Duty(Protocol):
@@ -28,13 +29,21 @@ class Duty(Protocol):
     @property
     def metrics(self) -> EngineMetrics | None: ...
 
+    @property
+    def expert_load(self) -> ExpertLoad | None:
+        """Waits for the device, so ask seldom."""
+
 
 class Leading:
-    """tp_rank 0: the engine, and the ranks that follow it (None in a group of one)."""
+    """tp_rank 0: the engine, the ranks that follow it (None in a group of one), and the experts
+    where the engine's tokens are counted."""
 
-    def __init__(self, engine: Engine, followers: Followers | None) -> None:
+    def __init__(
+        self, engine: Engine, followers: Followers | None, experts: CountedExperts
+    ) -> None:
         self.engine = engine
         self._followers = followers
+        self._experts = experts
 
     @property
     def load(self) -> AttentionLoad | None:
@@ -43,6 +52,10 @@ class Leading:
     @property
     def metrics(self) -> EngineMetrics | None:
         return self.engine.metrics
+
+    @property
+    def expert_load(self) -> ExpertLoad | None:
+        return self._experts.load
 
     async def run(self) -> None:
         if self._followers is None:
@@ -83,6 +96,10 @@ class Following:
 
     @property
     def metrics(self) -> EngineMetrics | None:
+        return None
+
+    @property
+    def expert_load(self) -> ExpertLoad | None:
         return None
 
     async def run(self) -> None:

@@ -52,6 +52,7 @@ CONNECT_TIMEOUT_S = 60.0
 # A rank may wait for its experts while the others wait for it in a collective.
 COLLECTIVE_MARGIN_S = 10.0
 TICK_S = 0.5
+EXPERT_LOAD_S = 5.0  # large models have 15,000 experts, and counts wait for the device
 STOP_GRACE_S = 1.0
 
 
@@ -103,7 +104,10 @@ class AttentionProcess:
         assert self._membership is not None
         assert self._duty is not None
         await until_first(
-            self._duty.run(), self._membership.lost(), self._keep_up(self._membership)
+            self._duty.run(),
+            self._membership.lost(),
+            self._keep_up(self._membership),
+            _report_expert_load(self._duty, self._membership),
         )
 
     async def drain(self) -> None:
@@ -249,6 +253,17 @@ class AttentionProcess:
             engine_metrics=metrics,
             links=links,
         )
+
+
+async def _report_expert_load(duty: Duty, membership: Membership) -> None:
+    """From time to time, and only what is new. Ends with its task."""
+    reported = None
+    while True:
+        await asyncio.sleep(EXPERT_LOAD_S)
+        load = duty.expert_load
+        if load is not None and load != reported:
+            membership.report_expert_load(load)
+            reported = load
 
 
 def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:

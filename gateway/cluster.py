@@ -11,7 +11,15 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_core.cluster import ClusterState, Join, Member, MemberState, Role, StatusReport
+from moe_core.cluster import (
+    ClusterState,
+    ExpertLoad,
+    Join,
+    Member,
+    MemberState,
+    Role,
+    StatusReport,
+)
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import NotFoundError, RequestError
 from moe_core.placement import ExpertPlacement
@@ -93,6 +101,20 @@ class Registry:
         self._members[key.role, key.rank] = new
         if _visible(old) != _visible(new):
             self._publish()
+
+    def report_expert_load(self, key: MemberKey, load: ExpertLoad) -> None:
+        """Replace a member's expert load. Raises RequestError unless it has the shape of the
+        model's experts."""
+        member = self._find(key)
+        layer_ids = tuple(layer.layer_id for layer in self._placement.layers)
+        num_experts = self._placement.num_logical_experts
+        if load.layer_ids != layer_ids or {*map(len, load.tokens)} != {num_experts}:
+            raise RequestError(
+                f"expert_load: {key.role} {key.rank} reports {sum(map(len, load.tokens))} counts "
+                f"of {len(load.layer_ids)} layers; this model has {num_experts} experts in each "
+                f"of its MoE layers {', '.join(map(str, layer_ids))}"
+            )
+        self._members[key.role, key.rank] = replace(member, expert_load=load)
 
     def lease(self, key: MemberKey, loop_idle_ms: int) -> None:
         """Note how long a member's event loop has been without progress, in milliseconds."""

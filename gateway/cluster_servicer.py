@@ -18,6 +18,7 @@ from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc
 from moe_core.service.cluster_codec import (
     cluster_to_pb,
+    expert_load_from_pb,
     join_from_pb,
     parallel_to_pb,
     report_from_pb,
@@ -92,9 +93,14 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, requests: AsyncIterator[pb.RegisterRequest], key: MemberKey
     ) -> None:
         async for request in requests:
-            if request.WhichOneof("kind") != "status":
-                raise RequestError("kind: after its Join a worker sends only StatusReports")
-            self._registry.report(key, report_from_pb(request.status))
+            match request.WhichOneof("kind"):
+                case "status":
+                    self._registry.report(key, report_from_pb(request.status))
+                case "expert_load":
+                    load = expert_load_from_pb(request.expert_load)
+                    self._registry.report_expert_load(key, load)
+                case _:
+                    raise RequestError("kind: after its Join a worker sends only reports")
 
     def _encode(self, state: ClusterState) -> pb.ClusterState:
         """One encoding per version, since every member is sent the same."""

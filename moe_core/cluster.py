@@ -60,6 +60,18 @@ class EngineMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLoad:
+    """Tokens that an attention group's router has given to each expert since its process began.
+
+    tokens[i][e]: to logical expert e of layer layer_ids[i]. A token counts once for each of its
+    top_k experts.
+    """
+
+    layer_ids: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LinkStats:
     """One attention process's totals towards one expert process, in bytes and counts."""
 
@@ -76,7 +88,8 @@ class LinkStats:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process. The ranks that its role does not have are None."""
+    """One process. The ranks that its role does not have are None. expert_load is known to the
+    gateway only."""
 
     role: Role
     rank: int
@@ -96,6 +109,7 @@ class Member:
     attention_load: AttentionLoad | None = None
     links: tuple[LinkStats, ...] = ()
     engine_metrics: EngineMetrics | None = None
+    expert_load: ExpertLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
     EngineMetrics,
+    ExpertLoad,
     Join,
     LinkStats,
     Member,
@@ -138,6 +139,20 @@ def metrics_from_pb(message: pb.StatusReport | pb.Member) -> EngineMetrics | Non
     return EngineMetrics(**{name: getattr(metrics, name) for name in METRIC_FIELDS})
 
 
+def expert_load_to_pb(load: ExpertLoad) -> pb.ExpertLoad:
+    layers = zip(load.layer_ids, load.tokens, strict=True)
+    return pb.ExpertLoad(
+        layers=[pb.LayerExpertLoad(layer_id=layer_id, tokens=tokens) for layer_id, tokens in layers]
+    )
+
+
+def expert_load_from_pb(message: pb.ExpertLoad) -> ExpertLoad:
+    return ExpertLoad(
+        layer_ids=tuple(layer.layer_id for layer in message.layers),
+        tokens=tuple(tuple(layer.tokens) for layer in message.layers),
+    )
+
+
 def link_to_pb(link: LinkStats) -> pb.LinkStats:
     return pb.LinkStats(**{name: getattr(link, name) for name in LINK_FIELDS})
 
@@ -178,6 +193,7 @@ def parallel_from_pb(message: pb.ParallelSettings) -> ParallelConfig:
 
 
 def member_to_pb(member: Member) -> pb.Member:
+    """Without expert_load, which stays with the gateway."""
     return pb.Member(
         role=ROLES[member.role],
         rank=member.rank,

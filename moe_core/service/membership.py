@@ -21,6 +21,7 @@ from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
     EngineMetrics,
+    ExpertLoad,
     Join,
     LinkStats,
     MemberState,
@@ -33,6 +34,7 @@ from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1.cluster_pb2_grpc import ClusterServiceStub
 from moe_core.service.cluster_codec import (
     cluster_from_pb,
+    expert_load_to_pb,
     join_to_pb,
     parallel_from_pb,
     report_to_pb,
@@ -55,7 +57,8 @@ class Membership:
         self._gateway = gateway_address
         self._changed = asyncio.Condition()
         self._reported = asyncio.Event()
-        self._report = StatusReport(MemberState.LOADING)
+        self._unsent: StatusReport | None = None
+        self._unsent_load: ExpertLoad | None = None
         self._error: EpserveError | None = None
         self._state: ClusterState | None = None
         self._lease: Lease | None = None
@@ -95,9 +98,14 @@ class Membership:
     ) -> None:
         """Tell the gateway, and so everybody, how this worker is. Replaces the last report; of
         several that wait to be sent only the newest is."""
-        self._report = StatusReport(
+        self._unsent = StatusReport(
             state, detail, store_address, attention_load, tuple(links), engine_metrics
         )
+        self._reported.set()
+
+    def report_expert_load(self, load: ExpertLoad) -> None:
+        """Tell the gateway, and nobody else, which experts this worker's tokens went to."""
+        self._unsent_load = load
         self._reported.set()
 
     async def wait_until(
@@ -180,7 +188,12 @@ class Membership:
         while True:
             await self._reported.wait()
             self._reported.clear()
-            yield pb.RegisterRequest(status=report_to_pb(self._report))
+            report, self._unsent = self._unsent, None
+            if report is not None:
+                yield pb.RegisterRequest(status=report_to_pb(report))
+            load, self._unsent_load = self._unsent_load, None
+            if load is not None:
+                yield pb.RegisterRequest(expert_load=expert_load_to_pb(load))
 
     async def _next(self, answers: AsyncIterator[pb.RegisterResponse]) -> pb.RegisterResponse:
         try:

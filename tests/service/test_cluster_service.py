@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from moe_core.cluster import LinkStats, MemberState, Role
+from moe_core.cluster import ExpertLoad, LinkStats, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2
@@ -95,6 +95,22 @@ async def test_reports_reach_members_and_get_cluster() -> None:
         assert member.links == (link,)
         assert member.store_address == "h:1"
         assert [member.role for member in state.members].count(Role.GATEWAY) == 1
+
+
+async def test_expert_load_and_status_that_wait_together_both_reach_the_gateway() -> None:
+    async with SmallGateway(PARALLEL) as gateway:
+        worker = await gateway.add_worker(Role.ATTN)
+        load = ExpertLoad((1, 2), (tuple(range(8)), (2**40,) * 8))
+        worker.membership.report_expert_load(load)
+        worker.membership.report(MemberState.DRAINING, detail="why")
+        await worker.membership.wait_until(
+            lambda state: state.tier(Role.ATTN)[0].detail == "why", 5, "the report"
+        )
+        async with asyncio.timeout(5):
+            while (member := gateway.registry.state.tier(Role.ATTN)[0]).expert_load is None:
+                await asyncio.sleep(0.01)
+        assert member.expert_load == load
+        assert worker.membership.state.tier(Role.ATTN)[0].expert_load is None
 
 
 async def test_wait_names_the_ranks_that_are_missing() -> None:

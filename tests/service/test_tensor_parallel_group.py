@@ -20,6 +20,7 @@ import torch
 
 from attn_service.duties import Leading
 from attn_service.engine import Engine
+from attn_service.expert_counts import CountedExperts
 from attn_service.follow import Followers
 from attn_service.kv_blocks import BlockPool
 from attn_service.scheduler import SchedulerConfig
@@ -29,7 +30,16 @@ from attn_service.tensor_parallel import GroupLostError, GroupRank, dissolve, fo
 from moe_core.errors import UnavailableError
 from moe_core.service.grpc_host import GrpcHost
 from support import tp_rank
-from support.tp_rank import TERMS, TIMEOUT_S, UNLUCKY_TOKEN, VOCAB, group_runner, next_token
+from support.moe_configs import moe_model
+from support.tp_rank import (
+    TERMS,
+    TIMEOUT_S,
+    UNLUCKY_TOKEN,
+    VOCAB,
+    DoublingExperts,
+    group_runner,
+    next_token,
+)
 
 START_TIMEOUT_S = 60.0  # a child imports torch on a busy machine
 CPU = torch.device("cpu")
@@ -81,7 +91,8 @@ async def group(leader_epoch: int = TERMS.leader_instance_epoch) -> AsyncIterato
         async with asyncio.timeout(START_TIMEOUT_S):
             if leader_epoch == TERMS.leader_instance_epoch:
                 await followers.all_connected(START_TIMEOUT_S)
-            yield Group(Leading(engine, followers), follower)
+            counted = CountedExperts(DoublingExperts(tp), moe_model(), CPU)
+            yield Group(Leading(engine, followers, counted), follower)
     finally:
         if follower.returncode is None:
             follower.kill()

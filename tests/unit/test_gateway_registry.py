@@ -4,7 +4,15 @@ import asyncio
 
 import pytest
 
-from moe_core.cluster import AttentionLoad, Join, LinkStats, MemberState, Role, StatusReport
+from moe_core.cluster import (
+    AttentionLoad,
+    ExpertLoad,
+    Join,
+    LinkStats,
+    MemberState,
+    Role,
+    StatusReport,
+)
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import NotFoundError, RequestError
 from support.small_gateway import FINGERPRINT, make_registry
@@ -31,6 +39,35 @@ def test_versions_grow_with_what_others_act_upon_only() -> None:
     assert member.links == (link,)
     registry.report(key, StatusReport(MemberState.DRAINING))
     assert registry.state.version > version
+
+
+def test_expert_load_stays_while_other_reports_come() -> None:
+    registry = make_registry(PARALLEL)
+    key = registry.join(join())
+    version = registry.state.version
+    load = ExpertLoad((1, 2), ((0, 1, 2, 3, 4, 5, 6, 7), (8,) * 8))
+    registry.report_expert_load(key, load)
+    assert registry.state.version == version
+    registry.report(key, StatusReport(MemberState.READY))
+    (member,) = registry.state.tier(Role.ATTN)
+    assert member.expert_load == load
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        ExpertLoad((), ()),
+        ExpertLoad((0, 1), ((0,) * 8,) * 2),
+        ExpertLoad((1, 2), ((0,) * 8, (0,) * 7)),
+    ],
+)
+def test_expert_load_of_another_shape_is_refused(load: ExpertLoad) -> None:
+    registry = make_registry(PARALLEL)
+    key = registry.join(join())
+    with pytest.raises(
+        RequestError, match=r"attn 0 reports .* 8 experts in each of its MoE layers 1, 2"
+    ):
+        registry.report_expert_load(key, load)
 
 
 def test_late_leave_of_a_predecessor_does_not_remove_its_successor() -> None:

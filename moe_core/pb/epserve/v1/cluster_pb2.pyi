@@ -34,12 +34,14 @@ MEMBER_STATE_DRAINING: MemberState
 MEMBER_STATE_FAILED: MemberState
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("join", "status")
+    __slots__ = ("join", "status", "expert_load")
     JOIN_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
     join: Join
     status: StatusReport
-    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., status: _Optional[_Union[StatusReport, _Mapping]] = ...) -> None: ...
+    expert_load: ExpertLoad
+    def __init__(self, join: _Optional[_Union[Join, _Mapping]] = ..., status: _Optional[_Union[StatusReport, _Mapping]] = ..., expert_load: _Optional[_Union[ExpertLoad, _Mapping]] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("assigned", "state")
@@ -130,6 +132,20 @@ class EngineMetrics(_message.Message):
     prefix_query_tokens: int
     prefix_hit_tokens: int
     def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., expert_queue_s: _Optional[float] = ..., expert_compute_s: _Optional[float] = ..., combine_s: _Optional[float] = ..., sampling_s: _Optional[float] = ..., other_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ...) -> None: ...
+
+class ExpertLoad(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerExpertLoad]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerExpertLoad, _Mapping]]] = ...) -> None: ...
+
+class LayerExpertLoad(_message.Message):
+    __slots__ = ("layer_id", "tokens")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer_id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkStats(_message.Message):
     __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells")
