@@ -5,12 +5,13 @@ Knows gateway.proto and the values of gateway/requests.py.
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeAlias
 
 import grpc.aio
 
 from gateway.cluster import Registry
+from gateway.expert_totals import ExpertTotals
 from gateway.generation import Generator
 from gateway.requests import Chunk, GenerationRequest, Sampling
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
@@ -28,6 +29,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     def __init__(self, generator: Generator, registry: Registry) -> None:
         self._generator = generator
         self._registry = registry
+        self._expert_totals = ExpertTotals()
 
     def add_to(self, host: GrpcHost) -> None:
         host.add(gateway_pb2_grpc.add_GatewayServicer_to_server, self, "epserve.v1.Gateway")
@@ -58,7 +60,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def GetCluster(
         self, request: pb.GetClusterRequest, context: Context
     ) -> cluster_pb2.ClusterState:
-        return cluster_to_pb(self._registry.state)
+        state = self._registry.state
+        if not request.expert_load:
+            return cluster_to_pb(state)
+        self._expert_totals.update(state)
+        return cluster_to_pb(replace(state, expert_load=self._expert_totals.load))
 
 
 def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 from gateway.admission import ServedModel
 from gateway.cluster import attention_groups
+from gateway.expert_totals import ExpertTotals
 from moe_core.cluster import AttentionLoad, ClusterState, Member, Role
 from moe_core.placement import ExpertPlacement, LayerPlacement
 
@@ -22,9 +23,12 @@ TIERS = (Role.ATTN, Role.EXPERT)
 
 
 def cluster_document(
-    state: ClusterState, model: ServedModel, expert_load_version: int
+    state: ClusterState,
+    model: ServedModel,
+    expert_load_version: int,
+    requests: Mapping[str, float],
 ) -> dict[str, object]:
-    """What changes from second to second."""
+    """What changes from second to second. `requests`: see request_totals.py."""
     nodes = {role: _node_ranks(state, role) for role in TIERS}
     return {
         "version": state.version,
@@ -38,6 +42,19 @@ def cluster_document(
         "nodes": {role: list(_nodes(state, role, nodes[role])) for role in TIERS},
         "links": _links(state, nodes),
         "groups": list(_groups(state))[:MAX_GROUPS],
+        "requests": requests,
+    }
+
+
+def experts_document(totals: ExpertTotals) -> dict[str, object]:
+    """tokens[i][e]: to expert e of layer layer_ids[i], since the processes of `sources` began.
+    Documents of other sources cannot be compared."""
+    load = totals.load
+    return {
+        "version": totals.version,
+        "sources": list(map(str, totals.sources)),
+        "layer_ids": load.layer_ids if load else (),
+        "tokens": load.tokens if load else (),
     }
 
 

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from prometheus_client import CollectorRegistry
+
 from gateway.admission import ServedModel
 from gateway.cluster import Registry
-from gateway.page.document import cluster_document, placement_document
-from gateway.page.expert_totals import ExpertTotals
+from gateway.expert_totals import ExpertTotals
+from gateway.page.document import cluster_document, experts_document, placement_document
+from gateway.page.request_totals import request_totals
 
 MAX_AGE_S = 0.5  # processes report twice a second
 _LEVEL = 1  # of gzip; higher ones take five times as long and save little
@@ -32,10 +35,15 @@ class Documents:
     """`now` counts seconds. Belongs to one event loop."""
 
     def __init__(
-        self, registry: Registry, model: ServedModel, now: Callable[[], float] = time.monotonic
+        self,
+        registry: Registry,
+        model: ServedModel,
+        metrics: CollectorRegistry,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
         self._model = model
+        self._metrics = metrics
         self._now = now
         self._totals = ExpertTotals()
         self._cluster: Rendered | None = None
@@ -49,7 +57,9 @@ class Documents:
         if self._cluster is None or now - self._rendered_at >= MAX_AGE_S:
             state = self._registry.state
             self._totals.update(state)
-            self._cluster = render(cluster_document(state, self._model, self._totals.version))
+            requests = request_totals(self._metrics)
+            version = self._totals.version
+            self._cluster = render(cluster_document(state, self._model, version, requests))
             self._rendered_at = now
         return self._cluster
 
@@ -58,7 +68,7 @@ class Documents:
         self._totals.update(self._registry.state)
         version = self._totals.version
         if self._experts is None or self._experts[0] != version:
-            self._experts = version, render(self._totals.document())
+            self._experts = version, render(experts_document(self._totals))
         return self._experts[1]
 
     def placement(self) -> Rendered:

@@ -7,6 +7,7 @@ that these routes are given to; the files in OPEN_PATHS tell nothing and need no
 from collections.abc import Callable
 from importlib.resources import files
 
+from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -51,10 +52,12 @@ def _path(name: str) -> str:
 OPEN_PATHS = frozenset(map(_path, _FILES))
 
 
-def page_routes(registry: Registry, model: ServedModel) -> list[Route]:
-    """Routes over a gateway's parts; they own none of them. The prompt box uses the application's
-    own /v1/completions."""
-    documents = Documents(registry, model)
+def page_routes(
+    registry: Registry, model: ServedModel, metrics: CollectorRegistry
+) -> list[Route]:
+    """Routes over a gateway's parts; they own none of them. `metrics` are those of requests. The
+    prompt box uses the application's own /v1/completions."""
+    documents = Documents(registry, model, metrics)
     return [
         *(_file_route(name) for name in _FILES),
         _document_route("/cluster", documents.cluster),

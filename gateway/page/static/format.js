@@ -9,7 +9,7 @@ function scaled(value, units) {
     value /= 1000;
     unit += 1;
   }
-  const digits = value !== 0 && Math.abs(value) < 9.95 && (unit > 0 || value % 1) ? 1 : 0;
+  const digits = Math.abs(value) < 9.95 && value % 1 ? 1 : 0;
   return [value.toFixed(digits), units[unit]];
 }
 

@@ -47,6 +47,7 @@ function groupRow(group, rates) {
     {},
     html("th", { scope: "row" }, `dp ${group.dp_rank}`),
     ...cells,
+    number(group.metrics ? count(rates.rate(name("output_tokens"))) : "–"),
     number(steps === null ? "–" : count(steps)),
     number(milliseconds(step)),
     html("td", {}, phaseBar(name, rates)),
@@ -59,8 +60,13 @@ function number(value) {
 
 function kvCell(load) {
   const share = percent(load.kv_tokens_used, load.kv_tokens);
-  const meter = html("meter", { min: 0, max: load.kv_tokens, value: load.kv_tokens_used, high: load.kv_tokens * 0.9 });
-  meter.setAttribute("aria-label", `KV cache ${share} in use`);
+  const width = load.kv_tokens > 0 ? (100 * load.kv_tokens_used) / load.kv_tokens : 0;
+  const meter = svg(
+    "svg",
+    { class: "meter", viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" },
+    svg("rect", { width: 100, height: 10, class: "meter-all" }),
+    svg("rect", { width, height: 10, class: width > 90 ? "meter-used full" : "meter-used" }),
+  );
   const words = `${share} of ${whole(load.kv_tokens)} tokens`;
   return html("td", { class: "kv" }, meter, html("span", {}, words));
 }

@@ -15,6 +15,7 @@ const STOPS = [
 ];
 const DARK_ZERO = [30, 41, 59];
 const LABEL_WIDTH = 34;
+const TOP = 7;
 const RECENT_SECONDS = 30;
 
 export class HeatMap {
@@ -65,7 +66,7 @@ export class HeatMap {
   }
 
   draw() {
-    const { page } = { page: this.#page };
+    const page = this.#page;
     const tokens = this.#tokens();
     const total = tokens.reduce((sum, row) => sum + row.reduce((a, b) => a + b, 0), 0);
     const empty = total === 0;
@@ -77,7 +78,7 @@ export class HeatMap {
       return;
     }
     const means = tokens.map((row) => row.reduce((a, b) => a + b, 0) / row.length);
-    const top = Math.max(2, Math.ceil(Math.max(...tokens.map((row, i) => Math.max(...row) / (means[i] || 1)))));
+    const top = scaleTop(tokens, means);
     this.#frame = { tokens, means, top, ...this.#geometry(tokens) };
     this.#paint();
     this.#paintScale(top);
@@ -94,8 +95,7 @@ export class HeatMap {
     const [layers, experts] = [tokens.length, tokens[0].length];
     const room = Math.max(200, this.#page.box.clientWidth - LABEL_WIDTH - 2);
     const ratio = window.devicePixelRatio || 1;
-    // Whole device pixels, so that no seam between two cells is blurred.
-    const wide = Math.max(3, Math.min(64, Math.floor((room / experts) * ratio) / ratio));
+    const wide = Math.max(3, Math.min(72, room / experts));
     const high = Math.max(7, Math.min(30, Math.floor(420 / layers)));
     return { layers, experts, wide, high, ratio };
   }
@@ -103,7 +103,7 @@ export class HeatMap {
   #paint() {
     const { layers, experts, wide, high, ratio, tokens, means, top } = this.#frame;
     const canvas = this.#page.canvas;
-    const [width, height] = [LABEL_WIDTH + experts * wide + 2, layers * high + 18];
+    const [width, height] = [LABEL_WIDTH + experts * wide + 2, TOP + layers * high + 18];
     canvas.width = Math.ceil(width * ratio);
     canvas.height = Math.ceil(height * ratio);
     canvas.style.width = `${width}px`;
@@ -116,7 +116,8 @@ export class HeatMap {
       row.forEach((value, expert) => {
         const share = means[layer] ? value / means[layer] / top : 0;
         context.fillStyle = colors[Math.round(255 * Math.min(1, share))];
-        context.fillRect(LABEL_WIDTH + expert * wide, layer * high, wide - gap, high - gap);
+        const { x, y, width: w, height: h } = this.#rect(layer, expert);
+        context.fillRect(x, y, w - gap, h - gap);
       });
     });
     this.#paintReplicas(context);
@@ -126,21 +127,31 @@ export class HeatMap {
     canvas.setAttribute("aria-label", `Tokens of ${experts} experts in ${layerWords}. ${this.#page.hottest.textContent}`);
   }
 
+  // Whole device pixels, so that no seam between two cells is blurred.
+  #rect(layer, expert) {
+    const { wide, high, ratio } = this.#frame;
+    const edge = (column) => LABEL_WIDTH + Math.round(column * wide * ratio) / ratio;
+    return { x: edge(expert), y: TOP + layer * high, width: edge(expert + 1) - edge(expert), height: high };
+  }
+
+  // A corner of each cell whose expert has copies; a pale one where cells are small.
   #paintReplicas(context) {
     const { layers, experts, wide, high } = this.#frame;
     let any = false;
-    const side = Math.max(2, Math.min(7, wide * 0.4, high * 0.4));
+    const isSmall = Math.min(wide, high) < 12;
+    const side = isSmall ? 3 : 7;
+    const corners = isSmall ? [[0, "#94a3b8b0"]] : [[0, "#fff"], [1, "#111827"]];
     for (let layer = 0; layer < layers; layer += 1) {
       for (let expert = 0; expert < experts; expert += 1) {
         if (this.#holders(layer, expert).length < 2) continue;
         any = true;
-        const [x, y] = [LABEL_WIDTH + expert * wide, layer * high];
-        for (const [inset, fill] of [[0, "#fff"], [1, "#111827"]]) {
+        const { x, y } = this.#rect(layer, expert);
+        for (const [inset, fill] of corners) {
           context.fillStyle = fill;
           context.beginPath();
           context.moveTo(x, y);
-          context.lineTo(x + side + 1.5 - inset, y);
-          context.lineTo(x, y + side + 1.5 - inset);
+          context.lineTo(x + side + 1.5 * !isSmall - inset, y);
+          context.lineTo(x, y + side + 1.5 * !isSmall - inset);
           context.fill();
         }
       }
@@ -158,21 +169,20 @@ export class HeatMap {
     const rows = Math.ceil(13 / high);
     for (let layer = 0; layer < layers; layer += rows) {
       const id = this.#history.at(-1).totals.layer_ids[layer];
-      context.fillText(id, LABEL_WIDTH - 6, layer * high + high / 2);
+      context.fillText(id, LABEL_WIDTH - 6, TOP + (layer + 0.5) * high);
     }
     context.textAlign = "center";
     const step = [1, 2, 4, 8, 16, 32, 64].find((each) => each * wide >= 26) ?? 128;
     for (let expert = 0; expert < experts; expert += step) {
-      context.fillText(expert, LABEL_WIDTH + (expert + 0.5) * wide, layers * high + 10);
+      context.fillText(expert, LABEL_WIDTH + (expert + 0.5) * wide, TOP + layers * high + 10);
     }
   }
 
   #paintCell(context) {
-    const { wide, high } = this.#frame;
-    const [x, y] = [LABEL_WIDTH + this.#cell.expert * wide, this.#cell.layer * high];
+    const { x, y, width, height } = this.#rect(this.#cell.layer, this.#cell.expert);
     context.lineWidth = 2;
     context.strokeStyle = getComputedStyle(this.#page.canvas).color;
-    context.strokeRect(x - 1, y - 1, wide + 1, high + 1);
+    context.strokeRect(x - 1, y - 1, width + 1, height + 1);
   }
 
   #paintScale(top) {
@@ -182,7 +192,7 @@ export class HeatMap {
       context.fillStyle = color(x / (canvas.width - 1));
       context.fillRect(x, 0, 1, canvas.height);
     }
-    this.#page.top.textContent = `${top} × the layer's mean`;
+    this.#page.top.textContent = `${top} × the layer's mean or more`;
   }
 
   #holders(layer, expert) {
@@ -250,20 +260,26 @@ export class HeatMap {
     this.#cell = cell;
     if (this.#frame) this.#paint();
     if (!cell) return hideTooltip();
-    const { wide, high } = this.#frame;
     const box = this.#page.canvas.getBoundingClientRect();
-    const x = box.left + LABEL_WIDTH + (cell.expert + 0.5) * wide;
+    const { x, y, width, height } = this.#rect(cell.layer, cell.expert);
     const lines = this.#cellLines(cell);
-    showTooltip(lines, x, box.top + (cell.layer + 0.5) * high);
+    showTooltip(lines, box.left + x + width / 2, box.top + y + height / 2);
     this.#page.canvas.setAttribute("aria-label", lines.join(", "));
   }
 
   #cellAt(x, y) {
     if (!this.#frame) return null;
     const { wide, high, layers, experts } = this.#frame;
-    const [expert, layer] = [Math.floor((x - LABEL_WIDTH) / wide), Math.floor(y / high)];
-    return expert >= 0 && expert < experts && layer < layers ? { layer, expert } : null;
+    const [expert, layer] = [Math.floor((x - LABEL_WIDTH) / wide), Math.floor((y - TOP) / high)];
+    return expert >= 0 && expert < experts && layer >= 0 && layer < layers ? { layer, expert } : null;
   }
+}
+
+// The scale ends where all but a few experts are, so that one outlier does not darken the rest.
+function scaleTop(tokens, means) {
+  const ratios = tokens.flatMap((row, layer) => row.map((value) => (means[layer] ? value / means[layer] : 0)));
+  ratios.sort((a, b) => a - b);
+  return Math.max(2, Math.ceil(ratios[Math.ceil(ratios.length * 0.995) - 1]));
 }
 
 function processNames(epRank, etpSize) {

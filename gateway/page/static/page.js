@@ -1,6 +1,6 @@
 // The page's clock: asks for the cluster once a second, and gives what came to those who draw it.
 
-import { count, milliseconds, percent } from "./format.js";
+import { byteRate, count, milliseconds, percent } from "./format.js";
 import { fillGroups, fillPhases, noteGroups, Tiles } from "./groups.js";
 import { HeatMap } from "./heatmap.js";
 import { PromptBox } from "./prompt.js";
@@ -89,6 +89,7 @@ function show(cluster) {
   const seconds = performance.now() / 1000;
   noteLinks(cluster, rates, seconds);
   noteGroups(cluster, rates, seconds);
+  for (const [name, total] of Object.entries(cluster.requests)) rates.note(name, total, seconds);
   rates.forgetOlder(seconds);
   heatMap.tick(seconds);
   const { layout, model } = cluster;
@@ -124,13 +125,15 @@ function showTiles(cluster) {
   const sum = (name) => loads.reduce((total, load) => total + load[name], 0);
   const ready = sumCounts(cluster, (state) => state === "ready");
   const all = sumCounts(cluster, () => true);
-  const traffic = rateOfLinks(cluster);
-  const step = meanStep(cluster);
+  const perSecond = (name) => sumRates(cluster, name);
+  const [tokens, steps, flow] = [perSecond("output_tokens"), perSecond("steps"), rateOfLinks(cluster)];
+  const step = steps > 0 ? perSecond("step_s") / steps : null;
   tiles.set("Processes ready", `${ready}/${all}`);
+  tiles.set("Tokens/s", count(tokens), "generated", tokens);
   tiles.set("Running", count(sum("num_running")), `${count(sum("num_waiting"))} waiting`, sum("num_running"));
   tiles.set("KV cache", percent(sum("kv_tokens_used"), sum("kv_tokens")), `of ${count(sum("kv_tokens"))} tokens`);
-  tiles.set("Step", milliseconds(step), "mean of 5 s", step);
-  tiles.set("Between the tiers", count(traffic), "B/s", traffic);
+  showLatency(cluster, step);
+  tiles.set("Between the tiers", byteRate(flow), "both ways", flow);
   tiles.set("Placement", `epoch ${cluster.placement_epoch}`);
 }
 
@@ -144,10 +147,18 @@ function rateOfLinks(cluster) {
   return cluster.links.reduce((total, link) => total + (linkRate(link, rates) ?? 0), 0);
 }
 
-function meanStep(cluster) {
-  const total = (name) =>
-    cluster.groups.reduce((sum, group) => sum + (rates.rate(`dp ${group.dp_rank} ${name}`) ?? 0), 0);
-  return total("steps") > 0 ? total("step_s") / total("steps") : null;
+function sumRates(cluster, name) {
+  return cluster.groups.reduce((sum, group) => sum + (rates.rate(`dp ${group.dp_rank} ${name}`) ?? 0), 0);
+}
+
+// What clients have waited for lately; while nobody asks, how it was since the gateway began.
+function showLatency(cluster, step) {
+  const mean = (seconds, number) => {
+    const totals = cluster.requests;
+    return rates.ratio(seconds, number) ?? (totals[number] > 0 ? totals[seconds] / totals[number] : null);
+  };
+  tiles.set("First token", milliseconds(mean("first_token_s", "first_tokens")), "mean wait");
+  tiles.set("Between tokens", milliseconds(mean("between_tokens_s", "between_tokens")), `step ${milliseconds(step)}`);
 }
 
 function connection(state, words) {

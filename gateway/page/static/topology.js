@@ -8,7 +8,9 @@ const STATE_WORDS = { absent: "not joined" };
 // The worst first: what a box of several processes takes its colour from.
 const WORST_FIRST = ["lost", "failed", "absent", "connecting", "loading", "draining", "ready"];
 const MARGIN = 8;
+const MIN_HEIGHT = 330;
 const MAX_WIDTH = 9;
+const MANY_LINKS = 40; // from here on they are drawn thin and pale
 const MAX_LABELS = 12;
 
 export function stateWord(state) {
@@ -16,12 +18,12 @@ export function stateWord(state) {
 }
 
 export function fillLegend(list) {
-  const items = STATES.map((state) => {
-    const item = html("li", {}, html("i", { class: `dot ${state}` }), stateWord(state));
-    item.dataset.state = state;
-    return item;
+  const states = STATES.map((state) => html("li", {}, html("i", { class: `dot ${state}` }), stateWord(state)));
+  const transports = ["nixl", "grpc"].map((transport) => {
+    const line = svg("path", { d: "M0 5H26", class: `link busy ${transport}`, "stroke-width": 3 });
+    return html("li", {}, svg("svg", { class: "line", width: 26, height: 10, "aria-hidden": "true" }, line), transport);
   });
-  list.replaceChildren(...items);
+  list.replaceChildren(...states, ...transports);
 }
 
 export class Topology {
@@ -78,7 +80,7 @@ export class Topology {
     const most = Math.max(cluster.nodes.attn.length, cluster.nodes.expert.length);
     const boxHeight = most > 8 ? 34 : 50;
     const boxWidth = Math.min(190, Math.floor(width * 0.34));
-    const height = most * (boxHeight + 10) + 2 * MARGIN;
+    const height = Math.max(Math.min(MIN_HEIGHT, most * 110), most * (boxHeight + 10)) + 2 * MARGIN;
     const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group" });
     drawing.setAttribute("aria-label", "Attention processes on the left, expert processes on the right");
     const lines = svg("g", { class: "links" });
@@ -156,11 +158,13 @@ export class Topology {
   #colorLinks(cluster, rates) {
     const all = cluster.links.map((link) => linkRate(link, rates) ?? 0);
     const most = Math.max(1, ...all);
+    const many = all.length > MANY_LINKS ? " many" : "";
+    const widest = many ? 2.5 : MAX_WIDTH;
     cluster.links.forEach((link, index) => {
       const entry = this.#links.get(linkName(link));
       const share = all[index] / most;
-      setAttribute(entry.line, "class", `link ${all[index] > 0 ? "busy" : "idle"} ${link.transport}`);
-      setAttribute(entry.line, "stroke-width", (1 + (MAX_WIDTH - 1) * Math.sqrt(share)).toFixed(1));
+      setAttribute(entry.line, "class", `link ${all[index] > 0 ? "busy" : "idle"} ${link.transport}${many}`);
+      setAttribute(entry.line, "stroke-width", (0.8 + (widest - 0.8) * Math.sqrt(share)).toFixed(1));
       setText(entry.label, all[index] > 0 ? byteRate(all[index]) : link.transport);
       entry.lines = linkLines(cluster, link, rates);
     });

@@ -35,16 +35,19 @@ class ExpertTotals:
         self._reports = reports
         self.version += 1
 
-    def document(self) -> dict[str, object]:
-        """tokens[i][e]: to expert e of layer layer_ids[i], since the processes of `sources` began.
-        With other sources the totals start anew."""
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """The instance epochs of the processes whose tokens the sum counts; it can be compared
+        with another of the same sources only."""
+        return tuple(sorted(self._reports))
+
+    @property
+    def load(self) -> ExpertLoad | None:
+        """The sum; None before the first report."""
         report = next(iter(self._reports.values()), None)
-        return {
-            "version": self.version,
-            "sources": sorted(map(str, self._reports)),
-            "layer_ids": report.layer_ids if report else (),
-            "tokens": self._tokens,
-        }
+        if report is None:
+            return None
+        return ExpertLoad(report.layer_ids, tuple(map(tuple, self._tokens)))
 
     def _replace(self, old: ExpertLoad | None, new: ExpertLoad) -> None:
         """All reports have the same shape: the registry has seen to it."""
