@@ -225,10 +225,13 @@ class PendingLayer:
         """Its partial is valid until `sent` is released."""
         assert sent.answer is not None
         timeout_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
+        started = time.perf_counter()
         try:
             return await sent.answer.wait(timeout_s)
         except TransportError as error:
             raise self._client.explain(error, sent) from error
+        finally:  # answers are awaited one after the other, so no second counts twice
+            sent.link.counters.wait_s += time.perf_counter() - started
 
     def _sum(self, partials: Sequence[Tensor]) -> Tensor:
         """In the order of dispatch, which is ascending rank."""

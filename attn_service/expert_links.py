@@ -74,6 +74,7 @@ class ExpertLinks:
                 routing_bytes=link.counters.routing_bytes,
                 stream_tensor_bytes=link.counters.stream_tensor_bytes,
                 doorbells=link.counters.doorbells,
+                wait_s=link.counters.wait_s,
             )
             for rank, link in sorted(self._links.items())
         )

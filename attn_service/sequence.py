@@ -4,6 +4,7 @@ Knows tokens, sampling settings, computed-token counts and block tables. Knows n
 scheduling rules, tensors or messages on the wire.
 """
 
+import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -56,13 +57,14 @@ class Sampling:
 class SequenceRequest:
     """`output_ids` were generated before, by another process: the sequence goes on after them,
     and every setting counts them as outputs. priority: lower is served first; equal ones are
-    served in order of arrival."""
+    served in order of arrival. traceparent: the W3C header of the span it belongs to, or nothing."""
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     output_ids: tuple[int, ...] = ()
     priority: int = 0
+    traceparent: str = ""
 
     @property
     def max_computed_tokens(self) -> int:
@@ -77,7 +79,8 @@ class Sequence:
 
     Between two steps it has blocks just if it is_running. arrival: its number among all
     sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
-    when it was first admitted; None before.
+    when it was first admitted; None before. added_s, started_s: when it came and when its first
+    step began (None before), in seconds of time.perf_counter.
     """
 
     request: SequenceRequest
@@ -88,6 +91,8 @@ class Sequence:
     arrival: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    added_s: float = field(default_factory=time.perf_counter)
+    started_s: float | None = None
     token_counts: TokenCounts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -120,6 +125,11 @@ class Sequence:
     def num_cached_prompt_tokens(self) -> int:
         """Those of the prompt that were in the cache when it was first admitted."""
         return min(self.num_cached_tokens or 0, len(self.request.prompt_ids))
+
+    @property
+    def queued_us(self) -> int | None:
+        """From its coming to its first step; None before that."""
+        return None if self.started_s is None else round((self.started_s - self.added_s) * 1e6)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; the reason why it is the last one, if it is."""
@@ -170,7 +180,8 @@ class TokenLogprobs:
 class SequenceOutput:
     """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only.
     `logprobs` has one entry per token where they were asked for, else none. num_cached_tokens,
-    with the first token: those of the prompt that were not computed again."""
+    with the first token: those of the prompt that were not computed again. queued_us, with the
+    first token: from its coming to its first step."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
@@ -179,6 +190,7 @@ class SequenceOutput:
     error: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
+    queued_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

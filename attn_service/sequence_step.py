@@ -58,4 +58,5 @@ def next_output(sequence: Sequence, token: int, logprobs: TokenLogprobs | None) 
         reason,
         logprobs=told,
         num_cached_tokens=sequence.num_cached_prompt_tokens if first else 0,
+        queued_us=sequence.queued_us if first else None,
     )

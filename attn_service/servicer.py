@@ -124,6 +124,7 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         ),
         priority=message.priority,
+        traceparent=message.traceparent,
     )
 
 
@@ -139,6 +140,7 @@ def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
                 error=each.error,
                 logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
                 num_cached_tokens=each.num_cached_tokens,
+                queued_us=each.queued_us,
             )
             for each in output.outputs
         ],

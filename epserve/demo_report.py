@@ -85,6 +85,7 @@ _COUNTS = (
     "routing_bytes",
     "stream_tensor_bytes",
     "doorbells",
+    "wait_s",
 )
 
 

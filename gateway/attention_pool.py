@@ -31,12 +31,14 @@ ABORTED = "abort"
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of one choice; finish_reason is empty while it runs. logprobs has one entry per
-    token, or none. cached_tokens, with the first token: of the prompt, found in the KV cache."""
+    token, or none. With the first token come cached_tokens, those of the prompt that were found in
+    the KV cache, and queued_s, the seconds until its first step."""
 
     token_ids: tuple[int, ...]
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
+    queued_s: float | None = None
 
 
 class RequestStream:
@@ -201,6 +203,7 @@ def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
         sequence_id=sequence_id,
         prompt_ids=sequence.prompt_ids,
         priority=sequence.priority,
+        traceparent=sequence.traceparent,
         sampling=pb.EngineSampling(
             max_tokens=sequence.max_tokens,
             temperature=sequence.temperature,
@@ -236,4 +239,5 @@ def _delta(output: pb.SequenceOutput) -> Delta:
         output.finish_reason,
         tuple(logprobs),
         output.num_cached_tokens,
+        output.queued_us * 1e-6 if output.HasField("queued_us") else None,
     )

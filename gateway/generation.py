@@ -6,12 +6,14 @@ what clients send into a GenerationRequest, and Chunks into what clients are sen
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 
 from gateway.admission import ServedModel, admit
 from gateway.attention_pool import AttentionPool, Delta, RequestStream
 from gateway.balancer import Balancer, Group, require_groups
 from gateway.cluster import Registry
+from gateway.observers import NoObserver, RequestObserver, RequestWatch
 from gateway.requests import Chunk, GenerationRequest, Sequence, Usage
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
@@ -23,8 +25,15 @@ STOP = "stop"
 class Generator:
     """Serves requests until `drain`."""
 
-    def __init__(self, model: ServedModel, registry: Registry, pool: AttentionPool) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        registry: Registry,
+        pool: AttentionPool,
+        observer: RequestObserver | None = None,
+    ) -> None:
         self.model = model
+        self._observer = observer or NoObserver()
         self._registry = registry
         self._pool = pool
         self._balancer = Balancer()
@@ -38,12 +47,30 @@ class Generator:
         finish_reason, and after all of them this ends. A caller that stops early (cancelled, or
         past its deadline) closes this, and the engine is told. What fails one choice, fails the
         request."""
-        choices, stream = await self._start(request)
+        watch = self._observer.watch(request)
+        error: BaseException | None = None
+        try:
+            async with aclosing(self._generate(request, watch)) as chunks:
+                async for chunk in chunks:
+                    watch.put_out(chunk)
+                    yield chunk
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            watch.ended(error)
+
+    async def _generate(
+        self, request: GenerationRequest, watch: RequestWatch
+    ) -> AsyncGenerator[Chunk, None]:
+        choices, stream = await self._start(request, watch)
         request_id = choices[0].request_id
         outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
         try:
             while not all(output.finished for output in outputs):
                 index, delta = await stream.next()
+                if delta.queued_s is not None:
+                    watch.queued(delta.queued_s)
                 chunk = outputs[index].push(delta)
                 if chunk.finish_reason:
                     stream.drop(index)
@@ -68,7 +95,9 @@ class Generator:
         self._draining = True
         await self._idle.wait()
 
-    async def _start(self, request: GenerationRequest) -> tuple[list[Sequence], RequestStream]:
+    async def _start(
+        self, request: GenerationRequest, watch: RequestWatch
+    ) -> tuple[list[Sequence], RequestStream]:
         """All choices go to one group, where they can share the prompt's blocks. Admission cuts
         text into tokens, a second for every million characters, and so runs beside the loop."""
         kv_tokens = max(group.kv_tokens for group in self._usable_groups())
@@ -76,10 +105,14 @@ class Generator:
         groups = self._usable_groups()
         if first.request_id in self._live:
             raise RequestError(f"request_id={first.request_id!r}: such a request is under way")
-        choices = [replace(first, index=index) for index in range(request.sampling.n or 1)]
+        choices = [
+            replace(first, index=index, traceparent=watch.traceparent)
+            for index in range(request.sampling.n or 1)
+        ]
         group = self._balancer.choose(groups, first.num_tokens, len(choices))
         stream = self._live[first.request_id] = self._pool.submit(group, choices)
         self._idle.clear()
+        watch.admitted(choices, group.dp_rank)
         return choices, stream
 
     def _usable_groups(self) -> tuple[Group, ...]:

@@ -17,6 +17,7 @@ from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
+from gateway.metrics.requests import RequestMetrics
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -71,7 +72,8 @@ class GatewayService:
         name = settings.model_name or settings.model.resolve().name
         self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
         model = ServedModel(name, config, tokenizer)
-        self._generator = Generator(model, self._registry, self._pool)
+        metrics = RequestMetrics(name, model.max_model_len)
+        self._generator = Generator(model, self._registry, self._pool, metrics)
         self._cluster = ClusterServicer(self._registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, self._registry).add_to(self._host)

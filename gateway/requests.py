@@ -34,7 +34,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """`prompt` is text or token ids; an empty request_id or model stands for "any"."""
+    """`prompt` is text or token ids; an empty request_id or model stands for "any". traceparent is
+    the client's W3C header, as it came."""
 
     request_id: str
     model: str
@@ -42,12 +43,14 @@ class GenerationRequest:
     sampling: Sampling
     priority: int = 0
     caller: Caller = ANONYMOUS
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """One choice of a request that was admitted, with every default filled in: what an engine is
-    told, and the stop strings, which stay with the gateway."""
+    told, and the stop strings, which stay with the gateway. traceparent: of the span that its work
+    belongs to, or nothing."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -67,6 +70,7 @@ class Sequence:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     index: int = 0
+    traceparent: str = ""
 
     @property
     def num_tokens(self) -> int:

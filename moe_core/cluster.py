@@ -74,7 +74,8 @@ class ExpertLoad:
 
 @dataclass(frozen=True, slots=True)
 class LinkStats:
-    """One attention process's totals towards one expert process, in bytes and counts."""
+    """One attention process's totals towards one expert process, in bytes and counts. wait_s: the
+    seconds for which it waited for this one and for no other."""
 
     source: str
     target: str
@@ -85,6 +86,7 @@ class LinkStats:
     routing_bytes: int
     stream_tensor_bytes: int
     doorbells: int
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

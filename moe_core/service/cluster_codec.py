@@ -158,6 +158,8 @@ def link_to_pb(link: LinkStats) -> pb.LinkStats:
 
 
 def link_from_pb(message: pb.LinkStats) -> LinkStats:
+    if not math.isfinite(message.wait_s):
+        raise RequestError(f"links.wait_s={message.wait_s}: must be finite")
     return LinkStats(**{name: getattr(message, name) for name in LINK_FIELDS})
 
 

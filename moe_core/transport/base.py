@@ -83,6 +83,7 @@ class LinkCounters:
     routing_bytes: int = 0  # physical_ids and topk_weights
     stream_tensor_bytes: int = 0  # tensor bytes that travelled inside gRPC messages
     doorbells: int = 0  # rung by this end
+    wait_s: float = 0.0  # seconds that the caller waited for combines, by its own account
     dropped: int = 0  # answers that came after their waiter had gone, and tags that match nothing
 
 
