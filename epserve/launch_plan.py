@@ -9,7 +9,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class ClusterSettings:
     dtype: str = "auto"
     host: str = "127.0.0.1"
     grpc_port: int = 0  # 0: a free one is chosen when the plan is made
+    http_port: int = 0  # likewise
     kv_cache_tokens: int | None = None
     kv_cache_memory: int | None = None  # bytes
     memory_utilization: float | None = None
@@ -62,10 +64,18 @@ class LaunchPlan:
 
     @property
     def target(self) -> str:
-        """Where a client on this machine reaches the gateway."""
+        """Where a client on this machine reaches the gateway by gRPC."""
+        return self._reached_at(self.settings.grpc_port)
+
+    @property
+    def http_url(self) -> str:
+        """Where a client on this machine reaches the gateway by HTTP."""
+        return f"http://{self._reached_at(self.settings.http_port)}"
+
+    def _reached_at(self, port: int) -> str:
         host = "127.0.0.1" if self.settings.host in ("0.0.0.0", "") else self.settings.host
         host = "::1" if host.strip("[]") == "::" else host
-        return join_address(host, self.settings.grpc_port)
+        return join_address(host, port)
 
     def children(self) -> tuple[ChildSpec, ...]:
         return tuple(
@@ -84,7 +94,8 @@ class LaunchPlan:
         if settings.debug:
             arguments.append("--debug")
         if place.role is Role.GATEWAY:
-            arguments += ["--host", settings.host, "--grpc-port", str(settings.grpc_port)]
+            arguments += ["--host", settings.host, "--port", str(settings.http_port)]
+            arguments += ["--grpc-port", str(settings.grpc_port)]
             return arguments + parallel_arguments(self.parallel)
         arguments += ["--gateway", self.target, "--rank", str(place.rank)]
         arguments += ["--device", place.device, "--dtype", settings.dtype]
@@ -106,9 +117,9 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
     """
     model = Checkpoint.open(settings.model).config
     parallel = settings.parallel.with_model(model)
-    settings = _with_port(settings)
+    settings = _with_ports(settings)
     devices = spread_devices(parallel, num_cuda_devices(settings.device))
-    places = derive_layout(parallel, model, *devices, gateway_port=settings.grpc_port)
+    places = derive_layout(parallel, model, *devices, gateway_ports=(settings.grpc_port, settings.http_port))
     return LaunchPlan(settings, model, parallel, places)
 
 
@@ -145,27 +156,39 @@ def _given(flag: str, value: object | None) -> Sequence[str]:
     return () if value is None else (flag, str(value))
 
 
-def _with_port(settings: ClusterSettings) -> ClusterSettings:
-    """The settings with a port that was free a moment ago. Raises ConfigError for a taken one."""
+def _with_ports(settings: ClusterSettings) -> ClusterSettings:
+    """The settings with two ports that were free a moment ago. Raises ConfigError for a taken
+    one."""
+    with (
+        _held_port("grpc_port", settings.host, settings.grpc_port) as grpc_port,
+        _held_port("port", settings.host, settings.http_port) as http_port,
+    ):
+        return replace(settings, grpc_port=grpc_port, http_port=http_port)
+
+
+@contextmanager
+def _held_port(setting: str, host: str, port: int) -> Iterator[int]:
+    """The port (0: a free one), which nobody else gets meanwhile."""
     try:
-        free = _bindable_port(settings.host, settings.grpc_port)
+        found = socket.getaddrinfo(
+            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, where = found[0]
+        probe = socket.socket(family, kind, protocol)
     except OSError as error:
-        reason = error.strerror or str(error)
-        where = join_address(settings.host, settings.grpc_port)
-        rule = f"cannot listen on {where}: {reason}"
-        raise ConfigError("grpc_port", settings.grpc_port, rule, ["0 (any free one)"]) from None
-    return replace(settings, grpc_port=free)
+        raise _no_port(setting, host, port, error) from None
+    with probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+        except OSError as error:
+            raise _no_port(setting, host, port, error) from None
+        yield int(probe.getsockname()[1])
 
 
-def _bindable_port(host: str, port: int) -> int:
-    found = socket.getaddrinfo(
-        host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    family, kind, protocol, _, where = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(where)
-        return int(probe.getsockname()[1])
+def _no_port(setting: str, host: str, port: int, error: OSError) -> ConfigError:
+    rule = f"cannot listen on {join_address(host, port)}: {error.strerror or error}"
+    return ConfigError(setting, port, rule, ["0 (any free one)"])
 
 
 def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:

@@ -31,7 +31,8 @@ class ExpertsHeld:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One process. The ranks that its tier does not have are None; port 0 is any free one."""
+    """One process. The ranks that its tier does not have are None; port 0 is any free one, and
+    only the gateway has an http_port."""
 
     role: Role
     rank: int
@@ -42,6 +43,7 @@ class Place:
     ep_rank: int | None = None
     etp_rank: int | None = None
     experts: ExpertsHeld | None = None
+    http_port: int | None = None
 
     @property
     def name(self) -> str:
@@ -73,10 +75,12 @@ def derive_layout(
     model: ModelConfig,
     attn_devices: Sequence[str],
     expert_devices: Sequence[str],
-    gateway_port: int,
+    gateway_ports: tuple[int, int],
 ) -> tuple[Place, ...]:
-    """Every process of the cluster: the gateway, then both tiers in rank order."""
-    places = [Place(Role.GATEWAY, 0, "", gateway_port)]
+    """Every process of the cluster: the gateway, then both tiers in rank order. gateway_ports:
+    for gRPC and for HTTP."""
+    grpc_port, http_port = gateway_ports
+    places = [Place(Role.GATEWAY, 0, "", grpc_port, http_port=http_port)]
     for rank, device in enumerate(attn_devices):
         dp_rank, tp_rank = parallel.attention_ranks(rank)
         places.append(Place(Role.ATTN, rank, device, 0, dp_rank=dp_rank, tp_rank=tp_rank))
@@ -139,7 +143,12 @@ def layout_table(places: Sequence[Place]) -> Table:
             *("" if rank is None else str(rank) for rank in ranks),
             "" if place.experts is None else str(place.experts),
             place.device,
-            str(place.port) if place.port else "any",
+            _ports(place),
         )
     table.caption = "experts per layer: routed + redundant + shared"
     return table
+
+
+def _ports(place: Place) -> str:
+    port = str(place.port) if place.port else "any"
+    return port if place.http_port is None else f"{port}, HTTP {place.http_port or 'any'}"

@@ -16,6 +16,7 @@ from moe_core.errors import ConfigError
 from moe_core.service.addresses import split_address
 
 DEFAULT_GRPC_PORT = 50051
+DEFAULT_HTTP_PORT = 8000
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
@@ -81,6 +82,10 @@ HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
 GrpcPortOption = Annotated[
     int,
     typer.Option(callback=_at_least(0, MAX_PORT), help="The gateway's gRPC port; 0: any free one."),
+]
+HttpPortOption = Annotated[
+    int,
+    typer.Option(callback=_at_least(0, MAX_PORT), help="The gateway's HTTP port; 0: any free one."),
 ]
 WorkerPortOption = Annotated[
     int,

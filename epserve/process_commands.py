@@ -27,6 +27,7 @@ def gateway(
         str | None, typer.Option(help="What clients call the model. Default: its directory.")
     ] = None,
     host: o.HostOption = "127.0.0.1",
+    port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
     debug: o.DebugOption = False,
 ) -> None:
@@ -46,7 +47,12 @@ def gateway(
     )
     _configure_logging(debug)
     settings = GatewaySettings(
-        model=model, host=host, port=grpc_port, parallel=parallel, model_name=model_name
+        model=model,
+        host=host,
+        port=grpc_port,
+        parallel=parallel,
+        model_name=model_name,
+        http_port=port,
     )
     raise typer.Exit(main(settings))
 

@@ -44,7 +44,11 @@ async def _stay_up(plan: LaunchPlan, out: Console, err: Console) -> None:
     async with running_cluster(plan, sink, progress, grace_s=STOP_GRACE_S) as cluster:
         models = await cluster.client.list_models()
         prompt = "--prompt 'Once'" if models[0].has_tokenizer else "--prompt-ids 1,2,3"
-        out.print(f"[bold green]ready[/]: serving {models[0].id} at {plan.target} (gRPC)")
+        out.print(
+            f"[bold green]ready[/]: serving {models[0].id} at {plan.target} (gRPC) "
+            f"and {plan.http_url} (HTTP)",
+            soft_wrap=True,
+        )
         out.print(f"try: epserve generate --target {plan.target} {prompt}", soft_wrap=True)
         await cluster.guard(asyncio.Event().wait())
 

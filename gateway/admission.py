@@ -143,20 +143,20 @@ def _prompt_ids(prompt: str | tuple[int, ...] | None, model: ServedModel) -> tup
     if isinstance(prompt, str):
         if model.tokenizer is None:
             raise RequestError("text: this model has no tokenizer.json; send token_ids")
-        _require_short_text(prompt, model.max_model_len, model.tokenizer.longest_token)
+        require_short_text("text", prompt, model.max_model_len, model.tokenizer.longest_token)
         prompt = model.tokenizer.encode(prompt)
     if not prompt:
         raise RequestError("prompt: must have at least one token; send text or token_ids")
     return prompt
 
 
-def _require_short_text(text: str, max_model_len: int, longest_token: int) -> None:
+def require_short_text(field: str, text: str, max_model_len: int, longest_token: int) -> None:
     """Before the text is cut into tokens, which costs far more than to count its characters."""
     most = max_model_len * longest_token
     if len(text) > most:
         raise RequestError(
-            f"text: {len(text)} characters; max_position_embeddings={max_model_len} tokens of at "
-            f"most {longest_token} characters take {most}"
+            f"{field}: {len(text)} characters; max_position_embeddings={max_model_len} tokens of "
+            f"at most {longest_token} characters take {most}"
         )
 
 

@@ -50,13 +50,26 @@ class RequestStream:
         self._sequence_ids = tuple(sequence_ids)
         self._dropped: set[int] = set()
         self._items: asyncio.Queue[tuple[int, Delta | EpserveError]] = asyncio.Queue()
+        self._held: tuple[int, EpserveError] | None = None  # what follows a batch
 
-    async def next(self) -> tuple[int, Delta]:
-        """The next tokens of any choice that was not dropped, and its index. Raises
-        UnavailableError when the group is lost, or the error with which the engine ended such a
-        choice. How long to wait is the client's deadline: a lost group always ends the wait."""
+    async def next(self) -> list[tuple[int, Delta]]:
+        """All that has come of choices that were not dropped, in order, with their indices; waits
+        until there is something. Raises UnavailableError when the group is lost, or the error
+        with which the engine ended such a choice, once what came before it was given out. How
+        long to wait is the client's deadline: a lost group always ends the wait."""
+        found = [await self._next_one()]
+        while self._held is None and not self._items.empty():
+            index, item = self._items.get_nowait()
+            if isinstance(item, EpserveError):
+                self._held = index, item
+            elif index not in self._dropped:
+                found.append((index, item))
+        return found
+
+    async def _next_one(self) -> tuple[int, Delta]:
         while True:
-            index, item = await self._items.get()
+            held, self._held = self._held, None
+            index, item = held or await self._items.get()
             if index in self._dropped:
                 continue  # it was on its way
             if isinstance(item, EpserveError):

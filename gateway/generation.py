@@ -5,7 +5,7 @@ what clients send into a GenerationRequest, and Chunks into what clients are sen
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -43,44 +43,66 @@ class Generator:
         self._idle.set()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """The request's output as it comes, choices interleaved; the last chunk of each has a
-        finish_reason, and after all of them this ends. A caller that stops early (cancelled, or
-        past its deadline) closes this, and the engine is told. What fails one choice, fails the
-        request."""
+        """As generate_batches, chunk by chunk."""
+        async with aclosing(self.generate_batches(request)) as batches:
+            async for batch in batches:
+                for chunk in batch:
+                    yield chunk
+
+    async def generate_batches(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[list[Chunk], None]:
+        """The request's output as it comes, choices interleaved, all that is there at once; the
+        last chunk of each choice has a finish_reason, and after all of them this ends. A caller
+        that stops early (cancelled, or past its deadline) closes this, and the engine is told.
+        What fails one choice, fails the request."""
         watch = self._observer.watch(request)
         error: BaseException | None = None
         try:
-            async with aclosing(self._generate(request, watch)) as chunks:
-                async for chunk in chunks:
-                    watch.put_out(chunk)
-                    yield chunk
+            async with aclosing(self._generate_batches(request, watch)) as batches:
+                async for batch in batches:
+                    for chunk in batch:
+                        watch.put_out(chunk)
+                    yield batch
         except BaseException as caught:
             error = caught
             raise
         finally:
             watch.ended(error)
 
-    async def _generate(
+    async def _generate_batches(
         self, request: GenerationRequest, watch: RequestWatch
-    ) -> AsyncGenerator[Chunk, None]:
+    ) -> AsyncGenerator[list[Chunk], None]:
         choices, stream = await self._start(request, watch)
         request_id = choices[0].request_id
         outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
         try:
             while not all(output.finished for output in outputs):
-                index, delta = await stream.next()
-                if delta.queued_s is not None:
-                    watch.queued(delta.queued_s)
-                chunk = outputs[index].push(delta)
-                if chunk.finish_reason:
-                    stream.drop(index)
-                if chunk.token_ids or chunk.text or chunk.finish_reason:
-                    yield chunk
+                batch = []
+                for index, delta in await stream.next():
+                    if delta.queued_s is not None:
+                        watch.queued(delta.queued_s)
+                    if outputs[index].finished:
+                        continue  # a stop string was found in a delta before this one
+                    chunk = outputs[index].push(delta)
+                    if chunk.finish_reason:
+                        stream.drop(index)
+                    if chunk.token_ids or chunk.text or chunk.finish_reason:
+                        batch.append(chunk)
+                if batch:
+                    yield batch
         finally:
             stream.close()
             del self._live[request_id]
             if not self._live:
                 self._idle.set()
+
+    async def check(self, requests: Iterable[GenerationRequest]) -> None:
+        """Raises what `generate` would refuse any of them with, before one of them costs
+        anything."""
+        kv_tokens = max(group.kv_tokens for group in self._usable_groups())
+        for request in requests:
+            await asyncio.to_thread(admit, request, self.model, kv_tokens)
 
     def abort(self, request_id: str) -> bool:
         """End a request early; its client gets finish_reason "abort". False if it is not here."""

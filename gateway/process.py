@@ -1,5 +1,7 @@
 """The gateway process: what it is made of, and the order in which it starts and ends.
 
+gRPC and HTTP are two doors to the same parts, on one event loop.
+
 Knows the parts and how they are wired. Ready means: every process of both tiers has been READY
 once, all expert processes are READY now, and at least one DP group can take requests.
 """
@@ -17,7 +19,11 @@ from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.generation import Generator
+from gateway.http.app import make_app
+from gateway.http.chat_template import ChatTemplate
+from gateway.http.host import HttpHost
 from gateway.metrics.requests import RequestMetrics
+from gateway.page.routes import page_routes
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -36,13 +42,15 @@ STOP_GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
-    """`model` is a Hugging Face directory; `model_name` None: the directory's name."""
+    """`model` is a Hugging Face directory; `model_name` None: the directory's name. `port` is
+    gRPC's; 0 is any free one, also for http_port."""
 
     model: Path
     host: str
     port: int
     parallel: ParallelConfig
     model_name: str | None = None
+    http_port: int = 0
 
 
 def main(settings: GatewaySettings) -> int:
@@ -51,17 +59,20 @@ def main(settings: GatewaySettings) -> int:
 
 
 class GatewayService:
-    """`port` is the bound one once `startup` has returned."""
+    """`port` and `http_port` are the bound ones once `startup` has returned."""
 
     name = "gateway"
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._host = GrpcHost()
+        self._http = HttpHost()
         self._pool = AttentionPool()
         self._generator: Generator | None = None
+        self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
         self.port = settings.port
+        self.http_port = settings.http_port
 
     async def startup(self) -> None:
         settings = self._settings
@@ -69,23 +80,32 @@ class GatewayService:
         parallel = settings.parallel.with_model(config)
         placement = ExpertPlacement.initial(config, parallel)
         tokenizer = TextTokenizer.from_directory(settings.model)
+        chat_template = ChatTemplate.from_directory(settings.model)
         name = settings.model_name or settings.model.resolve().name
-        self._registry = Registry(self._as_member(), parallel, placement, fingerprint)
+        registry = Registry(self._as_member(), parallel, placement, fingerprint)
+        self._registry = registry
         model = ServedModel(name, config, tokenizer)
         metrics = RequestMetrics(name, model.max_model_len)
-        self._generator = Generator(model, self._registry, self._pool, metrics)
-        self._cluster = ClusterServicer(self._registry)
+        self._generator = Generator(model, registry, self._pool, metrics)
+        self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
-        GatewayServicer(self._generator, self._registry).add_to(self._host)
+        GatewayServicer(self._generator, registry).add_to(self._host)
         self.port = await self._host.start(settings.host, settings.port)
-        self._registry.set_address(join_address(settings.host, self.port))
-        log.info("listening", address=join_address(settings.host, self.port), model=name)
+        page = page_routes(registry, model, metrics.registry)
+        app = make_app(self._generator, registry, chat_template, extra_routes=page)
+        self.http_port = await self._http.start(app, settings.host, settings.http_port)
+        address = join_address(settings.host, self.port)
+        registry.set_address(address)
+        http = f"http://{join_address(settings.host, self.http_port)}"
+        log.info("listening", address=address, http=http, model=name)
 
     async def serve(self) -> None:
         """Follow the cluster: health, and the streams to groups that have left."""
+        registry = self._registry
+        assert registry is not None, "startup comes first"
         version, been_complete, ready = 0, False, False
         while True:
-            state = await self._registry.newer_than(version)
+            state = await registry.newer_than(version)
             version = state.version
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
@@ -93,10 +113,12 @@ class GatewayService:
                 ready = not ready
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
-                self._registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
+                registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
 
     async def drain(self) -> None:
         self._host.set_ready(False)
+        if self._registry is not None:
+            self._registry.set_gateway(MemberState.DRAINING)
         try:
             if self._generator is not None:
                 await self._generator.drain()
@@ -104,6 +126,7 @@ class GatewayService:
             if self._cluster is not None:
                 self._cluster.close()
             await self._pool.close()
+            await self._http.stop(STOP_GRACE_S)
             await self._host.stop(STOP_GRACE_S)
 
     def _as_member(self) -> Member:

@@ -19,6 +19,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
+        self._token_texts: dict[int, str] = {}  # at most one for each token that there is
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextTokenizer | None":
@@ -31,11 +32,24 @@ class TextTokenizer:
         except Exception as error:  # the library raises nothing more precise
             raise ConfigError("model", str(path), f"is no readable tokenizer: {error}") from error
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids)))
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text as it is within a text, special tokens' included. It is the second of
+        two, since some decoders drop the space before the first."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            once, twice = (
+                self._tokenizer.decode([token_id] * count, skip_special_tokens=False)
+                for count in (1, 2)
+            )
+            text = str(twice[len(once) :] if twice.startswith(once) else once)
+            self._token_texts[token_id] = text
+        return text
 
 
 class Detokenizer:

@@ -5,7 +5,10 @@ would do. Knows nothing of gRPC: `code` holds the name of the status that a serv
 with, and the servicer translates it.
 """
 
+import re
 from collections.abc import Sequence
+
+_FIELD = re.compile(r"[a-z_]+(?:\[[^\]]*\]|\.[a-z_]+)*(?=[=:])")
 
 
 class EpserveError(Exception):
@@ -39,9 +42,34 @@ class CheckpointError(EpserveError):
 
 
 class RequestError(EpserveError):
-    """A request that is refused before it costs anything: names the field, value and rule."""
+    """A request that is refused before it costs anything: names the field, value and rule.
+
+    A message about one field begins with it, as in `top_k=-1: must be …` or `stop: …`.
+    """
 
     code = "INVALID_ARGUMENT"
+
+    @property
+    def field(self) -> str | None:
+        """The field that the message begins with, as in logit_bias[5] or messages[0].content."""
+        found = _FIELD.match(str(self))
+        return None if found is None else found.group()
+
+
+class AuthenticationError(EpserveError):
+    """Nobody that is known here has sent this."""
+
+    code = "UNAUTHENTICATED"
+
+
+class TooManyRequestsError(EpserveError):
+    """Refused for now: says which limit is reached. `retry_after_s`: when another try may help."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class NotFoundError(EpserveError):

@@ -1,7 +1,7 @@
 """The page at `/`: its files, and the documents that it asks for once a second.
 
 Knows paths and headers. The documents ask for a caller like every other path of the application
-that these routes are given to; the files in OPEN_PATHS tell nothing and need none.
+that these routes are given to; the files in PAGE_FILES tell nothing and need none.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def _path(name: str) -> str:
     return "/" if name == _INDEX else f"/{_FOLDER}/{name}"
 
 
-OPEN_PATHS = frozenset(map(_path, _FILES))
+PAGE_FILES = frozenset(map(_path, _FILES))
 
 
 def page_routes(

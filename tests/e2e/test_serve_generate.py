@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -64,10 +65,11 @@ def served(target: str) -> Iterator[ServedCluster]:
 
 def test_the_layout_is_printed_before_anything_is_loaded(serve: tuple[Running, str]):
     running, target = serve
+    (http_port,) = re.findall(r"http://127\.0\.0\.1:(\d+) \(HTTP\)", "\n".join(running.out))
     first = next(i for i, line in enumerate(running.out) if line.startswith("waiting for"))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in running.out[:first]]
     assert [row for row in rows if row] == [
-        ["gateway", "", "", "", "", "", "", target.rpartition(":")[2]],
+        ["gateway", "", "", "", "", "", "", f"{target.rpartition(':')[2]}, HTTP {http_port}"],
         ["attn 0", "0", "0", "", "", "", "cpu", "any"],
         ["attn 1", "0", "1", "", "", "", "cpu", "any"],
         ["expert 0", "", "", "0", "0", "8+1+0", "cpu", "any"],

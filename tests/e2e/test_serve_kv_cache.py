@@ -29,7 +29,8 @@ def test_ranks_of_a_group_agree_on_what_each_has_measured():
 
 def test_ranks_with_different_sizes_are_refused_on_both_with_the_numbers():
     options = ("--model", str(TINY_MODEL), "--device", "cpu")
-    with started("gateway", *options[:2], "--attn-devices", "2", "--grpc-port", "0") as gateway:
+    ports = ("--grpc-port", "0", "--port", "0")
+    with started("gateway", *options[:2], "--attn-devices", "2", *ports) as gateway:
         line = gateway.wait_for("listening")
         worker = (*options, "--gateway", re.search(r"127\.0\.0\.1:\d+", line)[0])
         with (

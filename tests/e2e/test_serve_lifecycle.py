@@ -61,8 +61,8 @@ def test_a_worker_that_dies_is_named_and_the_rest_is_stopped(victim: str):
 
 def test_a_worker_that_cannot_start_is_named_with_what_it_said():
     with started(
-        *("serve", "--model", str(TINY_MODEL), "--grpc-port", "0", "--device", "cpu"),
-        *("--kv-cache-tokens", "1"),
+        *("serve", "--model", str(TINY_MODEL), "--grpc-port", "0", "--port", "0"),
+        *("--device", "cpu", "--kv-cache-tokens", "1"),
     ) as serve:
         serve.wait_for("waiting for")
         family = serve.family()
@@ -75,7 +75,8 @@ def test_a_worker_that_cannot_start_is_named_with_what_it_said():
 
 
 def test_sigterm_while_loading_stops_every_process():
-    with started("serve", "--model", str(TINY_MODEL), "--grpc-port", "0", *SMALL) as serve:
+    ports = ("--grpc-port", "0", "--port", "0")
+    with started("serve", "--model", str(TINY_MODEL), *ports, *SMALL) as serve:
         serve.wait_for("waiting for")
         family = serve.family()
         serve.send(signal.SIGTERM)

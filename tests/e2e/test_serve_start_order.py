@@ -25,7 +25,7 @@ def test_experts_first_and_the_gateway_last():
             process.wait_for("waiting for the gateway")
         gateway = stack.enter_context(
             started(
-                *("gateway", *MODEL, "--grpc-port", str(port)),
+                *("gateway", *MODEL, "--grpc-port", str(port), "--port", "0"),
                 *("--expert-devices", "2", "--ep-size", "2"),
             )
         )

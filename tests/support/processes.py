@@ -103,7 +103,7 @@ def started(*arguments: str) -> Iterator[Running]:
 @contextmanager
 def serving(*arguments: str, model: Path = TINY_MODEL) -> Iterator[tuple[Running, str]]:
     """`epserve serve` once it is ready, and the address of its gateway."""
-    base = ("serve", "--model", str(model), "--device", "cpu", "--grpc-port", "0")
+    base = ("serve", "--model", str(model), "--device", "cpu", "--grpc-port", "0", "--port", "0")
     with started(*base, *arguments) as running:
         line = running.wait_for("ready: serving")
         yield running, line.split(" at ")[1].split()[0]

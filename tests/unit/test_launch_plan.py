@@ -34,6 +34,8 @@ def test_each_process_gets_its_command():
     ]
     gateway = command_of(plan, "gateway")
     assert f"--grpc-port {plan.settings.grpc_port}" in gateway
+    assert f"--port {plan.settings.http_port} " in gateway
+    assert plan.http_url == f"http://127.0.0.1:{plan.settings.http_port}"
     assert "--enable-mla" in gateway
     assert "--expert-parallel-degree 1" in gateway
     attn = command_of(plan, "attn 1")

@@ -21,7 +21,7 @@ def model() -> ModelConfig:
 
 def test_ranks_of_both_tiers_follow_the_configuration(model: ModelConfig):
     parallel = ParallelConfig(attn_devices=4, dp_size=2, expert_devices=4, ep_size=2)
-    places = derive_layout(parallel.with_model(model), model, ["cpu"] * 4, ["cpu"] * 4, 50051)
+    places = derive_layout(parallel.with_model(model), model, ["cpu"] * 4, ["cpu"] * 4, (50051, 8000))
     assert [place.name for place in places] == [
         "gateway",
         *(f"attn {rank}" for rank in range(4)),
@@ -68,11 +68,11 @@ def test_ranks_are_spread_over_the_devices(
 
 def test_the_table_names_every_process_and_fits_eighty_columns(model: ModelConfig):
     parallel = ParallelConfig(expert_devices=2, ep_size=2).with_model(model)
-    places = derive_layout(parallel, model, ["cpu"], ["cpu", "cpu"], 50051)
+    places = derive_layout(parallel, model, ["cpu"], ["cpu", "cpu"], (50051, 8000))
     console = Console(file=io.StringIO(), width=80)
     console.print(layout_table(places))
     text = console.file.getvalue()
-    for words in ("gateway", "attn 0", "expert 1", "8+0+0", "50051", "any"):
+    for words in ("gateway", "attn 0", "expert 1", "8+0+0", "50051, HTTP 8000", "any"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 80
 

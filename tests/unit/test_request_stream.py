@@ -23,7 +23,7 @@ class Link:
         return was_running
 
 
-async def following(stream: RequestStream) -> tuple[int, Delta]:
+async def following(stream: RequestStream) -> list[tuple[int, Delta]]:
     return await asyncio.wait_for(stream.next(), 1)
 
 
@@ -31,23 +31,31 @@ async def test_what_was_on_its_way_to_a_dropped_choice_concerns_nobody() -> None
     link = Link("a", "b")
     stream = RequestStream(link, ["a", "b"])
     stream.put(0, Delta((5,)))
+    assert await following(stream) == [(0, Delta((5,)))]
     stream.put(0, Delta((6,)))
     stream.put(0, UnavailableError("the experts are gone"))
     stream.put(1, Delta((7,)))
-    assert await following(stream) == (0, Delta((5,)))
     stream.drop(0)
-    assert await following(stream) == (1, Delta((7,)))
+    assert await following(stream) == [(1, Delta((7,)))]
     assert link.forgotten == ["a"]
+
+
+async def test_an_error_waits_behind_what_came_before_it_and_concerns_nobody_once_dropped() -> None:
+    stream = RequestStream(Link("a", "b"), ["a", "b"])
+    stream.put(0, Delta((5,)))
+    stream.put(1, Delta((6,)))
+    stream.put(0, UnavailableError("the experts are gone"))
+    stream.put(1, Delta((7,)))
+    assert await following(stream) == [(0, Delta((5,))), (1, Delta((6,)))]
+    stream.drop(0)
+    assert await following(stream) == [(1, Delta((7,)))]
 
 
 async def test_abort_ends_the_choices_that_are_still_running() -> None:
     link = Link("b", "c")
     stream = RequestStream(link, ["a", "b", "c"])
     stream.abort()
-    assert [await following(stream) for _ in range(2)] == [
-        (1, Delta((), "abort")),
-        (2, Delta((), "abort")),
-    ]
+    assert await following(stream) == [(1, Delta((), "abort")), (2, Delta((), "abort"))]
     assert link.forgotten == ["b", "c"]
 
 

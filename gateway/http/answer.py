@@ -1,0 +1,212 @@
+"""One generation's way over HTTP: started, sent as it comes or at once, ended with its client.
+
+Knows the generator, ASGI and when which answer is sent. Knows no field of a body: an
+AnswerFormat writes them.
+
+A client that goes away cancels its generation, streaming or not. The status line is sent with the
+first output, so that what fails before it has a status of its own; what fails later is an event.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.generation import Generator
+from gateway.http.errors import UNFORESEEN, error_event, error_response
+from gateway.http.usage import UsageCount
+from gateway.requests import Chunk, GenerationRequest
+from moe_core.errors import EpserveError
+
+log = structlog.get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+Batches = AsyncGenerator[tuple[int, Sequence[Chunk]], None]
+
+
+class AnswerFormat(Protocol):
+    """Choices are numbered over all prompts of a request."""
+
+    def opening(self, choice: int) -> bytes:
+        """Events before the first of a choice; may be none."""
+
+    def event(self, choice: int, chunk: Chunk, usage: UsageCount | None) -> bytes:
+        """The events of one chunk, `usage` (null otherwise) in it; may be none."""
+
+    def usage_event(self, usage: UsageCount) -> bytes:
+        """The event that holds only the usage."""
+
+    def whole(self, chunks: Sequence[Sequence[Chunk]], usage: UsageCount) -> dict[str, object]:
+        """The body of an answer that is not streamed, from all chunks of each choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """usage_at_end: in an event of its own. usage_always: in every event, so far."""
+
+    usage_at_end: bool = False
+    usage_always: bool = False
+
+
+class Answer:
+    """An ASGI response to one request, which may have several prompts with `num_choices` each.
+    `streaming` None: one JSON body."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        requests: Sequence[GenerationRequest],
+        answer_format: AnswerFormat,
+        num_choices: int,
+        usage: UsageCount,
+        streaming: Streaming | None,
+    ) -> None:
+        self._generator = generator
+        self._requests = requests
+        self._format = answer_format
+        self._num_choices = num_choices
+        self._usage = usage
+        self._streaming = streaming
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._streaming is None:
+            work = self._send_whole(scope, receive, send)
+        else:
+            work = self._send_stream(scope, receive, send, self._streaming)
+        await while_connected(receive, work)
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._collect()
+        except EpserveError as error:
+            response = error_response(error)
+        await response(scope, receive, send)
+
+    async def _collect(self) -> Response:
+        chunks: list[list[Chunk]] = [[] for _ in range(len(self._requests) * self._num_choices)]
+        async with aclosing(self._batches()) as batches:
+            async for prompt, batch in batches:
+                for chunk in batch:
+                    self._usage.add(prompt, chunk)
+                    chunks[prompt * self._num_choices + chunk.index].append(chunk)
+        return JSONResponse(self._format.whole(chunks, self._usage))
+
+    async def _send_stream(
+        self, scope: Scope, receive: Receive, send: Send, streaming: Streaming
+    ) -> None:
+        started = False
+        try:
+            async with aclosing(self._batches()) as batches:
+                async for prompt, batch in batches:
+                    if not started:
+                        started = True
+                        await _start_stream(send)
+                    if events := self._events(prompt, batch, streaming):
+                        await _send_part(send, events)
+        except Exception as error:
+            if not isinstance(error, EpserveError):
+                log.exception("a stream failed", path=scope["path"])
+                error = EpserveError(UNFORESEEN)
+            if not started:
+                await error_response(error)(scope, receive, send)
+                return
+            last = error_event(error)
+        else:
+            last = (self._format.usage_event(self._usage) if streaming.usage_at_end else b"") + DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _events(self, prompt: int, batch: Sequence[Chunk], streaming: Streaming) -> bytes:
+        """All of a batch in one piece: one write to the connection."""
+        events = []
+        for chunk in batch:
+            choice = prompt * self._num_choices + chunk.index
+            self._usage.add(prompt, chunk)
+            events.append(self._format.opening(choice))
+            shown = self._usage if streaming.usage_always else None
+            events.append(self._format.event(choice, chunk, shown))
+        return b"".join(events)
+
+    def _batches(self) -> Batches:
+        if len(self._requests) == 1:
+            return _numbered(0, self._generator, self._requests[0])
+        return _merged(self._generator, self._requests)
+
+
+async def _start_stream(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _numbered(number: int, generator: Generator, request: GenerationRequest) -> Batches:
+    async with aclosing(generator.generate_batches(request)) as batches:
+        async for batch in batches:
+            yield number, batch
+
+
+async def _merged(generator: Generator, requests: Sequence[GenerationRequest]) -> Batches:
+    """All requests side by side. The first that fails ends the others."""
+    results: asyncio.Queue[tuple[int, Sequence[Chunk]] | Exception | None] = asyncio.Queue()
+
+    async def pump(number: int, request: GenerationRequest) -> None:
+        try:
+            async with aclosing(_numbered(number, generator, request)) as batches:
+                async for batch in batches:
+                    results.put_nowait(batch)
+        except Exception as error:
+            results.put_nowait(error)
+        else:
+            results.put_nowait(None)
+
+    async with AsyncExitStack() as stack:
+        for number, request in enumerate(requests):
+            stack.push_async_callback(_end, asyncio.create_task(pump(number, request)))
+        running = len(requests)
+        while running:
+            result = await results.get()
+            if isinstance(result, Exception):
+                raise result
+            if result is None:
+                running -= 1
+            else:
+                yield result
+
+
+async def while_connected(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Run `work` to its end, or cancel it when the client goes away first."""
+    working = asyncio.create_task(work, name="answer")
+    watching = asyncio.create_task(_until_gone(receive), name="client")
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        await _end(working)
+        await _end(watching)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def dumps(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

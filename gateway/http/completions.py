@@ -1,0 +1,167 @@
+"""POST /v1/completions: OpenAI's text completion, with vLLM's further fields.
+
+Knows the body and the answer's two shapes. Several prompts are several requests to the
+generator; choice `prompt * n + index` is theirs.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from starlette.requests import Request
+
+from gateway.http.answer import Answer, dumps
+from gateway.http.body import parse, read_json
+from gateway.http.context import caller_of, context_of
+from gateway.http.logprobs import CompletionLogprobs, TokenNames
+from gateway.http.prompts import Prompt, read_prompts
+from gateway.http.sampling_fields import GenerationBody, refuse_unserved
+from gateway.http.sse import EventFrame
+from gateway.http.usage import UsageCount
+from gateway.requests import Chunk, GenerationRequest
+from moe_core.errors import RequestError
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionBody(GenerationBody):
+    prompt: object = None
+    echo: bool | None = False
+    best_of: int | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    add_special_tokens: bool | None = True
+
+
+async def completions(request: Request) -> Answer:
+    context = context_of(request)
+    values = await read_json(request, context.max_body_bytes)
+    refuse_unserved(values)
+    body = parse(CompletionBody, values)
+    context.check_model(body.model)
+    _check(body)
+    special = body.add_special_tokens is not False
+    prompts = await asyncio.to_thread(
+        read_prompts, body.prompt, context.model, add_special_tokens=special
+    )
+    answer_id = f"cmpl-{uuid.uuid4().hex}"
+    requests = _requests(answer_id, body, prompts, request)
+    if len(requests) > 1:
+        await context.generator.check(requests)
+    names = TokenNames(context.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+    return Answer(
+        context.generator,
+        requests,
+        CompletionFormat(answer_id, context.model.name, body, prompts, names),
+        body.num_choices,
+        UsageCount(sum(len(prompt.token_ids) for prompt in prompts)),
+        body.streaming,
+    )
+
+
+def _check(body: CompletionBody) -> None:
+    if body.best_of not in (None, body.num_choices):
+        raise RequestError(f"best_of={body.best_of}: must be left out or equal to n")
+    if body.echo and body.logprobs is not None:
+        raise RequestError("echo=true: logprobs of a prompt are not supported; leave one out")
+
+
+def _requests(
+    answer_id: str, body: CompletionBody, prompts: Sequence[Prompt], request: Request
+) -> list[GenerationRequest]:
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    sampling = body.to_sampling(max_tokens, body.logprobs)
+    return [
+        GenerationRequest(
+            request_id=f"{answer_id}-{number}",
+            model="",
+            prompt=prompt.token_ids,
+            sampling=sampling,
+            priority=body.priority or 0,
+            caller=caller_of(request),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+class CompletionFormat:
+    """See AnswerFormat. Choices belong to prompts in turn, n to each."""
+
+    def __init__(
+        self,
+        answer_id: str,
+        model: str,
+        body: CompletionBody,
+        prompts: Sequence[Prompt],
+        names: TokenNames,
+    ) -> None:
+        self._body = body
+        self._prompts = prompts
+        self._fields: dict[str, object] = {
+            "id": answer_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._frame = EventFrame(self._fields, shows_usage=body.shows_usage)
+        self._opened: set[int] = set()
+        num_choices = len(prompts) * body.num_choices
+        self._logprobs = [CompletionLogprobs(names) for _ in range(num_choices)]
+
+    def opening(self, choice: int) -> bytes:
+        return b""
+
+    def event(self, choice: int, chunk: Chunk, usage: UsageCount | None) -> bytes:
+        is_first = choice not in self._opened
+        text = self._before(choice) + chunk.text if is_first else chunk.text
+        if is_first:
+            self._opened.add(choice)
+        body = self._body
+        told = body.logprobs is not None or body.return_token_ids
+        if not (text or chunk.finish_reason or told):
+            return b""
+        logprobs, more = b"null", b""
+        if body.logprobs is not None:
+            logprobs = dumps(self._logprobs[choice].shape(chunk.logprobs))
+        if body.return_token_ids:
+            prompt_ids = self._prompt(choice).token_ids if is_first else None
+            more = b',"prompt_token_ids":%b,"token_ids":%b' % (
+                dumps(prompt_ids),
+                dumps(chunk.token_ids),
+            )
+        reason = dumps(chunk.finish_reason or None)
+        return self._frame.event(
+            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}'
+            % (choice, dumps(text), logprobs, reason, more),
+            usage,
+        )
+
+    def usage_event(self, usage: UsageCount) -> bytes:
+        return self._frame.event(b"", usage)
+
+    def whole(self, chunks: Sequence[Sequence[Chunk]], usage: UsageCount) -> dict[str, object]:
+        choices = [self._choice(choice, parts) for choice, parts in enumerate(chunks)]
+        return {**self._fields, "choices": choices, "usage": usage.as_json()}
+
+    def _choice(self, choice: int, parts: Sequence[Chunk]) -> dict[str, object]:
+        shown: dict[str, object] = {
+            "index": choice,
+            "text": self._before(choice) + "".join(part.text for part in parts),
+            "logprobs": None,
+            "finish_reason": parts[-1].finish_reason,
+        }
+        if self._body.logprobs is not None:
+            entries = [entry for part in parts for entry in part.logprobs]
+            shown["logprobs"] = self._logprobs[choice].shape(entries)
+        if self._body.return_token_ids:
+            shown["prompt_token_ids"] = self._prompt(choice).token_ids
+            shown["token_ids"] = [token for part in parts for token in part.token_ids]
+        return shown
+
+    def _before(self, choice: int) -> str:
+        return self._prompt(choice).text if self._body.echo else ""
+
+    def _prompt(self, choice: int) -> Prompt:
+        return self._prompts[choice // self._body.num_choices]

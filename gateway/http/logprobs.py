@@ -1,0 +1,93 @@
+"""Logprobs in the two shapes of OpenAI's API.
+
+Knows tokens' names and both shapes. A name is the token's text; where two tokens of one position
+have the same text (bytes of a character, say), the later is named by its id, so that no entry
+takes another's place. A logprob of minus infinity becomes -9999, since JSON has no infinity.
+"""
+
+from collections.abc import Sequence
+
+from gateway.requests import TokenLogprobs
+from gateway.tokenizer import TextTokenizer
+
+LEAST = -9999.0
+
+
+class TokenNames:
+    """`as_ids`: every token is named by its id, as it is where there is no tokenizer."""
+
+    def __init__(self, tokenizer: TextTokenizer | None, *, as_ids: bool = False) -> None:
+        self._tokenizer = None if as_ids else tokenizer
+
+    def text(self, token_id: int) -> str:
+        if self._tokenizer is None:
+            return id_name(token_id)
+        return self._tokenizer.token_text(token_id)
+
+
+def id_name(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+class CompletionLogprobs:
+    """Of one choice of a completion; keeps where in the text the next token begins."""
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._offset = 0
+
+    def shape(
+        self, entries: Sequence[TokenLogprobs | None], first_id: int = -1
+    ) -> dict[str, object]:
+        """{tokens, token_logprobs, top_logprobs, text_offset}. None is a prompt's first token,
+        `first_id`, which nothing has predicted."""
+        tokens, values, tops, offsets = [], [], [], []
+        for entry in entries:
+            text = self._names.text(first_id if entry is None else entry.token_id)
+            tokens.append(text)
+            offsets.append(self._offset)
+            self._offset += len(text)
+            values.append(None if entry is None else finite(entry.logprob))
+            tops.append(None if entry is None else self._top(text, entry))
+        return {
+            "text_offset": offsets,
+            "token_logprobs": values,
+            "tokens": tokens,
+            "top_logprobs": tops,
+        }
+
+    def _top(self, text: str, entry: TokenLogprobs) -> dict[str, float]:
+        """The token itself and the likeliest."""
+        found = {text: finite(entry.logprob)}
+        for token_id, logprob in zip(entry.top_token_ids, entry.top_logprobs, strict=True):
+            if token_id != entry.token_id:
+                name = self._names.text(token_id)
+                found[id_name(token_id) if name in found else name] = finite(logprob)
+        return found
+
+
+def chat_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
+    """{content: [{token, logprob, bytes, top_logprobs}]}."""
+    return {
+        "content": [
+            {
+                **_chat_token(names, entry.token_id, entry.logprob),
+                "top_logprobs": [
+                    _chat_token(names, token_id, logprob)
+                    for token_id, logprob in zip(
+                        entry.top_token_ids, entry.top_logprobs, strict=True
+                    )
+                ],
+            }
+            for entry in entries
+        ]
+    }
+
+
+def _chat_token(names: TokenNames, token_id: int, logprob: float) -> dict[str, object]:
+    text = names.text(token_id)
+    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LEAST)
