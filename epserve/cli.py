@@ -200,6 +200,18 @@ def status(
 
 
 @app.command()
+def top(
+    target: o.TargetOption = o.DEFAULT_TARGET,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Watch a cluster: load, rates and hot experts, once a second."""
+    from epserve.top import top as run_top
+
+    run_top(target, once=once)
+
+
+@app.command()
 def manifest(
     directory: Annotated[Path, typer.Argument(help="Model directory.")],
     debug: o.DebugOption = False,

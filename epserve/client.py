@@ -155,9 +155,7 @@ class EpserveClient:
             for m in answer.models
         )
 
-    async def cluster(
-        self, timeout_s: float = 5.0, *, expert_load: bool = False
-    ) -> ClusterState:
+    async def cluster(self, timeout_s: float = 5.0, *, expert_load: bool = False) -> ClusterState:
         """With `expert_load` also which experts the tokens went to, where that is known."""
         request = gateway_pb2.GetClusterRequest(expert_load=expert_load)
         try:

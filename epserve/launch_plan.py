@@ -119,7 +119,9 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
     parallel = settings.parallel.with_model(model)
     settings = _with_ports(settings)
     devices = spread_devices(parallel, num_cuda_devices(settings.device))
-    places = derive_layout(parallel, model, *devices, gateway_ports=(settings.grpc_port, settings.http_port))
+    places = derive_layout(
+        parallel, model, *devices, gateway_ports=(settings.grpc_port, settings.http_port)
+    )
     return LaunchPlan(settings, model, parallel, places)
 
 

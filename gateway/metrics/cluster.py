@@ -13,7 +13,14 @@ from typing import TypeAlias
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from moe_core.cluster import AttentionLoad, ClusterState, EngineMetrics, LinkStats, MemberState, Role
+from moe_core.cluster import (
+    AttentionLoad,
+    ClusterState,
+    EngineMetrics,
+    LinkStats,
+    MemberState,
+    Role,
+)
 
 STEP_PARTS = ("attention", "dispatch", "expert_wait", "combine", "sampling", "other")
 EXPERT_PARTS = ("queue", "compute")

@@ -52,9 +52,7 @@ def _path(name: str) -> str:
 PAGE_FILES = frozenset(map(_path, _FILES))
 
 
-def page_routes(
-    registry: Registry, model: ServedModel, metrics: CollectorRegistry
-) -> list[Route]:
+def page_routes(registry: Registry, model: ServedModel, metrics: CollectorRegistry) -> list[Route]:
     """Routes over a gateway's parts; they own none of them. `metrics` are those of requests. The
     prompt box uses the application's own /v1/completions."""
     documents = Documents(registry, model, metrics)

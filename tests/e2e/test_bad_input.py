@@ -214,7 +214,11 @@ COMMANDS: list[Command] = [
     ("serve --model {unknown_family}", 2, ("model_type='llama'", "deepseek_v3")),
     ("serve --model {cut_short}", 1, ("{cut_short}/model.safetensors", "truncated")),
     ("serve --model {tiny} --grpc-port {gateway_port}", 2, ("{target}", "in use")),
-    ("serve --model {tiny} --grpc-port 0 --port 0 --device cuda", 2, ("device='cuda'", "valid: cpu")),
+    (
+        "serve --model {tiny} --grpc-port 0 --port 0 --device cuda",
+        2,
+        ("device='cuda'", "valid: cpu"),
+    ),
     ("gateway --model {missing}", 2, ("model='{missing}'", "must be an existing directory")),
     ("gateway --model {tiny} --grpc-port {gateway_port}", 2, ("{target}", "in use")),
     ("serve --model {tiny} --grpc-port 0 --port {gateway_port}", 2, ("{target}", "in use")),

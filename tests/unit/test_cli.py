@@ -15,7 +15,7 @@ from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
-COMMANDS = ["demo", "serve", "gateway", "attn", "expert", "generate", "status", "manifest"]
+COMMANDS = ["demo", "serve", "gateway", "attn", "expert", "generate", "status", "top", "manifest"]
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):

@@ -21,7 +21,9 @@ def model() -> ModelConfig:
 
 def test_ranks_of_both_tiers_follow_the_configuration(model: ModelConfig):
     parallel = ParallelConfig(attn_devices=4, dp_size=2, expert_devices=4, ep_size=2)
-    places = derive_layout(parallel.with_model(model), model, ["cpu"] * 4, ["cpu"] * 4, (50051, 8000))
+    places = derive_layout(
+        parallel.with_model(model), model, ["cpu"] * 4, ["cpu"] * 4, (50051, 8000)
+    )
     assert [place.name for place in places] == [
         "gateway",
         *(f"attn {rank}" for rank in range(4)),
