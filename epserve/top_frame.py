@@ -14,7 +14,7 @@ from rich.text import Text
 
 from epserve.layout import describe_sizes
 from epserve.rates import ClusterRates
-from epserve.status import links, member_name, members_table
+from epserve.status import links, members_table
 from moe_core.cluster import ClusterState, Member, Role
 
 MAX_MEMBERS = 12  # more are counted, and only those that are not ready are named
@@ -26,8 +26,8 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 def frame(target: str, state: ClusterState, rates: ClusterRates) -> RenderableType:
     """Everything, as one thing to print."""
-    epoch = state.placement.epoch
-    head = f"[bold]epserve[/] {escape(target)}  {describe_sizes(state.parallel)}, placement epoch {epoch}"
+    sizes = f"{describe_sizes(state.parallel)}, placement epoch {state.placement.epoch}"
+    head = f"[bold]epserve[/] {escape(target)}  {sizes}"
     parts: list[RenderableType] = [Text.from_markup(head), *_members(state), _groups(state, rates)]
     if links(state):
         parts.append(_links(state, rates))
@@ -128,10 +128,9 @@ def _hottest(tokens: tuple[int, ...]) -> Iterator[str]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(
+    return Table(
         *columns, title=title, title_justify="left", title_style="bold", caption_justify="left"
     )
-    return table
 
 
 def _more(number: int) -> str:

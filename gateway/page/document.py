@@ -170,7 +170,7 @@ def _nodes(state: ClusterState, role: Role, nodes: list[range]) -> Iterator[dict
 
 def _links(state: ClusterState, nodes: Mapping[Role, list[range]]) -> list[dict[str, object]]:
     """Totals between each two nodes that exchange anything; `source` and `target` are places in
-    their tier's nodes. Links to processes that the configuration no longer asks for are left out."""
+    their tier's nodes. Links to processes that are not configured are left out."""
     source_of = _node_of(Role.ATTN, nodes[Role.ATTN])
     target_of = _node_of(Role.EXPERT, nodes[Role.EXPERT])
     totals: dict[tuple[int, int], Counter[str]] = {}

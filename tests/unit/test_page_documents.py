@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from prometheus_client import CollectorRegistry
 
 from gateway.admission import ServedModel
@@ -184,4 +183,4 @@ def test_request_totals_are_read_from_the_metrics_that_the_gateway_keeps() -> No
     totals = request_totals(metrics.registry)
     assert (totals["first_tokens"], totals["between_tokens"]) == (1.0, 2.0)
     assert totals["first_token_s"] > 0
-    assert totals["between_tokens_s"] == pytest.approx(totals["between_tokens_s"])
+    assert totals["between_tokens_s"] > 0
