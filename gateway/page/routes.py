@@ -27,7 +27,7 @@ _TYPES = {
 _FILES = (
     *(_INDEX, "page.css", "icon.svg"),
     *("page.js", "source.js", "rates.js", "format.js", "svg.js"),
-    *("topology.js", "heatmap.js", "groups.js", "prompt.js"),
+    *("topology.js", "heatmap.js", "colors.js", "groups.js", "prompt.js"),
 )
 _JSON = "application/json"
 _FILE_HEADERS = {

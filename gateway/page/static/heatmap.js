@@ -2,18 +2,10 @@
 //
 // Colours compare an expert with the mean of its layer, since a layer's experts share its tokens.
 
+import { color, scaleTop } from "./colors.js";
 import { whole } from "./format.js";
 import { hideTooltip, showTooltip } from "./svg.js";
 
-const STOPS = [
-  [237, 244, 252],
-  [158, 202, 240],
-  [69, 137, 214],
-  [120, 60, 170],
-  [214, 40, 90],
-  [255, 196, 61],
-];
-const DARK_ZERO = [30, 41, 59];
 const LABEL_WIDTH = 34;
 const TOP = 7;
 const RECENT_SECONDS = 30;
@@ -275,23 +267,7 @@ export class HeatMap {
   }
 }
 
-// The scale ends where all but a few experts are, so that one outlier does not darken the rest.
-function scaleTop(tokens, means) {
-  const ratios = tokens.flatMap((row, layer) => row.map((value) => (means[layer] ? value / means[layer] : 0)));
-  ratios.sort((a, b) => a - b);
-  return Math.max(2, Math.ceil(ratios[Math.ceil(ratios.length * 0.995) - 1]));
-}
-
 function processNames(epRank, etpSize) {
   const first = epRank * etpSize;
   return etpSize === 1 ? `expert ${first}` : `expert ${first}–${first + etpSize - 1}`;
-}
-
-function color(share) {
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const stops = dark ? [DARK_ZERO, ...STOPS.slice(2)] : STOPS;
-  const place = share * (stops.length - 1);
-  const low = Math.min(stops.length - 2, Math.floor(place));
-  const mixed = stops[low].map((from, i) => Math.round(from + (stops[low + 1][i] - from) * (place - low)));
-  return `rgb(${mixed.join(" ")})`;
 }

@@ -5,7 +5,7 @@ import { fillGroups, fillPhases, noteGroups, Tiles } from "./groups.js";
 import { HeatMap } from "./heatmap.js";
 import { PromptBox } from "./prompt.js";
 import { Rates } from "./rates.js";
-import { apiKey, get, Refused, setApiKey } from "./source.js";
+import { apiKey, Failed, get, Refused, setApiKey } from "./source.js";
 import { setText } from "./svg.js";
 import { fillLegend, linkRate, noteLinks, stateWord, Topology } from "./topology.js";
 
@@ -49,49 +49,68 @@ async function poll() {
   if (isPolling) return;
   isPolling = true;
   clearTimeout(timer);
-  let wait = PERIOD_MS;
   try {
-    const cluster = await get("cluster");
-    await fetchExperts(cluster);
-    shown.failures = 0;
-    shown.heardAt = performance.now();
-    hideKeyForm();
-    show(cluster);
-    connection("live", "live");
-  } catch (error) {
-    shown.failures += 1;
-    wait = Math.min(MAX_RETRY_MS, PERIOD_MS * shown.failures);
-    if (error instanceof Refused) showKeyForm();
-    else showGone();
+    const news = await fetchNews();
+    if (news) show(news);
+  } finally {
+    isPolling = false;
+    const wait = Math.min(MAX_RETRY_MS, PERIOD_MS * Math.max(1, shown.failures));
+    timer = setTimeout(poll, document.hidden ? MAX_RETRY_MS : wait);
   }
-  isPolling = false;
-  timer = setTimeout(poll, document.hidden ? 5 * wait : wait);
 }
 
-// The large documents, only when they have changed.
-async function fetchExperts(cluster) {
-  if (cluster.gateway.instance_epoch !== shown.gateway) {
-    Object.assign(shown, { gateway: cluster.gateway.instance_epoch, placement: null, expertLoad: null });
+// What there is to show, or null where nothing could be had; the page then says why.
+async function fetchNews() {
+  try {
+    const news = await fetchDocuments();
+    shown.failures = 0;
+    shown.heardAt = performance.now();
+    find("key-form").hidden = true;
+    connection("live", "live");
+    return news;
+  } catch (error) {
+    shown.failures += 1;
+    if (error instanceof Refused) showKeyForm();
+    else showGone(error);
+    return null;
   }
-  if (cluster.placement_epoch !== shown.placement) {
-    const placement = await get("cluster/placement");
+}
+
+// The large documents are asked for only when they have changed.
+async function fetchDocuments() {
+  const cluster = await get("cluster");
+  const isOther = cluster.gateway.instance_epoch !== shown.gateway;
+  const news = { cluster, placement: null, totals: null };
+  if (isOther || cluster.placement_epoch !== shown.placement) {
+    news.placement = await get("cluster/placement");
+  }
+  if (isOther || cluster.expert_load_version !== shown.expertLoad) {
+    news.totals = await get("cluster/experts");
+  }
+  return news;
+}
+
+function showExperts({ cluster, placement, totals }, seconds) {
+  shown.gateway = cluster.gateway.instance_epoch;
+  if (placement) {
     heatMap.setPlacement(placement);
     shown.placement = placement.epoch;
   }
-  if (cluster.expert_load_version !== shown.expertLoad) {
-    const totals = await get("cluster/experts");
-    heatMap.setTotals(totals, performance.now() / 1000);
+  if (totals) {
+    heatMap.setTotals(totals, seconds);
     shown.expertLoad = totals.version;
   }
+  heatMap.tick(seconds);
 }
 
-function show(cluster) {
+function show(news) {
+  const { cluster } = news;
   const seconds = performance.now() / 1000;
   noteLinks(cluster, rates, seconds);
   noteGroups(cluster, rates, seconds);
   for (const [name, total] of Object.entries(cluster.requests)) rates.note(name, total, seconds);
   rates.forgetOlder(seconds);
-  heatMap.tick(seconds);
+  showExperts(news, seconds);
   const { layout, model } = cluster;
   setText(find("model"), model.name);
   setText(
@@ -168,11 +187,12 @@ function connection(state, words) {
   document.body.classList.toggle("stale", state !== "live");
 }
 
-function showGone() {
+function showGone(error) {
   promptBox.setReady(false);
   const never = shown.heardAt === null;
   const age = never ? "" : `, last heard ${Math.round((performance.now() - shown.heardAt) / 1000)} s ago`;
-  connection("gone", `gateway gone${age}; reconnecting`);
+  const what = error instanceof Failed ? `gateway failed: ${error.message}` : "gateway gone";
+  connection("gone", `${what}${age}; reconnecting`);
 }
 
 function showKeyForm() {
@@ -181,10 +201,6 @@ function showKeyForm() {
   setText(find("key-message"), given ? "The gateway refused this key." : "This gateway asks for an API key.");
   promptBox.setReady(false);
   connection("refused", given ? "key refused" : "key needed");
-}
-
-function hideKeyForm() {
-  find("key-form").hidden = true;
 }
 
 find("key-form").addEventListener("submit", (event) => {

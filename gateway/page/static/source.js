@@ -5,7 +5,10 @@
 const KEY = "epserve-api-key";
 const DEADLINE_MS = 5000;
 
+// The gateway answers, but not to who asks without this key.
 export class Refused extends Error {}
+// The gateway answers with an error.
+export class Failed extends Error {}
 
 export function apiKey() {
   return sessionStorage.getItem(KEY) ?? "";
@@ -33,7 +36,7 @@ export async function messageOf(response) {
   return `${response.status} ${response.statusText}`;
 }
 
-// One document. Throws Refused when the key is missing or wrong, and Error for all else.
+// One document. Throws Refused, Failed, or what fetch throws when there is no answer.
 export async function get(path) {
   const response = await fetch(path, {
     headers: headers(),
@@ -43,6 +46,6 @@ export async function get(path) {
   if (response.status === 401 || response.status === 403) {
     throw new Refused(await messageOf(response));
   }
-  if (!response.ok) throw new Error(await messageOf(response));
+  if (!response.ok) throw new Failed(await messageOf(response));
   return response.json();
 }

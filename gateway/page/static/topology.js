@@ -32,15 +32,16 @@ export class Topology {
   #shape = "";
   #boxes = { attn: [], expert: [] };
   #links = new Map();
-  #seen = new Map();
+  #seen = new Set();
+  #last = null;
 
   constructor(host, table) {
     this.#host = host;
     this.#table = table;
-    new ResizeObserver(() => this.#last && this.update(this.#last.cluster, this.#last.rates)).observe(host);
+    new ResizeObserver(() => {
+      if (this.#last) this.update(this.#last.cluster, this.#last.rates);
+    }).observe(host);
   }
-
-  #last = null;
 
   update(cluster, rates) {
     this.#last = { cluster, rates };
@@ -64,7 +65,7 @@ export class Topology {
     for (const role of ["attn", "expert"]) {
       for (const node of cluster.nodes[role]) {
         node.states.forEach((state, index) => {
-          if (state !== "absent") this.#seen.set(`${role} ${node.first_rank + index}`, true);
+          if (state !== "absent") this.#seen.add(`${role} ${node.first_rank + index}`);
         });
       }
     }
@@ -99,7 +100,7 @@ export class Topology {
     const pitch = (height - 2 * MARGIN) / nodes.length;
     return nodes.map((node, place) => {
       const middle = MARGIN + pitch * (place + 0.5);
-      const box = svg("g", { class: "box", tabindex: "0", transform: `translate(${x} ${middle - boxHeight / 2})` });
+      const box = svg("g", { class: "box", role: "img", tabindex: "0", transform: `translate(${x} ${middle - boxHeight / 2})` });
       box.append(svg("rect", { width: boxWidth, height: boxHeight, rx: 6 }));
       const tall = boxHeight > 40;
       const title = svg("text", { x: 12, y: tall ? 20 : 15, class: "name" }, node.name);
