@@ -20,7 +20,7 @@ from moe_core.cluster import ClusterState, Member, Role
 MAX_MEMBERS = 12  # more are counted, and only those that are not ready are named
 MAX_ROWS = 12
 HOTTEST = 4
-BAR_WIDTH = 12
+BAR_WIDTH = 6
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -53,8 +53,8 @@ def _counted(state: ClusterState, role: Role) -> str:
 
 
 def _groups(state: ClusterState, rates: ClusterRates) -> Table:
-    table = _table("Attention groups", "group", "KV cache in use")
-    for column in ("running", "waiting", "tokens/s", "steps/s", "step"):
+    table = _table("Attention groups", "group", "KV in use")
+    for column in ("of tokens", "running", "waiting", "tokens/s", "steps/s", "step"):
         table.add_column(column, justify="right")
     leaders = [member for member in state.tier(Role.ATTN) if member.tp_rank == 0]
     for member in leaders[:MAX_ROWS]:
@@ -63,16 +63,16 @@ def _groups(state: ClusterState, rates: ClusterRates) -> Table:
     return table
 
 
-def _load_cells(member: Member) -> tuple[str, str, str]:
+def _load_cells(member: Member) -> tuple[str, str, str, str]:
     load = member.attention_load
     if load is None:
-        return f"[yellow]{member.state}[/]", "", ""
+        return f"[yellow]{member.state}[/]", "", "", ""
     used = load.total_kv_blocks - load.free_kv_blocks
     share = used / load.total_kv_blocks if load.total_kv_blocks else 0.0
     bar = "█" * round(share * BAR_WIDTH)
     tokens = load.total_kv_blocks * load.kv_block_size
-    cell = f"[cyan]{bar:░<{BAR_WIDTH}}[/] {share:4.0%} of {tokens:,}"
-    return cell, str(load.num_running), str(load.num_waiting)
+    cell = f"[cyan]{bar:░<{BAR_WIDTH}}[/] {share:4.0%}"
+    return cell, f"{tokens:,}", str(load.num_running), str(load.num_waiting)
 
 
 def _rate_cells(member: Member, rates: ClusterRates) -> tuple[str, str, str]:
@@ -102,7 +102,7 @@ def _experts(state: ClusterState) -> RenderableType:
     load = state.expert_load
     if load is None or not any(map(any, load.tokens)):
         return Text("Expert load: no tokens yet", style="dim")
-    table = _table("Hottest experts since the start: id and multiple of the layer's mean", "layer")
+    table = _table("Hottest experts: id × layer's mean", "layer")
     for rank in range(HOTTEST):
         table.add_column(f"{rank + 1}.", justify="right")
     rows = sorted(

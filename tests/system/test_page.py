@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from playwright.sync_api import Page, Route, sync_playwright
+from playwright.sync_api import Page, Route, expect, sync_playwright
 
 from support.processes import Running, serving
 
@@ -69,7 +69,7 @@ def _pixels(page: Page) -> str:
 def test_the_topology_shows_every_member_as_ready(live: Live):
     page = live.page
     page.wait_for_selector("#connection[data-state=live]", timeout=WAIT_MS)
-    assert page.locator("#topology .box .name").all_inner_texts() == list(MEMBERS)
+    assert page.locator("#topology .box .name").all_text_contents() == list(MEMBERS)
     assert page.locator("#topology .box.ready").count() == len(MEMBERS)
     assert page.locator("#topology .link").count() == 4
     assert page.locator("#heat-empty").is_visible()
@@ -81,10 +81,7 @@ def test_a_prompt_streams_an_answer_and_the_heat_map_gets_drawn(live: Live):
     page.fill("#prompt", "The for statement")
     page.fill("#max-tokens", "32")
     page.click("#send")
-    page.wait_for_function(
-        "document.getElementById('answer-note').textContent.includes('32 tokens in')",
-        timeout=WAIT_MS,
-    )
+    expect(page.locator("#answer-note")).to_contain_text("32 tokens in", timeout=WAIT_MS)
     assert page.locator("#answer").inner_text().strip()
     page.wait_for_selector("#heat-scroll:not([hidden])", timeout=WAIT_MS)
     assert _pixels(page) != before
@@ -123,9 +120,7 @@ def test_a_gateway_with_keys_is_asked_with_the_key_that_was_typed(live: Live):
         assert page.locator("#connection").inner_text() == "key needed"
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
-        page.wait_for_function(
-            "document.getElementById('connection').textContent === 'key refused'"
-        )
+        expect(page.locator("#connection")).to_have_text("key refused", timeout=WAIT_MS)
         page.fill("#key", "right")
         page.keyboard.press("Enter")
         page.wait_for_selector("#connection[data-state=live]", timeout=WAIT_MS)

@@ -76,7 +76,7 @@ def test_a_frame_shows_load_rates_and_what_is_missing() -> None:
     before, after = state_after(4), state_after(6)
     text = shown(after, ClusterRates(before, after, 2.0))
     assert "not ready: expert 0: not joined" in text
-    assert "25% of 128" in text
+    assert "25% │       128 │" in text
     assert "1.0 MB/s" in text
     assert "20.0 ms" in text
     assert "no tokens yet" in text
