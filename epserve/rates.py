@@ -6,7 +6,7 @@ and there is no rate yet.
 
 from dataclasses import dataclass
 
-from moe_core.cluster import ClusterState, EngineMetrics, LinkStats, Member
+from moe_core.cluster import ClusterState, LinkStats, Member
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,6 @@ class EngineRate:
     """step_s: mean seconds of the steps between; None where there was none."""
 
     tokens_per_s: float
-    steps_per_s: float
     step_s: float | None
 
 
@@ -49,8 +48,7 @@ class ClusterRates:
             return None
         steps = new.steps - old.steps
         return EngineRate(
-            tokens_per_s=self._per_s(old, new, "output_tokens"),
-            steps_per_s=self._per_s(old, new, "steps"),
+            tokens_per_s=(new.output_tokens - old.output_tokens) / self._seconds,
             step_s=(new.step_s - old.step_s) / steps if steps > 0 else None,
         )
 
@@ -65,7 +63,3 @@ class ClusterRates:
         moved = new.dispatch_bytes + new.combine_bytes - old.dispatch_bytes - old.combine_bytes
         dispatches = new.dispatches - old.dispatches
         return LinkRate(new, max(0, moved) / self._seconds, max(0, dispatches) / self._seconds)
-
-    def _per_s(self, old: EngineMetrics, new: EngineMetrics, name: str) -> float:
-        grown: float = getattr(new, name) - getattr(old, name)
-        return grown / self._seconds

@@ -53,8 +53,8 @@ def _counted(state: ClusterState, role: Role) -> str:
 
 
 def _groups(state: ClusterState, rates: ClusterRates) -> Table:
-    table = _table("Attention groups", "group", "KV in use")
-    for column in ("of tokens", "running", "waiting", "tokens/s", "steps/s", "step"):
+    table = _table("Attention groups", "group", "KV tokens in use")
+    for column in ("running", "waiting", "tokens/s", "step"):
         table.add_column(column, justify="right")
     leaders = [member for member in state.tier(Role.ATTN) if member.tp_rank == 0]
     for member in leaders[:MAX_ROWS]:
@@ -63,24 +63,24 @@ def _groups(state: ClusterState, rates: ClusterRates) -> Table:
     return table
 
 
-def _load_cells(member: Member) -> tuple[str, str, str, str]:
+def _load_cells(member: Member) -> tuple[str, str, str]:
     load = member.attention_load
     if load is None:
-        return f"[yellow]{member.state}[/]", "", "", ""
+        return f"[yellow]{member.state}[/]", "", ""
     used = load.total_kv_blocks - load.free_kv_blocks
     share = used / load.total_kv_blocks if load.total_kv_blocks else 0.0
     bar = "█" * round(share * BAR_WIDTH)
     tokens = load.total_kv_blocks * load.kv_block_size
-    cell = f"[cyan]{bar:░<{BAR_WIDTH}}[/] {share:4.0%}"
-    return cell, f"{tokens:,}", str(load.num_running), str(load.num_waiting)
+    cell = f"[cyan]{bar:░<{BAR_WIDTH}}[/] {share:4.0%} of {tokens:,}"
+    return cell, str(load.num_running), str(load.num_waiting)
 
 
-def _rate_cells(member: Member, rates: ClusterRates) -> tuple[str, str, str]:
+def _rate_cells(member: Member, rates: ClusterRates) -> tuple[str, str]:
     rate = rates.engine(member)
     if rate is None:
-        return "–", "–", "–"
+        return "–", "–"
     step = "–" if rate.step_s is None else f"{rate.step_s * 1000:,.1f} ms"
-    return f"{rate.tokens_per_s:,.0f}", f"{rate.steps_per_s:,.0f}", step
+    return f"{rate.tokens_per_s:,.0f}", step
 
 
 def _links(state: ClusterState, rates: ClusterRates) -> Table:

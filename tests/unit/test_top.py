@@ -59,7 +59,7 @@ def test_rates_are_differences_over_the_time_between() -> None:
     assert (link.bytes_per_s, link.dispatches_per_s) == (1_000_000, 5)
     engine = rates.engine(after.tier(Role.ATTN)[0])
     assert engine is not None
-    assert (engine.tokens_per_s, engine.steps_per_s) == (30, 10)
+    assert engine.tokens_per_s == 30
     assert engine.step_s is not None
     assert abs(engine.step_s - 0.02) < 1e-9
 
@@ -76,7 +76,7 @@ def test_a_frame_shows_load_rates_and_what_is_missing() -> None:
     before, after = state_after(4), state_after(6)
     text = shown(after, ClusterRates(before, after, 2.0))
     assert "not ready: expert 0: not joined" in text
-    assert "25% │       128 │" in text
+    assert "25% of 128" in text
     assert "1.0 MB/s" in text
     assert "20.0 ms" in text
     assert "no tokens yet" in text
