@@ -17,7 +17,7 @@ class EngineCounters:
     prefix_query_tokens: tokens of admitted requests; prefix_hit_tokens: those of them that were
     in the cache. A request that comes back from a preemption is not counted again.
     used_kv_blocks hold tokens of running sequences; cached_kv_blocks are free, and hold tokens
-    that a request may still hit.
+    that a request may still hit. output_tokens: sampled and put out.
     """
 
     num_running: int
@@ -28,4 +28,5 @@ class EngineCounters:
     used_kv_blocks: int
     cached_kv_blocks: int
     total_kv_blocks: int
+    output_tokens: int
     finished: Mapping[FinishReason, int]

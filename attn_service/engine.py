@@ -95,6 +95,7 @@ class Engine:
         self._idle = asyncio.Event()
         self._accepting = True
         self._finished: Counter[FinishReason] = Counter()
+        self._output_tokens = 0
         self.failure: UnavailableError | None = None
         self.step = 0
         self.times = StepTimes()
@@ -122,6 +123,7 @@ class Engine:
             used_kv_blocks=self._pool.num_blocks - self._pool.num_free,
             cached_kv_blocks=self._pool.num_cached,
             total_kv_blocks=self._pool.num_blocks,
+            output_tokens=self._output_tokens,
             finished={reason: self._finished[reason] for reason in FinishReason},
         )
 
@@ -135,6 +137,7 @@ class Engine:
             preemptions=counters.preemptions,
             prefix_query_tokens=counters.prefix_query_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
+            output_tokens=counters.output_tokens,
         )
 
     def open_stream(self) -> EngineStream:
@@ -263,6 +266,7 @@ class Engine:
         sampling_s = time.perf_counter() - started
         new = zip(ready, tokens, logprobs, strict=True)
         wanted = [each for each in new if each[0] not in self._discarded]
+        self._output_tokens += len(wanted)
         self._put_out([(s, next_output(s, token, told)) for s, token, told in wanted])
         return sampling_s
 

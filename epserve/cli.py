@@ -187,6 +187,26 @@ def status(
 
 
 @app.command(cls=SettingsCommand)
+def top(
+    target: o.TargetOption = o.DEFAULT_TARGET,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Watch a cluster: load, rates and hot experts, once a second."""
+    from epserve.client import Target
+    from epserve.top import top as run_top
+
+    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
+    run_top(Target(target, tls, api_key), once=once)
+
+
+@app.command(cls=SettingsCommand)
 def manifest(
     directory: Annotated[Path, typer.Argument(help="Model directory.")],
     debug: o.DebugOption = False,

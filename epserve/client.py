@@ -175,10 +175,12 @@ class EpserveClient:
             for m in answer.models
         )
 
-    async def cluster(self, timeout_s: float = 5.0) -> ClusterState:
+    async def cluster(self, timeout_s: float = 5.0, *, expert_load: bool = False) -> ClusterState:
+        """With `expert_load` also which experts the tokens went to, where that is known."""
+        request = gateway_pb2.GetClusterRequest(expert_load=expert_load)
         try:
             answer = await self._stub.GetCluster(
-                gateway_pb2.GetClusterRequest(), timeout=timeout_s, metadata=self._metadata
+                request, timeout=timeout_s, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"get cluster at {self.target}") from error

@@ -25,8 +25,10 @@ from gateway.generation import Generator
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.host import HttpHost
+from gateway.metrics.exposition import metrics_routes
 from gateway.metrics.requests import RequestMetrics
 from gateway.observers import BothObservers, RequestObserver
+from gateway.page.routes import page_routes
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
@@ -131,8 +133,16 @@ class GatewayService:
         cluster_port = None if settings.tls is None else settings.cluster_port
         self.port = await self._host.start(settings.host, settings.port, cluster_port=cluster_port)
         self.cluster_port = self._host.cluster_port
+        extra_routes = (
+            *metrics_routes(metrics, lambda: registry.state, name),
+            *page_routes(registry, model, metrics.registry),
+        )
         app = make_app(
-            self._generator, registry, chat_template, authenticate=self._keys.authenticate
+            self._generator,
+            registry,
+            chat_template,
+            authenticate=self._keys.authenticate,
+            extra_routes=extra_routes,
         )
         self.http_port = await self._http.start(app, settings.host, settings.http_port)
         address = join_address(settings.host, self.port)

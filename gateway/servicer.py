@@ -13,6 +13,7 @@ import grpc.aio
 from gateway.admission import check_sizes
 from gateway.api_keys import ApiKeys
 from gateway.cluster import Registry
+from gateway.expert_totals import ExpertTotals
 from gateway.generation import Generator
 from gateway.requests import Chunk, GenerationRequest, Sampling
 from moe_core import trace_context
@@ -35,6 +36,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self._generator = generator
         self._registry = registry
         self._keys = keys or ApiKeys(None)
+        self._expert_totals = ExpertTotals()
 
     def add_to(self, host: GrpcHost) -> None:
         host.add(gateway_pb2_grpc.add_GatewayServicer_to_server, self, "epserve.v1.Gateway")
@@ -76,7 +78,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def GetCluster(
         self, request: pb.GetClusterRequest, context: Context
     ) -> cluster_pb2.ClusterState:
-        return cluster_to_pb(self._registry.state)
+        state = self._registry.state
+        if not request.expert_load:
+            return cluster_to_pb(state)
+        self._expert_totals.update(state)
+        return cluster_to_pb(replace(state, expert_load=self._expert_totals.load))
 
 
 def _metadata(context: Context, name: str) -> str:

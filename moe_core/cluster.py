@@ -42,7 +42,7 @@ class EngineMetrics:
     expert_queue and expert_compute are the expert tier's own account of them.
 
     prefix_query_tokens: tokens of admitted requests; prefix_hit_tokens: those of them that were in
-    the cache.
+    the cache. output_tokens: sampled and put out.
     """
 
     steps: int
@@ -58,6 +58,7 @@ class EngineMetrics:
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +146,13 @@ class StatusReport:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
+    """expert_load: of all attention groups; None except in an answer to who asked for it."""
+
     version: int
     parallel: ParallelConfig
     members: tuple[Member, ...]
     placement: ExpertPlacement
+    expert_load: ExpertLoad | None = None
 
     def tier(self, role: Role) -> tuple[Member, ...]:
         """The members of one role in rank order."""

@@ -25,9 +25,10 @@ from gateway.http.chat_template import ChatTemplate
 from gateway.http.completions import completions
 from gateway.http.context import HttpContext
 from gateway.http.tokens import detokenize, tokenize
+from gateway.page.routes import PAGE_FILES
 from moe_core.errors import EpserveError
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready"}) | PAGE_FILES
 Authenticate = Callable[[str | None], Caller]
 """From the Authorization header to who that is. Raises AuthenticationError."""
 

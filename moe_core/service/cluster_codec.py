@@ -276,6 +276,7 @@ def cluster_to_pb(state: ClusterState) -> pb.ClusterState:
         parallel=parallel_to_pb(state.parallel),
         members=[member_to_pb(member) for member in state.members],
         placement=placement_to_pb(state.placement),
+        expert_load=None if state.expert_load is None else expert_load_to_pb(state.expert_load),
     )
 
 
@@ -285,4 +286,7 @@ def cluster_from_pb(message: pb.ClusterState) -> ClusterState:
         parallel=parallel_from_pb(message.parallel),
         members=tuple(member_from_pb(member) for member in message.members),
         placement=placement_from_pb(message.placement),
+        expert_load=(
+            expert_load_from_pb(message.expert_load) if message.HasField("expert_load") else None
+        ),
     )

@@ -1,15 +1,16 @@
 """EpserveClient against a gateway's own servicer, with scripted attention workers."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from epserve.client import EpserveClient, Output, Sampling, Usage
-from moe_core.cluster import MemberState, Role
+from moe_core.cluster import ExpertLoad, MemberState, Role
 from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError
 from support.fake_attention import FakeAttention
 from support.full_sampling import FULL_SAMPLING
-from support.small_gateway import SmallGateway
+from support.small_gateway import MODEL, SmallGateway
 from support.words import word_tokenizer
 
 
@@ -117,3 +118,16 @@ async def test_models_and_cluster_come_as_plain_values(
     assert (model.id, model.has_tokenizer) == ("small", True)
     state = await client.cluster()
     assert [member.state for member in state.tier(Role.ATTN)] == [MemberState.READY]
+
+
+async def test_the_expert_load_is_told_to_who_asks_for_it(
+    gateway: SmallGateway, client: EpserveClient
+):
+    worker = await gateway.add_worker(Role.ATTN)
+    load = ExpertLoad(MODEL.moe_layer_ids, ((1, 2, 3, 4, 5, 6, 7, 8), (9,) * 8))
+    worker.membership.report_expert_load(load)
+    async with asyncio.timeout(5):
+        while (state := await client.cluster(expert_load=True)).expert_load is None:
+            await asyncio.sleep(0.01)
+    assert state.expert_load == load
+    assert (await client.cluster()).expert_load is None

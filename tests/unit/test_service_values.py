@@ -8,6 +8,7 @@ from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
     EngineMetrics,
+    ExpertLoad,
     Join,
     LinkStats,
     Member,
@@ -39,7 +40,7 @@ from moe_core.service.grpc_channel import error_from_rpc, error_from_status, sta
 
 LINK = LinkStats("attn 0", "expert 1", "nixl", 1, 2, 3, 4, 5, 6, 0.5)
 LOAD = AttentionLoad(1, 2, 3, 4, 5, 6)
-METRICS = EngineMetrics(7, *(number / 8 for number in range(9)), 1, 2, 3)
+METRICS = EngineMetrics(7, *(number / 8 for number in range(9)), 1, 2, 3, 4)
 
 
 def test_cluster_state_survives_the_wire() -> None:
@@ -58,7 +59,7 @@ def test_cluster_state_survives_the_wire() -> None:
                ep_rank=0, etp_rank=0, experts=9),
     )  # fmt: skip
     placement = ExpertPlacement(3, 4, 2, (LayerPlacement(1, (0, 1, 2, 3), (0, 0, 1, 1)),))
-    state = ClusterState(7, parallel, members, placement)
+    state = ClusterState(7, parallel, members, placement, ExpertLoad((1,), ((2**40, 0, 1, 2),)))
     message = cluster_pb2.ClusterState.FromString(codec.cluster_to_pb(state).SerializeToString())
     assert codec.cluster_from_pb(message) == state
 

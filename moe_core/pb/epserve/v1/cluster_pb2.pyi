@@ -106,7 +106,7 @@ class AttentionLoad(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class EngineMetrics(_message.Message):
-    __slots__ = ("steps", "step_s", "attention_s", "dispatch_s", "expert_wait_s", "expert_queue_s", "expert_compute_s", "combine_s", "sampling_s", "other_s", "preemptions", "prefix_query_tokens", "prefix_hit_tokens")
+    __slots__ = ("steps", "step_s", "attention_s", "dispatch_s", "expert_wait_s", "expert_queue_s", "expert_compute_s", "combine_s", "sampling_s", "other_s", "preemptions", "prefix_query_tokens", "prefix_hit_tokens", "output_tokens")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class EngineMetrics(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     step_s: float
     attention_s: float
@@ -133,7 +134,8 @@ class EngineMetrics(_message.Message):
     preemptions: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., expert_queue_s: _Optional[float] = ..., expert_compute_s: _Optional[float] = ..., combine_s: _Optional[float] = ..., sampling_s: _Optional[float] = ..., other_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ...) -> None: ...
+    output_tokens: int
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., expert_queue_s: _Optional[float] = ..., expert_compute_s: _Optional[float] = ..., combine_s: _Optional[float] = ..., sampling_s: _Optional[float] = ..., other_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
 
 class ExpertLoad(_message.Message):
     __slots__ = ("layers",)
@@ -268,16 +270,18 @@ class LayerPlacement(_message.Message):
     def __init__(self, layer_id: _Optional[int] = ..., physical_to_logical: _Optional[_Iterable[int]] = ..., physical_to_ep_rank: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ClusterState(_message.Message):
-    __slots__ = ("version", "parallel", "members", "placement")
+    __slots__ = ("version", "parallel", "members", "placement", "expert_load")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PARALLEL_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
     version: int
     parallel: ParallelSettings
     members: _containers.RepeatedCompositeFieldContainer[Member]
     placement: Placement
-    def __init__(self, version: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ...) -> None: ...
+    expert_load: ExpertLoad
+    def __init__(self, version: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., expert_load: _Optional[_Union[ExpertLoad, _Mapping]] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("role", "rank", "instance_epoch", "loop_idle_ms")

@@ -138,5 +138,7 @@ class ModelCard(_message.Message):
     def __init__(self, id: _Optional[str] = ..., model_type: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_tokenizer: _Optional[bool] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("expert_load",)
+    EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
+    expert_load: bool
+    def __init__(self, expert_load: _Optional[bool] = ...) -> None: ...
