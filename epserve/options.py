@@ -135,7 +135,11 @@ GrpcPortOption = Annotated[
 ]
 HttpPortOption = Annotated[
     int,
-    typer.Option(callback=_at_least(0, MAX_PORT), help="The gateway's HTTP port; 0: any free one."),
+    typer.Option(
+        callback=_at_least(0, MAX_PORT),
+        help="The gateway's HTTP port; 0: any free one.",
+        rich_help_panel=NETWORK,
+    ),
 ]
 WorkerPortOption = Annotated[
     int,

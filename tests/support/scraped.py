@@ -45,7 +45,7 @@ def make_state() -> ClusterState:
             Join(Role.ATTN, "h:1", "cpu", 7, FINGERPRINT, rank + 1, "float32", "here", rank)
         )
         if rank == 0:
-            load = AttentionLoad(2, 3, 6, 8, 4)
+            load = AttentionLoad(2, 3, 6, 8, 4, 8)
             links = (LinkStats("attn 0", "expert 1", "nixl", 5, 600, 700, 80, 9, 10, 1.5),)
             report = StatusReport(
                 MemberState.READY, attention_load=load, links=links, engine_metrics=ENGINE

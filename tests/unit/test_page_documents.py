@@ -31,7 +31,7 @@ SERVED = ServedModel("small", MODEL, None)
 PARALLEL = ParallelConfig(
     attn_devices=2, dp_size=2, expert_devices=2, ep_size=2, num_redundant_experts=2
 )
-LOAD = AttentionLoad(3, 1, free_kv_blocks=6, total_kv_blocks=8, kv_block_size=4)
+LOAD = AttentionLoad(3, 1, free_kv_blocks=6, total_kv_blocks=8, kv_block_size=4, max_num_seqs=8)
 
 
 def link(source: int, target: int, number: int) -> LinkStats:

@@ -25,7 +25,9 @@ def state_after(seconds: int, *, attn_epoch: int = 2, size: int = 1) -> ClusterS
     """Each second: 10 steps of 20 ms, 30 tokens, 1 MB both ways, 5 dispatches."""
     parallel = ParallelConfig(attn_devices=size, dp_size=size, expert_devices=2, ep_size=2)
     parallel = parallel.with_model(MODEL)
-    load = AttentionLoad(2, 1, free_kv_blocks=6, total_kv_blocks=8, kv_block_size=16)
+    load = AttentionLoad(
+        2, 1, free_kv_blocks=6, total_kv_blocks=8, kv_block_size=16, max_num_seqs=8
+    )
     moved = 500_000 * seconds
     link = LinkStats("attn 0", "expert 1", "nixl", 5 * seconds, moved, moved, 0, 0, 0)
     metrics = EngineMetrics(10 * seconds, 0.2 * seconds, *[0.0] * 8, output_tokens=30 * seconds)
