@@ -24,6 +24,7 @@ from gateway.http.sse import EventFrame
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import RequestError
+from moe_core.trace_context import traceparent_of
 
 
 class ConversationBody(Body):
@@ -66,6 +67,7 @@ async def chat_completions(request: Request) -> Answer:
         ),
         priority=body.priority or 0,
         caller=caller_of(request),
+        traceparent=traceparent_of(request.headers),
     )
     names = TokenNames(context.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     return Answer(

@@ -23,6 +23,7 @@ from gateway.http.sse import EventFrame
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import RequestError
+from moe_core.trace_context import traceparent_of
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -81,6 +82,7 @@ def _requests(
             sampling=sampling,
             priority=body.priority or 0,
             caller=caller_of(request),
+            traceparent=traceparent_of(request.headers),
         )
         for number, prompt in enumerate(prompts)
     ]
