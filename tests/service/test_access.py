@@ -40,6 +40,7 @@ UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMI
 NO_CONNECTION = grpc.StatusCode.UNAVAILABLE
 HEALTH = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/"
+VLLM = "/vllm.grpc.engine.VllmEngine/"
 GATEWAY, ATTN, EXPERT = PeerRole.GATEWAY, PeerRole.ATTN, PeerRole.EXPERT
 CLIENT, ADMIN = PeerRole.CLIENT, PeerRole.ADMIN
 
@@ -140,12 +141,14 @@ async def test_key_opens_the_public_service_and_nothing_internal(
 ) -> None:
     own = None if role is None else secured.authority.issue(role)
     answers = await secured.answers("cluster" if role else "public", own, secured.with_key)
-    public = ("/epserve.v1.Gateway/", REFLECTION, HEALTH)
+    public = ("/epserve.v1.Gateway/", VLLM, REFLECTION, HEALTH)
     assert not_refused(answers, *public, codes=(DENIED,)) == []
     allowed = {path: code for path, code in answers.items() if path.startswith(public)}
     refusals = (UNAUTHENTICATED, DENIED, NO_CONNECTION)
     assert [path for path, code in allowed.items() if code in refusals] == [
-        "/epserve.v1.Gateway/Generate"  # UNAVAILABLE: this cluster has no attention process
+        # UNAVAILABLE: this cluster has no attention process
+        "/epserve.v1.Gateway/Generate",
+        f"{VLLM}Generate",
     ]
 
 

@@ -40,7 +40,7 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
     [
         (["serve"], "Missing option '--model'"),
         (["serve", "--model", str(TINY), "--dp-size", "3"], "dp_size=3: must be a power of two"),
-        (["serve", "--model", str(TINY), "--dtype", "int4"], "'--dtype': 'int4' is not one of"),
+        (["serve", "--model", str(TINY), "--dtype", "int4"], "'int4' is not one of"),
         (["serve", "--model", str(TINY), "--nonsense"], "--nonsense"),
         (["serve", "--model", str(TINY), "--microbatches", "4"], "'4' is not one of"),
         (["serve", "--model", str(TINY), "--kv-cache-memory", "lots"], "kv_cache_memory='lots'"),

@@ -49,7 +49,7 @@ def test_help_names_variable_and_default_of_every_option(
     for option in settings_of(commands()[name]):
         assert f"env var: {variable_of(option.name)}" in words
         if option.default is not None and not option.is_flag:
-            assert f"{variable_of(option.name)}; default: {option.default}]" in words
+            assert f"{variable_of(option.name)}; default: {option.default}" in words
 
 
 def test_options_stand_under_headings_and_the_rest_last(capsys: pytest.CaptureFixture[str]):

@@ -10,6 +10,7 @@ from attn_service.settings import AttnSettings
 from epserve import cli, process_commands
 from epserve.launch_plan import ClusterSettings
 from expert_service.process import ExpertSettings
+from gateway.entrance import QueueLimits
 from gateway.process import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
 
@@ -40,6 +41,7 @@ WORKER = """
 model: m
 gateway: far:7
 host: 0.0.0.0
+insecure: true
 port: 8
 advertise-address: near:8
 rank: 1
@@ -47,6 +49,17 @@ device: cuda:1
 dtype: bfloat16
 transport: grpc
 threads: 2
+otlp-traces-endpoint: http://127.0.0.1:4317
+"""
+GATEWAY = """
+host: 0.0.0.0
+insecure: true
+grpc-port: 7
+port: 8
+cluster-port: 9
+max-queued-requests: 10
+api-keys: keys.yaml
+otlp-traces-endpoint: http://127.0.0.1:4317
 """
 CACHE = """
 kv-cache-memory: 1KiB
@@ -59,7 +72,7 @@ microbatches: 2
 @pytest.fixture
 def settings_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """What the function at a dotted path is called with when a command runs with a file."""
-    monkeypatch.setattr(process_commands, "_configure_logging", lambda _debug: None)
+    monkeypatch.setattr(process_commands, "_configure_logging", lambda *_: None)
 
     def run(command: str, function: str, content: str) -> object:
         given: list[object] = []
@@ -72,9 +85,19 @@ def settings_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_the_gateway_gets_its_settings(settings_of_run: Run):
-    content = f"{PARALLEL}model: m\nhost: 0.0.0.0\ngrpc-port: 7\nmodel-name: other\n"
+    content = f"{PARALLEL}{GATEWAY}model: m\nmodel-name: other\n"
     assert settings_of_run("gateway", "gateway.process.main", content) == GatewaySettings(
-        model=Path("m"), host="0.0.0.0", port=7, parallel=CUT, model_name="other"
+        model=Path("m"),
+        host="0.0.0.0",
+        port=7,
+        http_port=8,
+        cluster_port=9,
+        parallel=CUT,
+        model_name="other",
+        limits=QueueLimits(max_requests=10),
+        insecure=True,
+        api_keys=Path("keys.yaml"),
+        otlp_traces_endpoint="http://127.0.0.1:4317",
     )
 
 
@@ -83,6 +106,8 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         gateway="far:7",
         model=Path("m"),
         host="0.0.0.0",
+        insecure=True,
+        otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
         rank=1,
@@ -102,6 +127,8 @@ def test_an_expert_process_gets_its_settings(settings_of_run: Run):
         gateway="far:7",
         model=Path("m"),
         host="0.0.0.0",
+        insecure=True,
+        otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
         rank=1,
@@ -113,8 +140,8 @@ def test_an_expert_process_gets_its_settings(settings_of_run: Run):
 
 
 def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
-    content = f"{PARALLEL}{CACHE}model: m\ntransport: grpc\ndevice: cpu\ndtype: float32\n"
-    content += "host: 0.0.0.0\ngrpc-port: 7\ndebug: true\n"
+    content = f"{PARALLEL}{CACHE}{GATEWAY}model: m\ntransport: grpc\ndevice: cpu\n"
+    content += "dtype: float32\nlog-json: true\ndebug: true\n"
     assert settings_of_run("serve", "epserve.serve.serve", content) == ClusterSettings(
         model=Path("m").absolute(),
         parallel=CUT,
@@ -123,6 +150,13 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         dtype="float32",
         host="0.0.0.0",
         grpc_port=7,
+        http_port=8,
+        cluster_port=9,
+        max_queued_requests=10,
+        insecure=True,
+        api_keys=Path("keys.yaml").absolute(),
+        otlp_traces_endpoint="http://127.0.0.1:4317",
+        log_json=True,
         kv_cache_memory=1024,
         block_size=32,
         max_num_seqs=5,
