@@ -38,8 +38,15 @@ ACCEPTABLE = {
 
 
 # (route, valid body) of the gateway's HTTP server; each gets a cluster and NUM_BODIES mutations.
-BODIES: tuple[tuple[str, bytes], ...] = ()
-NUM_BODIES = 5_000
+BODIES = (
+    (
+        "/v1/completions",
+        b'{"prompt": [5, 6, 7], "max_tokens": 2, "seed": 1, "stop": ["x"]}',
+    ),
+    ("/tokenize", b'{"prompt": "The for statement", "add_special_tokens": false}'),
+    ("/detokenize", b'{"tokens": [5, 6, 7]}'),
+)
+NUM_BODIES = 3_000
 
 
 class Sender:
