@@ -23,7 +23,7 @@ from support.served_cluster import DEADLINE_S, ServedCluster, connected, greedy,
 
 MEMBER_FIELDS = {
     *("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank"),
-    *("pid", "address", "device", "state", "experts", "metrics"),
+    *("pid", "address", "device", "state", "experts", "metrics", "queued_requests"),
 }
 LINK_FIELDS = {
     *("source", "target", "transport"),
@@ -37,7 +37,7 @@ LAYOUT = (
     *("--transport", "nixl", "--dtype", "float64"),
 )
 PROCESSES = {
-    "gateway": {"epserve.v1.Gateway", "epserve.v1.ClusterService"},
+    "gateway": {"epserve.v1.Gateway", "epserve.v1.ClusterService", "vllm.grpc.engine.VllmEngine"},
     "attn_0": {"epserve.v1.AttentionService"},
     "attn_1": {"epserve.v1.AttentionService"},
     "expert_0": {"epserve.v1.ExpertService"},
