@@ -114,11 +114,6 @@ class Generator:
         found.abort()
         return True
 
-    @property
-    def num_under_way(self) -> int:
-        """Requests that were admitted and have not ended."""
-        return len(self._live)
-
     def reconcile(self) -> None:
         """The cluster has changed: there may be room, or nobody left to wait for."""
         self._room.pump()

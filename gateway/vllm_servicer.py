@@ -109,7 +109,7 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
         return pb.GetServerInfoResponse(
-            active_requests=self._generator.num_under_way,
+            active_requests=len(self._generator.under_way),
             last_receive_timestamp=self._last_receive_time,
             uptime_seconds=time.monotonic() - self._started,
             server_type=SERVER_TYPE,
