@@ -6,7 +6,6 @@ no cluster process itself.
 
 import ctypes
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
-from moe_core.service.addresses import join_address
+from moe_core.service.addresses import bound_socket, join_address
 from moe_core.service.binding import require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.peer_roles import PeerRole
@@ -230,25 +229,12 @@ def _with_ports(settings: ClusterSettings) -> ClusterSettings:
 def _held_port(setting: str, host: str, port: int) -> Iterator[int]:
     """The port (0: a free one), which nobody else gets meanwhile."""
     try:
-        found = socket.getaddrinfo(
-            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, where = found[0]
-        probe = socket.socket(family, kind, protocol)
+        probe = bound_socket(host, port)
     except OSError as error:
-        raise _no_port(setting, host, port, error) from None
+        rule = f"cannot listen on {join_address(host, port)}: {error.strerror or error}"
+        raise ConfigError(setting, port, rule, ["0 (any free one)"]) from None
     with probe:
-        try:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-        except OSError as error:
-            raise _no_port(setting, host, port, error) from None
         yield int(probe.getsockname()[1])
-
-
-def _no_port(setting: str, host: str, port: int, error: OSError) -> ConfigError:
-    rule = f"cannot listen on {join_address(host, port)}: {error.strerror or error}"
-    return ConfigError(setting, port, rule, ["0 (any free one)"])
 
 
 def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:

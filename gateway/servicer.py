@@ -19,7 +19,7 @@ from gateway.requests import Chunk, GenerationRequest, Sampling
 from moe_core import trace_context
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
-from moe_core.service.access import authorization
+from moe_core.service.access import authorization, sent_metadata
 from moe_core.service.cluster_codec import cluster_to_pb
 from moe_core.service.grpc_host import GrpcHost
 
@@ -53,7 +53,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
         # Whether there is one was checked before; this says whose.
         caller = self._keys.authenticate(authorization(context))
-        traceparent = _metadata(context, trace_context.HEADER)
+        traceparent = sent_metadata(context, trace_context.HEADER) or ""
         asked = replace(request_from_pb(request), caller=caller, traceparent=traceparent)
         async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
@@ -83,14 +83,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             return cluster_to_pb(state)
         self._expert_totals.update(state)
         return cluster_to_pb(replace(state, expert_load=self._expert_totals.load))
-
-
-def _metadata(context: Context, name: str) -> str:
-    """What the client has sent under `name`, or nothing."""
-    for key, value in context.invocation_metadata() or ():
-        if key == name and isinstance(value, str):
-            return value
-    return ""
 
 
 def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from gateway.http.tls import HttpsContext
 from moe_core.errors import ConfigError
-from moe_core.service.addresses import join_address
+from moe_core.service.addresses import bound_socket, join_address
 from moe_core.service.certificates import Certificates
 
 BACKLOG = 2048
@@ -67,26 +67,26 @@ class _Server(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        found = socket.getaddrinfo(
-            host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, where = found[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = bound_socket(host, port)
     except socket.gaierror as error:
         raise ConfigError("host", host, f"is no address: {error.strerror}") from None
+    except OSError as error:
+        raise _no_port(host, port, error) from None
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
         listener.listen(BACKLOG)
-        listener.setblocking(False)
     except OSError as error:
         listener.close()
-        code = error.errno if error.errno in errno.errorcode else None
-        reason = os.strerror(code) if code is not None else str(error)
-        raise ConfigError(
-            "port",
-            port,
-            f"cannot listen on {join_address(host, port)}: {reason}",
-            ["another port", "0 (any free one)"],
-        ) from None
+        raise _no_port(host, port, error) from None
+    listener.setblocking(False)
     return listener
+
+
+def _no_port(host: str, port: int, error: OSError) -> ConfigError:
+    code = error.errno if error.errno in errno.errorcode else None
+    reason = os.strerror(code) if code is not None else str(error)
+    return ConfigError(
+        "port",
+        port,
+        f"cannot listen on {join_address(host, port)}: {reason}",
+        ["another port", "0 (any free one)"],
+    )

@@ -82,7 +82,12 @@ class AccessCheck:
 
 def authorization(context: Any) -> str | None:  # noqa: ANN401
     """What the caller sent as `authorization`, the first if there are several."""
-    for name, value in context.invocation_metadata() or ():
-        if name == AUTHORIZATION:
+    return sent_metadata(context, AUTHORIZATION)
+
+
+def sent_metadata(context: Any, name: str) -> str | None:  # noqa: ANN401
+    """What the caller sent under `name`, the first if there are several."""
+    for key, value in context.invocation_metadata() or ():
+        if key == name:
             return value if isinstance(value, str) else None
     return None

@@ -92,3 +92,20 @@ def host_id() -> str:
 def new_instance_epoch() -> int:
     """Names this start of this process: later starts on the same host get larger numbers."""
     return time.time_ns()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A TCP socket bound to host:port (0: any free one), not listening yet. Raises OSError, of
+    which socket.gaierror says that `host` is no address."""
+    found = socket.getaddrinfo(
+        host.strip("[]") or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, where = found[0]
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(where)
+    except OSError:
+        bound.close()
+        raise
+    return bound
