@@ -20,6 +20,7 @@ from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.kv_blocks import BlockPool
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.placements import Placements
 from attn_service.rendezvous import Group
 from attn_service.settings import AttnSettings
 from attn_service.tensor_parallel import GroupRank
@@ -31,7 +32,6 @@ from moe_core.model.decoder import Decoder
 from moe_core.model.kv_cache import KvCache
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights
-from moe_core.placement import ExpertPlacement
 from moe_core.service.addresses import host_id
 from moe_core.service.certificates import Certificates
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
@@ -55,7 +55,7 @@ class Site:
     rank: int
     instance_epoch: int
     parallel: ParallelConfig
-    placement: ExpertPlacement
+    placements: Placements
     tls: Certificates | None = None
 
     @property
@@ -94,10 +94,9 @@ def make_links(
         return ExpertClient(
             links,
             site.parallel,
-            site.placement,
+            site.placements,
             tensor_parallel,
             expert_wait_s=site.settings.expert_wait_s,
-            device=site.device,
             turn_offset=site.group_rank.dp_rank,
         )
 
@@ -176,7 +175,7 @@ def _engine(
         BlockPool(terms.num_blocks, terms.block_size),
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
-        placement_epoch=site.placement.epoch,
+        placement_epoch=lambda: site.placements.newest.epoch,
         microbatches=microbatches,
         observer=observer,
     )

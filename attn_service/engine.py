@@ -12,6 +12,7 @@ when the step is over, since the step still writes to its KV blocks.
 import asyncio
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
@@ -68,7 +69,10 @@ class EngineObserver(Protocol):
 
 
 class Engine:
-    """`run` must be running for anything to happen; `open_stream` is how work comes in."""
+    """`run` must be running for anything to happen; `open_stream` is how work comes in.
+
+    placement_epoch: the one that the next step is to use.
+    """
 
     def __init__(
         self,
@@ -77,7 +81,7 @@ class Engine:
         config: SchedulerConfig,
         *,
         vocab_size: int,
-        placement_epoch: int,
+        placement_epoch: Callable[[], int],
         microbatches: MicrobatchRule = ALWAYS_ONE,
         observer: EngineObserver | None = None,
     ) -> None:
@@ -251,7 +255,7 @@ class Engine:
         self.step += 1
         slices = tuple(map(slice_of, scheduled))
         count = self._microbatches.count(slices)
-        return StepPlan(self.step, self._placement_epoch, slices, count)
+        return StepPlan(self.step, self._placement_epoch(), slices, count)
 
     def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> float:
         """Count what was computed, sample where a sequence has caught up, and put it out. Returns

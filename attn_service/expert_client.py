@@ -1,6 +1,6 @@
 """The attention side of the exchange: one layer's tokens out to the expert tier, one sum back.
 
-Implements `Experts` over one `ExpertLink` per expert process. Knows the placement and the
+Implements `Experts` over one `ExpertLink` per expert process. Knows the placements and the
 attention TP group; knows no wire (moe_core/transport does) and no model.
 
 Invariants:
@@ -27,16 +27,15 @@ from torch import Tensor
 
 from attn_service.dispatch_plan import (
     GroupDispatch,
-    LayerTables,
     plan_dispatch,
     with_shared_weight,
 )
 from attn_service.experts import Combined, ExpertTimes, StepKey
+from attn_service.placements import Placements
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import PeerFailedError, TransportError
 from moe_core.model.experts import accumulation_dtype
 from moe_core.model.tensor_parallel import TensorParallel
-from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import Combine, Dispatch, DispatchKey, ExpertLink, PendingCombine
 
 _MAX_EXPERTS_IN_ERRORS = 16
@@ -69,25 +68,20 @@ class ExpertClient:
         self,
         links: Sequence[ExpertLink],
         parallel: ParallelConfig,
-        placement: ExpertPlacement,
+        placements: Placements,
         tensor_parallel: TensorParallel,
         *,
         expert_wait_s: float,
-        device: torch.device,
         turn_offset: int = 0,
     ) -> None:
         if len(links) != parallel.expert_devices:
             raise ValueError(f"{len(links)} links for {parallel.expert_devices} expert processes")
         self._links = tuple(links)
         self._parallel = parallel
-        self._placement = placement
+        self._placements = placements
         self._tensor_parallel = tensor_parallel
         self._expert_wait_s = expert_wait_s
         self._turn_offset = turn_offset
-        self._tables = {
-            layer.layer_id: LayerTables.build(layer, placement.ep_size, device)
-            for layer in placement.layers
-        }
 
     async def dispatch(
         self,
@@ -104,7 +98,7 @@ class ExpertClient:
         own = slice(start, start + sizes[tensor_parallel.rank])
         deadline = asyncio.get_running_loop().time() + self._expert_wait_s
         groups = plan_dispatch(
-            self._tables[layer_id],
+            self._placements.tables(key.placement_epoch, layer_id),
             topk_ids[own],
             self._parallel.degree,
             self._parallel.shared_on_experts,
@@ -164,14 +158,14 @@ class ExpertClient:
 
     def explain(self, error: TransportError, sent: _Sent) -> TransportError:
         """The same error, saying also which experts were needed from that peer."""
-        layer_id, physical_ids = sent.dispatch.key.layer_id, sent.group.physical_ids
-        placement = self._placement.layer(layer_id)
+        key, physical_ids = sent.dispatch.key, sent.group.physical_ids
+        placement = self._placements.at(key.placement_epoch).layer(key.layer_id)
         physical = torch.unique(physical_ids[physical_ids >= 0]).tolist()
         logical = placement.physical_to_logical
         names = [str(logical[p]) if p < placement.num_physical else "shared" for p in physical]
         shown = ", ".join(dict.fromkeys(names[:_MAX_EXPERTS_IN_ERRORS]))
         more = ", …" if len(names) > _MAX_EXPERTS_IN_ERRORS else ""
-        text = f"{error} (for layer {layer_id}, experts {shown}{more})"
+        text = f"{error} (for layer {key.layer_id}, experts {shown}{more})"
         if isinstance(error, PeerFailedError):
             return PeerFailedError(text, error.code)
         return type(error)(text)

@@ -18,6 +18,7 @@ from attn_service.expert_links import ExpertLinks
 from attn_service.follow import Followers, GroupTerms
 from attn_service.kv_agreement import KvOffer, agree
 from attn_service.kv_budget import num_kv_blocks
+from attn_service.placements import Placements
 from attn_service.rendezvous import Group, meet
 from attn_service.servicer import SERVICE_NAME, AttentionServicer, add_to_server
 from attn_service.settings import AttnSettings
@@ -176,7 +177,7 @@ class AttentionProcess:
             rank=membership.rank,
             instance_epoch=join.instance_epoch,
             parallel=membership.parallel.with_model(model),
-            placement=membership.state.placement,
+            placements=Placements(membership.state.placement, self._device),
             tls=self._tls,
         )
         return site, membership

@@ -20,11 +20,11 @@ from moe_core.service.cluster_codec import (
     cluster_to_pb,
     expert_load_from_pb,
     join_from_pb,
-    parallel_to_pb,
     report_from_pb,
     role_from_pb,
 )
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.layout_codec import parallel_to_pb
 from moe_core.service.peer_roles import PeerRole, require_role
 
 log = structlog.get_logger(__name__)

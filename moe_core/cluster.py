@@ -93,7 +93,8 @@ class LinkStats:
 @dataclass(frozen=True, slots=True)
 class Member:
     """One process. The ranks that its role does not have are None. expert_load is known to the
-    gateway only."""
+    gateway only. prepared_epoch, used_epoch: see StatusReport. leaving: it is asked to drain, and
+    then to leave."""
 
     role: Role
     rank: int
@@ -115,11 +116,17 @@ class Member:
     engine_metrics: EngineMetrics | None = None
     queued_requests: int = 0
     expert_load: ExpertLoad | None = None
+    prepared_epoch: int | None = None
+    used_epoch: int | None = None
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """What a worker says of itself when it joins. `rank` None asks for the lowest free one."""
+    """What a worker says of itself when it joins. `rank` None asks for the lowest free one.
+
+    placement, parallel: of a worker that was in the cluster before, the latest that it knows.
+    """
 
     role: Role
     address: str  # host:port where peers reach this worker's own server
@@ -130,11 +137,17 @@ class Join:
     dtype: str
     host_id: str
     rank: int | None = None
+    placement: ExpertPlacement | None = None
+    parallel: ParallelConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
-    """What a worker says of itself from time to time; each report replaces the one before."""
+    """What a worker says of itself from time to time; each report replaces the one before.
+
+    prepared_epoch: of an expert process, the newest placement that it can serve. used_epoch: of an
+    attention process, the oldest placement that a step of its may still use.
+    """
 
     state: MemberState
     detail: str = ""
@@ -142,17 +155,33 @@ class StatusReport:
     attention_load: AttentionLoad | None = None
     links: tuple[LinkStats, ...] = ()
     engine_metrics: EngineMetrics | None = None
+    prepared_epoch: int | None = None
+    used_epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TierSizes:
+    """How many processes each tier is to have."""
+
+    attn_devices: int
+    expert_devices: int
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """expert_load: of all attention groups; None except in an answer to who asked for it."""
+    """expert_load: of all attention groups; None except in an answer to who asked for it.
+
+    next_placement: what expert processes are to prepare for, while all still use `placement`.
+    target: what the tiers are to grow or shrink to; None where they are as they should be.
+    """
 
     version: int
     parallel: ParallelConfig
     members: tuple[Member, ...]
     placement: ExpertPlacement
     expert_load: ExpertLoad | None = None
+    next_placement: ExpertPlacement | None = None
+    target: TierSizes | None = None
 
     def tier(self, role: Role) -> tuple[Member, ...]:
         """The members of one role in rank order."""

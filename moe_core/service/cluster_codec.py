@@ -6,6 +6,7 @@ missing part) is refused with a RequestError that names the field.
 
 import math
 from dataclasses import fields
+from typing import Literal
 
 from moe_core.cluster import (
     AttentionLoad,
@@ -18,11 +19,16 @@ from moe_core.cluster import (
     MemberState,
     Role,
     StatusReport,
+    TierSizes,
 )
-from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
-from moe_core.placement import ExpertPlacement, LayerPlacement
+from moe_core.service.layout_codec import (
+    parallel_from_pb,
+    parallel_to_pb,
+    placement_from_pb,
+    placement_to_pb,
+)
 
 ROLES = {
     Role.GATEWAY: pb.ROLE_GATEWAY,
@@ -71,6 +77,8 @@ def join_to_pb(join: Join) -> pb.Join:
         instance_epoch=join.instance_epoch,
         dtype=join.dtype,
         host_id=join.host_id,
+        placement=None if join.placement is None else placement_to_pb(join.placement),
+        parallel=None if join.parallel is None else parallel_to_pb(join.parallel),
     )
 
 
@@ -85,6 +93,8 @@ def join_from_pb(message: pb.Join) -> Join:
         instance_epoch=message.instance_epoch,
         dtype=message.dtype,
         host_id=message.host_id,
+        placement=(placement_from_pb(message.placement) if message.HasField("placement") else None),
+        parallel=parallel_from_pb(message.parallel) if message.HasField("parallel") else None,
     )
 
 
@@ -96,6 +106,8 @@ def report_to_pb(report: StatusReport) -> pb.StatusReport:
         attention_load=load_to_pb(report.attention_load),
         engine_metrics=metrics_to_pb(report.engine_metrics),
         links=[link_to_pb(link) for link in report.links],
+        prepared_epoch=report.prepared_epoch,
+        used_epoch=report.used_epoch,
     )
 
 
@@ -107,7 +119,16 @@ def report_from_pb(message: pb.StatusReport) -> StatusReport:
         attention_load=load_from_pb(message),
         engine_metrics=metrics_from_pb(message),
         links=tuple(link_from_pb(link) for link in message.links),
+        prepared_epoch=_epoch(message, "prepared_epoch"),
+        used_epoch=_epoch(message, "used_epoch"),
     )
+
+
+def _epoch(
+    message: pb.StatusReport | pb.Member, name: Literal["prepared_epoch", "used_epoch"]
+) -> int | None:
+    epoch: int = getattr(message, name)
+    return epoch if message.HasField(name) else None
 
 
 def load_to_pb(load: AttentionLoad | None) -> pb.AttentionLoad | None:
@@ -163,37 +184,6 @@ def link_from_pb(message: pb.LinkStats) -> LinkStats:
     return LinkStats(**{name: getattr(message, name) for name in LINK_FIELDS})
 
 
-def parallel_to_pb(parallel: ParallelConfig) -> pb.ParallelSettings:
-    """`parallel` must be resolved: nothing in it follows the model any more."""
-    assert parallel.enable_mla is not None
-    assert parallel.expert_parallel_degree is not None
-    return pb.ParallelSettings(
-        attn_devices=parallel.attn_devices,
-        expert_devices=parallel.expert_devices,
-        dp_size=parallel.dp_size,
-        ep_size=parallel.ep_size,
-        enable_mla=parallel.enable_mla,
-        expert_parallel_degree=parallel.expert_parallel_degree,
-        num_redundant_experts=parallel.num_redundant_experts,
-        shared_experts=parallel.shared_experts,
-        colocated=parallel.colocated,
-    )
-
-
-def parallel_from_pb(message: pb.ParallelSettings) -> ParallelConfig:
-    return ParallelConfig(
-        attn_devices=message.attn_devices,
-        expert_devices=message.expert_devices,
-        dp_size=message.dp_size,
-        ep_size=message.ep_size,
-        enable_mla=message.enable_mla,
-        expert_parallel_degree=message.expert_parallel_degree,
-        num_redundant_experts=message.num_redundant_experts,
-        shared_experts=message.shared_experts,
-        colocated=message.colocated,
-    )
-
-
 def member_to_pb(member: Member) -> pb.Member:
     """Without expert_load, which stays with the gateway."""
     return pb.Member(
@@ -212,6 +202,9 @@ def member_to_pb(member: Member) -> pb.Member:
         links=[link_to_pb(link) for link in member.links],
         experts=member.experts,
         queued_requests=member.queued_requests,
+        prepared_epoch=member.prepared_epoch,
+        used_epoch=member.used_epoch,
+        leaving=member.leaving,
         **{name: getattr(member, name) for name in RANKS},
     )
 
@@ -234,39 +227,10 @@ def member_from_pb(message: pb.Member) -> Member:
         links=tuple(link_from_pb(link) for link in message.links),
         experts=message.experts,
         queued_requests=message.queued_requests,
+        leaving=message.leaving,
+        prepared_epoch=_epoch(message, "prepared_epoch"),
+        used_epoch=_epoch(message, "used_epoch"),
         **ranks,
-    )
-
-
-def placement_to_pb(placement: ExpertPlacement) -> pb.Placement:
-    return pb.Placement(
-        epoch=placement.epoch,
-        num_logical_experts=placement.num_logical_experts,
-        ep_size=placement.ep_size,
-        layers=[
-            pb.LayerPlacement(
-                layer_id=layer.layer_id,
-                physical_to_logical=layer.physical_to_logical,
-                physical_to_ep_rank=layer.physical_to_ep_rank,
-            )
-            for layer in placement.layers
-        ],
-    )
-
-
-def placement_from_pb(message: pb.Placement) -> ExpertPlacement:
-    return ExpertPlacement(
-        epoch=message.epoch,
-        num_logical_experts=message.num_logical_experts,
-        ep_size=message.ep_size,
-        layers=tuple(
-            LayerPlacement(
-                layer_id=layer.layer_id,
-                physical_to_logical=tuple(layer.physical_to_logical),
-                physical_to_ep_rank=tuple(layer.physical_to_ep_rank),
-            )
-            for layer in message.layers
-        ),
     )
 
 
@@ -277,6 +241,16 @@ def cluster_to_pb(state: ClusterState) -> pb.ClusterState:
         members=[member_to_pb(member) for member in state.members],
         placement=placement_to_pb(state.placement),
         expert_load=None if state.expert_load is None else expert_load_to_pb(state.expert_load),
+        next_placement=(
+            None if state.next_placement is None else placement_to_pb(state.next_placement)
+        ),
+        target=(
+            None
+            if state.target is None
+            else pb.TierSizes(
+                attn_devices=state.target.attn_devices, expert_devices=state.target.expert_devices
+            )
+        ),
     )
 
 
@@ -288,5 +262,15 @@ def cluster_from_pb(message: pb.ClusterState) -> ClusterState:
         placement=placement_from_pb(message.placement),
         expert_load=(
             expert_load_from_pb(message.expert_load) if message.HasField("expert_load") else None
+        ),
+        next_placement=(
+            placement_from_pb(message.next_placement)
+            if message.HasField("next_placement")
+            else None
+        ),
+        target=(
+            TierSizes(message.target.attn_devices, message.target.expert_devices)
+            if message.HasField("target")
+            else None
         ),
     )

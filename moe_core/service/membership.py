@@ -37,10 +37,10 @@ from moe_core.service.cluster_codec import (
     cluster_from_pb,
     expert_load_to_pb,
     join_to_pb,
-    parallel_from_pb,
     report_to_pb,
 )
 from moe_core.service.grpc_channel import error_from_rpc, open_channel
+from moe_core.service.layout_codec import parallel_from_pb
 from moe_core.service.lease import Lease
 from moe_core.service.peer_roles import PeerRole
 

@@ -62,7 +62,7 @@ async def serving() -> AsyncIterator[Service]:
         BlockPool(NUM_BLOCKS, runner.block_size),
         SchedulerConfig(max_num_seqs=4, max_step_tokens=8, max_model_len=64),
         vocab_size=VOCAB,
-        placement_epoch=0,
+        placement_epoch=lambda: 0,
     )
     servicer = AttentionServicer()
     servicer.lead(engine)

@@ -12,6 +12,7 @@ from torch import Tensor
 from attn_service.dispatch_plan import LayerTables, plan_dispatch
 from attn_service.expert_client import ExpertClient
 from attn_service.experts import StepKey
+from attn_service.placements import Placements
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
@@ -58,10 +59,9 @@ class Tier:
         return ExpertClient(
             self.links,
             self.parallel,
-            self.placement,
+            Placements(self.placement, CPU),
             tensor_parallel or NoTensorParallel(),
             expert_wait_s=wait_s,
-            device=CPU,
         )
 
     async def run(self, routing: Routing) -> Tensor:

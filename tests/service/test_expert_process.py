@@ -11,6 +11,7 @@ import torch
 import epserve
 from attn_service.expert_client import ExpertClient
 from attn_service.experts import StepKey
+from attn_service.placements import Placements
 from expert_service.process import ExpertProcess, ExpertSettings
 from expert_service.servicer import ExchangeGate
 from gateway.process import GatewayService, GatewaySettings
@@ -105,10 +106,9 @@ async def connected_client(
         yield ExpertClient(
             links,
             parallel,
-            state.placement,
+            Placements(state.placement, CPU),
             NoTensorParallel(),
             expert_wait_s=TIMEOUT_S,
-            device=CPU,
         )
 
 

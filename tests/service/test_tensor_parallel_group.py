@@ -87,7 +87,7 @@ async def group(leader_epoch: int = TERMS.leader_instance_epoch) -> AsyncIterato
             BlockPool(TERMS.num_blocks, TERMS.block_size),
             SchedulerConfig(max_num_seqs=4, max_step_tokens=16, max_model_len=32),
             vocab_size=VOCAB,
-            placement_epoch=0,
+            placement_epoch=lambda: 0,
         )
         async with asyncio.timeout(START_TIMEOUT_S):
             if leader_epoch == TERMS.leader_instance_epoch:

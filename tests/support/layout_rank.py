@@ -15,6 +15,7 @@ from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.placements import Placements
 from attn_service.sequence import SequenceSlice, StepPlan
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
@@ -105,9 +106,8 @@ def build_runner(
     cache = KvCache.allocate(
         config, parallel.enable_mla, tp.size, num_blocks, BLOCK_SIZE, layout.dtype, layout.device
     )
-    client = ExpertClient(
-        links, parallel, layout.placement, tp, expert_wait_s=EXPERT_WAIT_S, device=layout.device
-    )
+    placements = Placements(layout.placement, layout.device)
+    client = ExpertClient(links, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
     experts = GroupExperts(client, tp)
     decoder = Decoder(config, weights, parallel.enable_mla, tp)
     return ModelRunner(decoder, cache, experts, layout.device), experts

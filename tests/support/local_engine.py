@@ -19,6 +19,7 @@ from attn_service.engine_stream import EngineStream
 from attn_service.expert_client import ExpertClient
 from attn_service.follow import GroupTerms
 from attn_service.microbatches import MicrobatchRule
+from attn_service.placements import Placements
 from attn_service.sequence import SequenceRequest
 from attn_service.settings import AttnSettings
 from expert_service.batcher import Batcher
@@ -141,10 +142,9 @@ def _experts(site: Site, links: tuple[LocalLink, ...]) -> ExpertClient:
     return ExpertClient(
         links,
         site.parallel,
-        site.placement,
+        Placements(site.placement, site.device),
         NoTensorParallel(),
         expert_wait_s=EXPERT_WAIT_S,
-        device=site.device,
     )
 
 

@@ -29,7 +29,7 @@ async def running_engine(
         BlockPool(num_blocks, runner.block_size),
         SchedulerConfig(max_num_seqs, budget, MAX_MODEL_LEN),
         vocab_size=VOCAB,
-        placement_epoch=placement_epoch,
+        placement_epoch=lambda: placement_epoch,
         microbatches=microbatches,
     )
     task = asyncio.create_task(engine.run())

@@ -92,7 +92,7 @@ def test_every_line_of_the_log_is_one_object_that_says_who_wrote_it(run: Run) ->
         ("gateway", 0), ("attn", 0), ("expert", 0), ("expert", 1),
     }  # fmt: skip
     for record in records:
-        assert record["level"] in ("info", "warning")
+        assert record["level"] in ("info", "warning"), record
         assert record["timestamp"]
         assert record["event"]
 

@@ -243,7 +243,11 @@ async def test_a_failure_that_is_not_the_experts_ends_everything_and_surfaces() 
             raise UnavailableError("attention group lost tp_rank 1")
 
     engine = Engine(
-        Lost(), BlockPool(8, 4), SchedulerConfig(2, 8, 16), vocab_size=VOCAB, placement_epoch=0
+        Lost(),
+        BlockPool(8, 4),
+        SchedulerConfig(2, 8, 16),
+        vocab_size=VOCAB,
+        placement_epoch=lambda: 0,
     )
     stream = engine.open_stream()
     stream.add(request("a", 1))

@@ -68,7 +68,7 @@ async def play(actions: list[tuple], num_blocks: int, block_size: int) -> None:
     runner = FakeRunner(block_size)
     pool = BlockPool(num_blocks, block_size)
     config = SchedulerConfig(4, 7, max_model_len=64, growth_blocks=0)
-    engine = Engine(runner, pool, config, vocab_size=VOCAB, placement_epoch=0)
+    engine = Engine(runner, pool, config, vocab_size=VOCAB, placement_epoch=lambda: 0)
     running = asyncio.create_task(engine.run())
     try:
         async with asyncio.timeout(TIMEOUT_S):

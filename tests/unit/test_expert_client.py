@@ -8,6 +8,7 @@ import torch
 
 from attn_service.expert_client import ExpertClient
 from attn_service.experts import StepKey
+from attn_service.placements import Placements
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import PeerFailedError, PeerLostError, PeerTimeoutError, TransportError
 from moe_core.model.tensor_parallel import NoTensorParallel
@@ -85,10 +86,8 @@ def links() -> list[FakeLink]:
 
 
 def make_client(links: list[FakeLink], wait_s: float = 10.0) -> ExpertClient:
-    placement = ExpertPlacement.initial(MODEL, PARALLEL)
-    return ExpertClient(
-        links, PARALLEL, placement, NoTensorParallel(), expert_wait_s=wait_s, device=CPU
-    )
+    placements = Placements(ExpertPlacement.initial(MODEL, PARALLEL), CPU)
+    return ExpertClient(links, PARALLEL, placements, NoTensorParallel(), expert_wait_s=wait_s)
 
 
 async def exchange(client: ExpertClient) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Addresses, statuses and the cluster's values on the wire, without any socket to a peer."""
 
+from dataclasses import replace
+
 import grpc
 import grpc.aio
 import pytest
@@ -15,6 +17,7 @@ from moe_core.cluster import (
     MemberState,
     Role,
     StatusReport,
+    TierSizes,
 )
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import (
@@ -53,13 +56,15 @@ def test_cluster_state_survives_the_wire() -> None:
         Member(
             Role.ATTN, 1, 2, "h:2", "cpu", MemberState.LOADING, 4, "here", 0, 1,
             detail="d", store_address="s", attention_load=LOAD, links=(LINK,),
-            engine_metrics=METRICS,
+            engine_metrics=METRICS, used_epoch=2,
         ),
         Member(Role.EXPERT, 0, 3, "h:3", "cuda:0", MemberState.FAILED, 5, "there",
-               ep_rank=0, etp_rank=0, experts=9),
+               ep_rank=0, etp_rank=0, experts=9, prepared_epoch=0, leaving=True),
     )  # fmt: skip
     placement = ExpertPlacement(3, 4, 2, (LayerPlacement(1, (0, 1, 2, 3), (0, 0, 1, 1)),))
-    state = ClusterState(7, parallel, members, placement, ExpertLoad((1,), ((2**40, 0, 1, 2),)))
+    load = ExpertLoad((1,), ((2**40, 0, 1, 2),))
+    later = replace(placement, epoch=4)
+    state = ClusterState(7, parallel, members, placement, load, later, TierSizes(2, 3))
     message = cluster_pb2.ClusterState.FromString(codec.cluster_to_pb(state).SerializeToString())
     assert codec.cluster_from_pb(message) == state
 
@@ -68,10 +73,14 @@ def test_cluster_state_survives_the_wire() -> None:
 def test_join_tells_rank_zero_from_no_rank(rank: int | None) -> None:
     join = Join(Role.EXPERT, "h:1", "cpu", 1, "f", 2, "bfloat16", "here", rank)
     assert codec.join_from_pb(codec.join_to_pb(join)) == join
+    placement = ExpertPlacement(1, 2, 1, (LayerPlacement(1, (0, 1), (0, 0)),))
+    again = replace(join, placement=placement, parallel=ParallelConfig(enable_mla=False,
+                    expert_parallel_degree=0))  # fmt: skip
+    assert codec.join_from_pb(codec.join_to_pb(again)) == again
 
 
 def test_report_survives_the_wire() -> None:
-    report = StatusReport(MemberState.READY, "d", "s", LOAD, (LINK,), METRICS)
+    report = StatusReport(MemberState.READY, "d", "s", LOAD, (LINK,), METRICS, 0, 3)
     assert codec.report_from_pb(codec.report_to_pb(report)) == report
     assert codec.report_from_pb(codec.report_to_pb(StatusReport(MemberState.READY))) == (
         StatusReport(MemberState.READY)

@@ -52,7 +52,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, assigned: _Optional[_Union[Assigned, _Mapping]] = ..., state: _Optional[_Union[ClusterState, _Mapping]] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("role", "rank", "address", "device", "pid", "model_fingerprint", "instance_epoch", "dtype", "host_id")
+    __slots__ = ("role", "rank", "address", "device", "pid", "model_fingerprint", "instance_epoch", "dtype", "host_id", "placement", "parallel")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,8 @@ class Join(_message.Message):
     INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    PARALLEL_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     address: str
@@ -71,23 +73,29 @@ class Join(_message.Message):
     instance_epoch: int
     dtype: str
     host_id: str
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
+    placement: Placement
+    parallel: ParallelSettings
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ...) -> None: ...
 
 class StatusReport(_message.Message):
-    __slots__ = ("state", "detail", "store_address", "attention_load", "links", "engine_metrics")
+    __slots__ = ("state", "detail", "store_address", "attention_load", "links", "engine_metrics", "prepared_epoch", "used_epoch")
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_LOAD_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_METRICS_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    USED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     state: MemberState
     detail: str
     store_address: str
     attention_load: AttentionLoad
     links: _containers.RepeatedCompositeFieldContainer[LinkStats]
     engine_metrics: EngineMetrics
-    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ...) -> None: ...
+    prepared_epoch: int
+    used_epoch: int
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size", "max_num_seqs")
@@ -206,7 +214,7 @@ class ParallelSettings(_message.Message):
     def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., enable_mla: _Optional[bool] = ..., expert_parallel_degree: _Optional[int] = ..., num_redundant_experts: _Optional[int] = ..., shared_experts: _Optional[str] = ..., colocated: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests")
+    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests", "prepared_epoch", "used_epoch", "leaving")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +234,9 @@ class Member(_message.Message):
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_METRICS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    USED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     dp_rank: int
@@ -245,7 +256,10 @@ class Member(_message.Message):
     experts: int
     engine_metrics: EngineMetrics
     queued_requests: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    prepared_epoch: int
+    used_epoch: int
+    leaving: bool
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("epoch", "num_logical_experts", "ep_size", "layers")
@@ -270,18 +284,30 @@ class LayerPlacement(_message.Message):
     def __init__(self, layer_id: _Optional[int] = ..., physical_to_logical: _Optional[_Iterable[int]] = ..., physical_to_ep_rank: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ClusterState(_message.Message):
-    __slots__ = ("version", "parallel", "members", "placement", "expert_load")
+    __slots__ = ("version", "parallel", "members", "placement", "expert_load", "next_placement", "target")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PARALLEL_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     EXPERT_LOAD_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     version: int
     parallel: ParallelSettings
     members: _containers.RepeatedCompositeFieldContainer[Member]
     placement: Placement
     expert_load: ExpertLoad
-    def __init__(self, version: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., expert_load: _Optional[_Union[ExpertLoad, _Mapping]] = ...) -> None: ...
+    next_placement: Placement
+    target: TierSizes
+    def __init__(self, version: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., expert_load: _Optional[_Union[ExpertLoad, _Mapping]] = ..., next_placement: _Optional[_Union[Placement, _Mapping]] = ..., target: _Optional[_Union[TierSizes, _Mapping]] = ...) -> None: ...
+
+class TierSizes(_message.Message):
+    __slots__ = ("attn_devices", "expert_devices")
+    ATTN_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    attn_devices: int
+    expert_devices: int
+    def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
     __slots__ = ("role", "rank", "instance_epoch", "loop_idle_ms")

@@ -55,6 +55,11 @@ class GatewayStub:
                 request_serializer=epserve_dot_v1_dot_gateway__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=epserve_dot_v1_dot_cluster__pb2.ClusterState.FromString,
                 _registered_method=True)
+        self.WatchCluster = channel.unary_stream(
+                '/epserve.v1.Gateway/WatchCluster',
+                request_serializer=epserve_dot_v1_dot_gateway__pb2.WatchClusterRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_cluster__pb2.ClusterState.FromString,
+                _registered_method=True)
 
 
 class GatewayServicer:
@@ -84,6 +89,13 @@ class GatewayServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCluster(self, request, context):
+        """The state now, and again whenever it has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -105,6 +117,11 @@ def add_GatewayServicer_to_server(servicer, server):
             'GetCluster': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCluster,
                     request_deserializer=epserve_dot_v1_dot_gateway__pb2.GetClusterRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_cluster__pb2.ClusterState.SerializeToString,
+            ),
+            'WatchCluster': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCluster,
+                    request_deserializer=epserve_dot_v1_dot_gateway__pb2.WatchClusterRequest.FromString,
                     response_serializer=epserve_dot_v1_dot_cluster__pb2.ClusterState.SerializeToString,
             ),
     }
@@ -215,6 +232,33 @@ class Gateway:
             target,
             '/epserve.v1.Gateway/GetCluster',
             epserve_dot_v1_dot_gateway__pb2.GetClusterRequest.SerializeToString,
+            epserve_dot_v1_dot_cluster__pb2.ClusterState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/epserve.v1.Gateway/WatchCluster',
+            epserve_dot_v1_dot_gateway__pb2.WatchClusterRequest.SerializeToString,
             epserve_dot_v1_dot_cluster__pb2.ClusterState.FromString,
             options,
             channel_credentials,
