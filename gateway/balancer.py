@@ -38,7 +38,7 @@ def usable_groups(state: ClusterState) -> tuple[Group, ...]:
     groups = []
     for dp_rank, members in attention_groups(state):
         whole = len(members) == state.parallel.tp_size
-        ready = all(member.state is MemberState.READY for member in members)
+        ready = all(m.state is MemberState.READY and not m.leaving for m in members)
         if whole and ready and members[0].attention_load is not None:
             groups.append(Group(dp_rank, members[0], members[0].attention_load))
     return tuple(groups)

@@ -56,7 +56,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         reports = asyncio.create_task(self._take_reports(requests, key), name="reports")
         closing = asyncio.create_task(self._closing.wait(), name="closing")
         try:
-            parallel = parallel_to_pb(self._registry.parallel)
+            parallel = parallel_to_pb(self._registry.accepted)
             yield pb.RegisterResponse(assigned=pb.Assigned(rank=key.rank, parallel=parallel))
             version = 0
             while (state := await self._next_state(version, reports, closing)) is not None:
