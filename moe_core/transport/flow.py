@@ -158,6 +158,9 @@ class ChunkedLink(ExpertLink):
     def give_slot(self, slot: int) -> None:
         self._slots.give(slot)
 
+    def is_owed(self, pending: Pending) -> bool:
+        return any(found.pending is pending for found in self._in_flight.values())
+
     def _failed(self, slot: int, sequence: int, code: str, message: str) -> None:
         """The peer could not do it; the slot is free again."""
         found = self._claim(slot, sequence)

@@ -93,7 +93,7 @@ def _differences(hello: pb.Hello, spec: LinkSpec, identity: Identity) -> Iterabl
         ("slot_count", hello.slot_count, spec.slot_count),
         ("slot_tokens", hello.slot_tokens, spec.slot_tokens),
         ("expert rank", hello.expert_rank, identity.rank),
-        ("expert world", hello.expert_world, identity.world),
+        ("expert world", hello.expert_world or identity.world, identity.world),
     )
     for name, theirs, ours in pairs:
         if theirs != ours:

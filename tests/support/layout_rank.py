@@ -15,6 +15,7 @@ from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.peers import Peers
 from attn_service.placements import Placements
 from attn_service.sequence import SequenceSlice, StepPlan
 from expert_service.batcher import Batcher
@@ -107,7 +108,8 @@ def build_runner(
         config, parallel.enable_mla, tp.size, num_blocks, BLOCK_SIZE, layout.dtype, layout.device
     )
     placements = Placements(layout.placement, layout.device)
-    client = ExpertClient(links, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
+    peers = Peers(parallel.etp_size, links)
+    client = ExpertClient(peers, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
     experts = GroupExperts(client, tp)
     decoder = Decoder(config, weights, parallel.enable_mla, tp)
     return ModelRunner(decoder, cache, experts, layout.device), experts
@@ -156,7 +158,8 @@ class GreedyBatch:
         )
         plan = StepPlan(self._step, 0, slices, self._rule.count(slices))
         result = await self._runner.execute(plan)
-        self._experts.settle()
+        lost = self._experts.settle(result.lost, len(slices))
+        assert not lost, lost
         return result.logits
 
 

@@ -19,6 +19,7 @@ from attn_service.engine_stream import EngineStream
 from attn_service.expert_client import ExpertClient
 from attn_service.follow import GroupTerms
 from attn_service.microbatches import MicrobatchRule
+from attn_service.peers import Peers
 from attn_service.placements import Placements
 from attn_service.sequence import SequenceRequest
 from attn_service.settings import AttnSettings
@@ -35,7 +36,6 @@ from moe_core.placement import ExpertPlacement
 from moe_core.transport.local import LocalLink
 
 CPU = torch.device("cpu")
-EXPERT_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ async def local_engine(
         rank=0,
         instance_epoch=1,
         parallel=parallel,
-        placement=ExpertPlacement.initial(checkpoint.config, parallel),
+        placements=Placements(ExpertPlacement.initial(checkpoint.config, parallel), device),
     )
     links = tuple(_link(checkpoint, site, rank) for rank in range(parallel.expert_devices))
     terms = GroupTerms(1, settings.num_kv_blocks(checkpoint.config), settings.block_size)
@@ -140,11 +140,12 @@ def _weights(checkpoint: Checkpoint, site: Site):
 
 def _experts(site: Site, links: tuple[LocalLink, ...]) -> ExpertClient:
     return ExpertClient(
-        links,
+        Peers(site.parallel.etp_size, links),
         site.parallel,
-        Placements(site.placement, site.device),
+        site.placements,
         NoTensorParallel(),
-        expert_wait_s=EXPERT_WAIT_S,
+        expert_wait_s=site.settings.expert_wait_s,
+        hedge_after_s=site.settings.hedge_after_s,
     )
 
 
@@ -153,7 +154,7 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
     ep_rank, etp_rank = parallel.expert_ranks(rank)
     weights = load_expert_weights(
         checkpoint,
-        placement=site.placement,
+        placement=site.placements.newest,
         ep_rank=ep_rank,
         etp_rank=etp_rank,
         etp_size=parallel.etp_size,
@@ -165,5 +166,5 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
     spec = link_spec(
         site.model, parallel, model_fingerprint="local", dtype=site.dtype, spare_slots=2
     )
-    batcher = Batcher(ExpertRunner(weights, site.placement, ep_rank, site.device))
+    batcher = Batcher(ExpertRunner(weights, site.placements.newest, ep_rank, site.device))
     return LocalLink(batcher.submit, spec, peer=f"expert {rank} (local)")

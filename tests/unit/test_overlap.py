@@ -85,7 +85,13 @@ class FakeExperts:
         self._fails = fails
 
     async def dispatch(
-        self, key: StepKey, layer_id: int, hidden: Tensor, ids: Tensor, weights: Tensor
+        self,
+        key: StepKey,
+        layer_id: int,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        rows: Tensor | None = None,
     ) -> PendingExperts:
         self.fail_if_named("dispatch", layer_id, key.microbatch)
         self._journal.note("dispatch", layer_id, key.microbatch)
@@ -144,12 +150,12 @@ class GatheringExperts(FakeExperts):
         super().__init__(journal, fails)
         self._group = group
 
-    async def dispatch(self, key, layer_id, hidden, ids, weights) -> PendingExperts:  # noqa: ANN001
-        pending = await super().dispatch(key, layer_id, hidden, ids, weights)
+    async def dispatch(self, key, layer_id, hidden, ids, weights, rows=None) -> PendingExperts:  # noqa: ANN001
+        pending = await super().dispatch(key, layer_id, hidden, ids, weights, rows)
         combine = pending.combine
 
         async def gathered() -> Combined:
-            answer, times = await combine()
+            answer, times, _ = await combine()
             own = -(-answer.shape[0] // 2)
             sizes = [own, answer.shape[0] - own]
             return Combined(self._group.all_gather(answer[:own], sizes), times)
@@ -185,8 +191,8 @@ async def test_one_micro_batch_attends_while_another_waits_for_its_experts() -> 
 @pytest.mark.parametrize("slow", [0, 1])
 async def test_the_order_of_calls_does_not_depend_on_who_is_answered_first(slow: int) -> None:
     class OneSlow(FakeExperts):
-        async def dispatch(self, key, layer_id, hidden, ids, weights):  # noqa: ANN001
-            pending = await super().dispatch(key, layer_id, hidden, ids, weights)
+        async def dispatch(self, key, layer_id, hidden, ids, weights, rows=None):  # noqa: ANN001
+            pending = await super().dispatch(key, layer_id, hidden, ids, weights, rows)
             pending._ready_at += 0.02 if key.microbatch == slow else -1.0
             return pending
 
@@ -268,8 +274,8 @@ async def test_a_rank_whose_experts_fail_makes_the_groups_collectives_all_the_sa
         group.all_gather = lambda x, sizes: torch.cat((x, x))  # type: ignore[method-assign]
         if fails:
             with pytest.raises(AgreedTransportError, match="expert 0 is gone"):
-                experts.settle()
+                experts.settle({}, 3)
         else:
-            experts.settle()
+            experts.settle({}, 3)
     assert calls[0] == calls[1]
     assert ("all_gather", (2, 1)) in calls[0]
