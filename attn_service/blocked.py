@@ -6,7 +6,6 @@ what becomes of the others in the step.
 
 from attn_service.sequence import Sequence
 
-DEFAULT_EXPERT_WAIT_S = 30.0
 # Trying costs a step, most of which is for nothing; so the longer it has waited, the seldomer.
 MIN_RETRY_S = 0.02
 MAX_RETRY_S = 0.5

@@ -22,7 +22,7 @@ from typing import Protocol
 import structlog
 import torch
 
-from attn_service.blocked import DEFAULT_EXPERT_WAIT_S, block, has_waited, in_words
+from attn_service.blocked import block, has_waited, in_words
 from attn_service.counters import EngineCounters
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
@@ -41,6 +41,7 @@ from attn_service.sequence import (
 from attn_service.sequence_step import error_output, next_output, row_of, slice_of
 from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
@@ -289,11 +290,12 @@ class Engine:
         ended: list[tuple[Sequence, SequenceOutput]] = []
         for index, reason in result.lost.items():
             sequence = scheduled[index].sequence
+            if sequence.blocked_since is None:
+                log.warning("an expert is missing", step=self.step, reason=reason)
             block(sequence, started, now)
             if has_waited(sequence, now, self._expert_wait_s) and sequence not in self._discarded:
                 text = in_words(reason, sequence, now)
                 ended.append((sequence, error_output(sequence, UnavailableError.code, text)))
-        log.warning("experts are missing", step=self.step, reason=next(iter(result.lost.values())))
         self._put_out(ended)
         caught_up = [index for index, item in enumerate(scheduled) if item.catches_up]
         rows = [row for row, index in enumerate(caught_up) if index not in result.lost]

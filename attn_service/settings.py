@@ -7,9 +7,9 @@ length, and no cluster.
 from dataclasses import dataclass
 from pathlib import Path
 
-from attn_service.blocked import DEFAULT_EXPERT_WAIT_S
 from attn_service.microbatches import AUTO, check_setting
 from attn_service.scheduler import SchedulerConfig
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S, check_expert_wait
 from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
@@ -66,12 +66,7 @@ class AttnSettings:
             raise ConfigError("kv_cache_tokens", self.kv_cache_tokens, rule, (self.block_size,))
         check_setting(self.microbatches)
         check_traces_endpoint(self.otlp_traces_endpoint)
-        if self.expert_wait_s <= 0:
-            rule = "must be above 0"
-            raise ConfigError("expert_wait_s", self.expert_wait_s, rule, (DEFAULT_EXPERT_WAIT_S,))
-        if self.hedge_after_s is not None and not 0 < self.hedge_after_s <= self.expert_wait_s:
-            rule = f"must be above 0 and at most expert_wait_s={self.expert_wait_s:g}"
-            raise ConfigError("hedge_after_s", self.hedge_after_s, rule, (self.expert_wait_s / 2,))
+        check_expert_wait(self.expert_wait_s, self.hedge_after_s)
 
     def num_kv_blocks(self, model: ModelConfig) -> int:
         """From kv_cache_tokens or its default; kv_budget.py knows the other settings."""
