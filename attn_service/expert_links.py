@@ -9,7 +9,7 @@ processes than the cluster was configured with.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -63,16 +63,8 @@ class ExpertLinks:
 
     def can_serve(self, placement: ExpertPlacement) -> bool:
         """Every expert is on some process, or group of them, that is connected."""
-        return _covers(placement, {g for g in range(placement.ep_size) if self.peers.group(g)})
-
-    def could_serve(self, placement: ExpertPlacement, state: ClusterState) -> bool:
-        """The same, were all READY processes of `state` connected."""
-        ready = {m.rank for m in state.tier(Role.EXPERT) if m.state is MemberState.READY}
         groups = range(placement.ep_size)
-        size = self._etp_size
-        return _covers(
-            placement, {g for g in groups if ready >= {*range(g * size, (g + 1) * size)}}
-        )
+        return placement.is_covered_by({rank for rank in groups if self.peers.group(rank)})
 
     def stats(self, source: str) -> tuple[LinkStats, ...]:
         """Every link's totals since it was made, by rank."""
@@ -135,12 +127,3 @@ class ExpertLinks:
         problem = self._problems.get(rank) if rank in ready else None
         waiting = "does not answer yet" if rank in self._connecting else "not ready"
         return problem or self._lost(rank) or waiting
-
-
-def _covers(placement: ExpertPlacement, groups: Set[int]) -> bool:
-    """Each expert of each layer has a copy on one of these EP groups."""
-    return all(
-        any(layer.physical_to_ep_rank[slot] in groups for slot in slots)
-        for layer in placement.layers
-        for slots in layer.logical_to_physical
-    )

@@ -240,7 +240,7 @@ class AttentionProcess:
         deadline: float | None = None
         while True:
             state = await membership.wait_until(
-                lambda state: links.could_serve(placement, state),
+                lambda state: state.holds_all_experts(placement),
                 ARRIVAL_TIMEOUT_S,
                 "the expert processes",
             )

@@ -85,8 +85,8 @@ async def test_one_copy_of_every_expert_is_enough_to_serve() -> None:
     await tier.links.reconcile(state((1, 20, READY)))
     assert not tier.links.can_serve(placement(2))
     assert tier.links.can_serve(placement(2, redundant=8))
-    assert tier.links.could_serve(placement(2), BOTH)
-    assert not tier.links.could_serve(placement(2), state((1, 20, READY), (0, 10, LOADING)))
+    assert BOTH.holds_all_experts(placement(2))
+    assert not state((1, 20, READY), (0, 10, LOADING)).holds_all_experts(placement(2))
     await tier.links.reconcile(BOTH)
     assert tier.links.can_serve(placement(2))
 
