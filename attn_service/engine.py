@@ -22,7 +22,7 @@ from typing import Protocol
 import structlog
 import torch
 
-from attn_service.blocked import block, has_waited, in_words
+from attn_service.blocked import advanced, block, rows_of_advanced
 from attn_service.counters import EngineCounters
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
@@ -262,7 +262,11 @@ class Engine:
             log.warning("the experts failed a step", step=self.step, error=str(error))
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
-            kept, logits = self._without_lost(scheduled, result, started)
+            self._end_blocked(scheduled, result.lost, started)
+            kept, logits = advanced(scheduled, result.lost), result.logits
+            if result.lost:
+                rows = rows_of_advanced(scheduled, result.lost)
+                logits = logits[torch.tensor(rows, dtype=torch.int64)]
             sampling_s = self._advance(kept, logits)
             step_s = time.perf_counter() - started
             times = replace(result.times, step_s=step_s, sampling_s=sampling_s)
@@ -270,39 +274,20 @@ class Engine:
             if self._observer is not None:
                 self._observer.stepped(self.step, [each.sequence for each in kept], times)
 
+    def _end_blocked(
+        self, scheduled: Many[Scheduled], lost: Mapping[int, str], started: float
+    ) -> None:
+        """What a step could not compute is tried again, or ends where it has waited too long."""
+        now = time.perf_counter()
+        for sequence, reason in block(scheduled, lost, started, now, self._expert_wait_s):
+            self._finish_with(UnavailableError.code, reason, [sequence])
+
     async def _wait_for_change(self, timeout_s: float) -> None:
         """All there is is blocked."""
         self._changed.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, timeout_s)):
                 await self._changed.wait()
-
-    def _without_lost(
-        self, scheduled: Many[Scheduled], result: StepResult, started: float
-    ) -> tuple[Many[Scheduled], torch.Tensor]:
-        """What the step has computed. The others stay as they were, or end when they have waited
-        for too long."""
-        if not result.lost:
-            for item in scheduled:
-                item.sequence.blocked_since = None
-            return scheduled, result.logits
-        now = time.perf_counter()
-        ended: list[tuple[Sequence, SequenceOutput]] = []
-        for index, reason in result.lost.items():
-            sequence = scheduled[index].sequence
-            if sequence.blocked_since is None:
-                log.warning("an expert is missing", step=self.step, reason=reason)
-            block(sequence, started, now)
-            if has_waited(sequence, now, self._expert_wait_s) and sequence not in self._discarded:
-                text = in_words(reason, sequence, now)
-                ended.append((sequence, error_output(sequence, UnavailableError.code, text)))
-        self._put_out(ended)
-        caught_up = [index for index, item in enumerate(scheduled) if item.catches_up]
-        rows = [row for row, index in enumerate(caught_up) if index not in result.lost]
-        kept = [item for index, item in enumerate(scheduled) if index not in result.lost]
-        for item in kept:
-            item.sequence.blocked_since = None
-        return kept, result.logits[torch.tensor(rows, dtype=torch.int64)]
 
     def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
         self.step += 1

@@ -14,6 +14,7 @@ from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from support.dying_links import MOMENTS, DyingLink, SlowLink
 from support.local_engine import LocalEngine, local_engine
+from support.rank_pool import RankPool
 from support.tiny_checkpoints import Checkpoints
 
 NAME = "deepseek_v3"
@@ -136,3 +137,31 @@ async def test_a_slow_process_changes_no_token_and_is_seldom_waited_for(
         assert await local.generate(work) == undisturbed
         layers, steps = 3, 12
         assert 0 < slow.counters.dispatches < layers * steps / 2
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["copies", "no-copies"])
+@pytest.mark.parametrize("dies", [(0, 1, 0), (0, 1, 7), (1, 0, 3)])
+def test_the_ranks_of_a_group_agree_on_what_one_of_them_has_lost(
+    checkpoints: Checkpoints, rank_pool: RankPool, dies: tuple[int, int, int], copies: bool
+) -> None:
+    """With copies nothing is lost; without, the same steps are repeated on both ranks."""
+    redundant = copies_of_all(checkpoints, "level1").num_redundant_experts if copies else 0
+    parallel = ParallelConfig(
+        attn_devices=2, expert_devices=2, ep_size=2, num_redundant_experts=redundant
+    )
+    references = checkpoints.references(NAME)
+    answers = rank_pool.run(
+        checkpoints.directory(NAME),
+        parallel,
+        "local",
+        [[[reference.prompt for reference in references]]],
+        NUM_TOKENS + 3,
+        dtype="float64",
+        num_microbatches=2,
+        dies=dies,
+    )
+    wanted = [list(reference.tokens[: NUM_TOKENS + 3]) for reference in references]
+    for answer in answers:
+        assert [one["tokens"] for one in answer["batches"][0]] == wanted
+    assert answers[dies[0]]["lost"][dies[1]] is not None
+    assert [answer["lost_steps"] for answer in answers] == [0 if copies else 1] * 2
