@@ -36,6 +36,11 @@ class GroupDispatch:
     rows: Tensor | None
     physical_ids: Tensor
 
+    def only(self, positions: Tensor) -> "GroupDispatch":
+        """Those of its rows that are at `positions` [n] int64."""
+        rows = positions if self.rows is None else self.rows[positions]
+        return GroupDispatch(self.ep_rank, rows, self.physical_ids[positions])
+
     def within(self, rows: Tensor) -> "GroupDispatch":
         """The same, where this one's rows count those that `rows` names."""
         return GroupDispatch(

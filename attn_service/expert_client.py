@@ -154,10 +154,10 @@ class ExpertClient:
         slowest = (0, 0)
         for send in sends:
             for part in send.parts:
-                assert part.combine is not None
-                queue_us, compute_us = part.combine.queue_us, part.combine.compute_us
-                self._peers.answered(send.ep_rank, queue_us)
-                slowest = max(slowest, (queue_us, compute_us), key=sum)
+                if part.combine is not None:
+                    queue_us, compute_us = part.combine.queue_us, part.combine.compute_us
+                    self._peers.answered(send.ep_rank, queue_us)
+                    slowest = max(slowest, (queue_us, compute_us), key=sum)
         return slowest
 
 
@@ -209,16 +209,15 @@ class PendingLayer:
         like = self._like
         total = like.new_zeros(like.shape, dtype=accumulation_dtype(like.dtype))
         for send in sends:
-            rows = send.group.rows
-            for part in send.parts:
-                assert part.combine is not None
-                partial_sum = part.combine.partial.to(like.device)
+            rows, partials = send.partials()
+            for each in partials:
+                partial_sum = each.to(like.device)
                 if rows is None:
                     total += partial_sum
                 else:  # a row is there once, so the order of additions inside is no matter
                     total.index_add_(0, rows, partial_sum.to(total.dtype))
-        for each in lost:
-            total[each.rows] = 0
+        for rows_lost in lost:
+            total[rows_lost.rows] = 0
         return total.to(like.dtype)
 
 

@@ -4,7 +4,8 @@ Knows one layer's tables, the groups that are asked, and who is asked instead or
 neither who sums nor what becomes of rows that nobody can compute.
 
 Where a process is lost or fails a dispatch, its group's partials for that dispatch are void, and
-what the group was to compute, and nothing else, goes to the groups that hold copies. Where a group
+what the group was to compute, and nothing else, goes to the groups that hold copies (of a dispatch
+in chunks, what had not been answered). Where a group
 is late and others hold all that was asked of it, they are asked as well, and whichever set is
 complete first counts; the other's answers are dropped.
 
@@ -191,6 +192,7 @@ class LayerExchange:
         """Its group is not asked again in this layer, and its other shards' answers are dropped."""
         now = self._loop.time()
         self._failed.add(send.ep_rank)
+        send.keep_answered()
         if isinstance(send.error, PeerTimeoutError):
             self._peers.late(send.ep_rank, send.owed, send.sent_at)
         else:
@@ -227,14 +229,13 @@ class LayerExchange:
         """Groups for what `send` was to compute, none of `down` and none that had it before; and
         the positions of its rows for which there is none."""
         now = self._loop.time()
-        num_tokens = send.dispatch.num_tokens
         if now >= self._deadline:
-            return [], (send.group.physical_ids >= 0).any(dim=1).nonzero()[:, 0]
+            return [], (send.rest.physical_ids >= 0).any(dim=1).nonzero()[:, 0]
         stands = list(self._peers.standing(self._ep_size, now) or (USUAL,) * self._ep_size)
         for ep_rank in down | send.tried:
             stands[ep_rank] = DOWN
         tables = self._tables(tuple(stands))
-        return plan_again(tables, send.group, num_tokens, self._first_token)
+        return plan_again(tables, send.rest, self._hidden.shape[0], self._first_token)
 
     def _avoided(self) -> set[int]:
         standing = self._peers.standing(self._ep_size, self._loop.time())
@@ -254,7 +255,7 @@ class LayerExchange:
     def _lost_of(self, send: Send) -> LostRows:
         assert send.error is not None
         assert send.uncovered is not None
-        rows, ids = send.group.rows, send.group.physical_ids[send.uncovered]
+        rows, ids = send.rest.rows, send.rest.physical_ids[send.uncovered]
         lost = send.uncovered if rows is None else rows[send.uncovered]
         return LostRows(lost, exchange_words.failed(send.error, self._layer, ids))
 

@@ -7,8 +7,9 @@ nothing of who else could compute it; failover.py does.
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from attn_service.dispatch_plan import GroupDispatch
@@ -25,6 +26,14 @@ class Part:
     combine: Combine | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """rows: [n] int64 of the layer's. partials: [n, hidden_size] of each process of the group."""
+
+    rows: Tensor
+    partials: tuple[Tensor, ...]
+
+
 @dataclass(eq=False, slots=True)
 class Send:
     """A dispatch to all processes of one EP group; its TP shards all get the same rows.
@@ -32,7 +41,8 @@ class Send:
     rows: [n] int64 of the layer's, None for all. late_at: when others are asked as well, in the
     loop's time. instead_of: whose substitute it is. error: what one of the processes has met; then
     the partials of all of them are worth nothing. substitutes: who was asked instead or as well,
-    for all rows but `uncovered` (positions in `rows`, int64).
+    for all rows of `rest` but `uncovered` (positions in it, int64). kept, rest: what was answered
+    of a dispatch in chunks before it failed, and what is left of `group`.
     """
 
     group: GroupDispatch
@@ -44,6 +54,11 @@ class Send:
     error: TransportError | None = None
     substitutes: list["Send"] | None = None
     uncovered: Tensor | None = None
+    kept: "Kept | None" = None
+    rest: GroupDispatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rest = self.group
 
     @property
     def ep_rank(self) -> int:
@@ -86,11 +101,11 @@ class Send:
 
     def counted(self) -> Iterator["Send"]:
         """Once `complete`: those whose partials make up the sum, each row's once."""
-        if self.answered:
+        if self.answered or self.kept is not None:
             yield self
-            return
-        for each in self.substitutes or ():
-            yield from each.counted()
+        if not self.answered:
+            for each in self.substitutes or ():
+                yield from each.counted()
 
     def abandoned(self) -> Iterator["Send"]:
         """Once `complete`: those of whose rows some have no partials."""
@@ -139,6 +154,34 @@ class Send:
                 except TransportError as error:
                     self.error = error
 
+    def keep_answered(self) -> None:
+        """It has failed: what all its processes had answered by then counts all the same."""
+        answered = torch.ones(self.dispatch.num_tokens, dtype=torch.bool)
+        partials = []
+        for part in self.parts:
+            rows, partial = _answered_rows(part)
+            if partial is None:
+                return
+            mask = torch.zeros_like(answered)
+            for each in rows:
+                mask[each] = True
+            answered &= mask
+            partials.append(partial)
+        positions = answered.nonzero()[:, 0]
+        if partials and positions.numel():
+            positions = positions.to(self.group.physical_ids.device)
+            rows_kept = self.group.only(positions).rows
+            assert rows_kept is not None
+            self.kept = Kept(rows_kept, tuple(each[positions] for each in partials))
+            self.rest = self.group.only((~answered).nonzero()[:, 0].to(positions.device))
+
+    def partials(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """Of one that is counted: rows [n] int64 (None: all), and each process's partials."""
+        if self.kept is not None:
+            return self.kept.rows, self.kept.partials
+        combines = [part.combine for part in self.parts]
+        return self.group.rows, tuple(each.partial for each in combines if each is not None)
+
     @property
     def awaited(self) -> list[PendingCombine]:
         """Answers that have not been taken."""
@@ -154,6 +197,13 @@ class Send:
         for part in self.parts:
             if part.answer is not None:
                 part.answer.release()
+
+
+def _answered_rows(part: Part) -> tuple[tuple[slice, ...], Tensor | None]:
+    if part.combine is not None:
+        return (slice(None),), part.combine.partial
+    chunks = None if part.answer is None else part.answer.answered_chunks()
+    return ((), None) if chunks is None else chunks
 
 
 async def depart(send: Send, part: Part, deadline: float) -> None:

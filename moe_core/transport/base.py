@@ -154,6 +154,10 @@ class PendingCombine(Protocol):
     def result(self) -> Combine:
         """Of what is `done`. Raises PeerLostError, or the error with which the peer failed it."""
 
+    def answered_chunks(self) -> tuple[tuple[slice, ...], torch.Tensor] | None:
+        """Of one that failed: which rows were answered all the same, and the partials, of which
+        only those rows mean something. None where there are none."""
+
     async def wait(self, timeout_s: float) -> Combine:
         """Raises PeerTimeoutError, and what `result` does. After a cancelled wait, as after one
         that raised, the answer is not wanted."""
@@ -187,7 +191,8 @@ class ExpertLink(ABC):
         """Send, waiting for free slots if need be. Zero tokens are allowed.
 
         Raises PeerTimeoutError when no slot becomes free in time, PeerLostError when the peer
-        is gone, ValueError when the tensors do not fit the LinkSpec.
+        is gone (unless some chunks have been answered: then that is the result), ValueError when
+        the tensors do not fit the LinkSpec.
         """
 
     @abstractmethod

@@ -95,6 +95,11 @@ class ChunkedLink(ExpertLink):
                 slot = await self._take_slot(part, deadline)
                 self._start(slot, pending, part, part.num_tokens, rows)
                 await self.departed(slot, part, deadline)
+        except PeerLostError as error:
+            if pending.answered_chunks() is None:
+                pending.release()
+                raise
+            pending.finish(error)  # the result says so; some of it is there
         except BaseException:
             pending.release()
             raise

@@ -44,6 +44,7 @@ class Pending:
     """
 
     __slots__ = (
+        "_answered",
         "_chunks_left",
         "_compute_us",
         "_held",
@@ -66,6 +67,7 @@ class Pending:
         self._link = link
         self._held: int | None = None
         self._parts: torch.Tensor | None = None
+        self._answered: tuple[slice, ...] = ()
         self._queue_us = self._compute_us = 0
         # Errors are results here: a dispatch that nobody waits for any more is not a mistake.
         self._result: Combine | TransportError | None = None
@@ -107,6 +109,9 @@ class Pending:
         assert result is not None
         raise result
 
+    def answered_chunks(self) -> tuple[tuple[slice, ...], torch.Tensor] | None:
+        return None if self._parts is None else (self._answered, self._parts)
+
     async def wait(self, timeout_s: float) -> Combine:
         try:
             if not await self.settled(timeout_s):
@@ -145,6 +150,7 @@ class Pending:
         if self._parts is None:
             self._parts = partial.new_empty((self.num_tokens, *partial.shape[1:]))
         copy_values(self._parts[rows], partial)
+        self._answered = (*self._answered, rows)
         self._queue_us = max(self._queue_us, queue_us)
         self._compute_us += compute_us
         self._chunks_left -= 1

@@ -14,7 +14,7 @@ from support.served_cluster import ServedCluster, connected, greedy
 
 MODEL = ("--model", str(TINY_MODEL))
 NUM_EXPERTS = 16
-NUM_TOKENS = 400
+NUM_TOKENS = 150
 PROMPT = (5, 6, 7)
 SOON_S = 30.0
 
@@ -39,7 +39,17 @@ class Cluster:
         return self._start("expert", *self._worker(), "--rank", str(rank))
 
     def _worker(self) -> tuple[str, ...]:
-        return (*MODEL, "--gateway", self.target, "--device", "cpu", "--dtype", "float64")
+        return (
+            *MODEL,
+            "--gateway",
+            self.target,
+            "--device",
+            "cpu",
+            "--dtype",
+            "float64",
+            "--threads",
+            "1",
+        )
 
     def _start(self, *arguments: str) -> Running:
         return self._stack.enter_context(started(*arguments))

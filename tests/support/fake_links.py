@@ -67,6 +67,9 @@ class FakeAnswer:
                 return False
         return True
 
+    def answered_chunks(self) -> None:
+        return None
+
     def result(self) -> Combine:
         assert self.outcome is not None
         if isinstance(self.outcome, Combine):

@@ -41,6 +41,9 @@ class FakeAnswer:
         self.done = not self._link.answers_never
         return self.done
 
+    def answered_chunks(self) -> None:
+        return None
+
     def result(self) -> Combine:
         if self._link.answer_error is not None:
             raise self._link.answer_error
