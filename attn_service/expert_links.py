@@ -15,7 +15,7 @@ import structlog
 
 from attn_service.peers import Peers
 from moe_core.cluster import ClusterState, LinkStats, Member, MemberState, Role
-from moe_core.errors import PeerLostError, PeerTimeoutError
+from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import ExpertLink
 
@@ -42,7 +42,7 @@ class ExpertLinks:
         """Connect every READY expert process that has no link, a lost one, or one to an earlier
         start of it. What has no link after that is in `missing`, and is tried again by the next
         call. Returns whether there is a new link. Raises ProtocolError for a peer that does not
-        fit this process."""
+        fit this process, while there is none that does."""
         ready = {m.rank: m for m in state.tier(Role.EXPERT) if m.state is MemberState.READY}
         for member in ready.values():
             if member.rank not in self._connecting and self._wants_link(member):
@@ -102,9 +102,11 @@ class ExpertLinks:
     async def _make_link(self, member: Member) -> None:
         try:
             link = await self._connect(member)
-        except (PeerLostError, PeerTimeoutError) as error:
+        except (PeerLostError, PeerTimeoutError, ProtocolError) as error:
+            if isinstance(error, ProtocolError) and not self.peers.links:
+                raise
             self._problems[member.rank] = str(error)
-            log.warning("an expert process cannot be reached", reason=str(error))
+            log.warning("an expert process cannot be used", reason=str(error))
             return
         self._problems.pop(member.rank, None)
         self._epochs[member.rank] = member.instance_epoch

@@ -158,7 +158,7 @@ class LayerExchange:
 
     async def _rescue(self) -> None:
         while True:
-            for send in self._all_sends():
+            for send in self._unfinished():
                 send.look()
             if await self._replace_failed():
                 continue
@@ -173,15 +173,15 @@ class LayerExchange:
                 ends = [send.late_at for send in self._outstanding() if send.late_at > now]
                 await self._next_answer(min([self._deadline, *ends]) - now)
 
-    def _all_sends(self) -> list[Send]:
-        return [each for send in self._sends for each in send.all()]
+    def _unfinished(self) -> list[Send]:
+        return [each for send in self._sends for each in send.unfinished()]
 
     def _outstanding(self) -> list[Send]:
-        return [send for send in self._all_sends() if send.outstanding and not send.replaced]
+        return [send for send in self._unfinished() if send.outstanding]
 
     async def _replace_failed(self) -> bool:
         """False where nothing has failed."""
-        failed = [send for send in self._all_sends() if send.error and send.substitutes is None]
+        failed = [send for send in self._unfinished() if send.error and send.substitutes is None]
         for send in failed:
             self._note_failure(send)
         for send in failed:

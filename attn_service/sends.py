@@ -99,6 +99,13 @@ class Send:
         for each in self.substitutes or ():
             yield from each.all()
 
+    def unfinished(self) -> Iterator["Send"]:
+        """The same, without those of which nothing more is needed."""
+        if not self.complete:
+            yield self
+            for each in self.substitutes or ():
+                yield from each.unfinished()
+
     def counted(self) -> Iterator["Send"]:
         """Once `complete`: those whose partials make up the sum, each row's once."""
         if self.answered or self.kept is not None:

@@ -166,7 +166,18 @@ async def test_a_process_that_does_not_fit_is_an_error() -> None:
     tier = Tier()
     tier.refuse[0] = ProtocolError("hidden_size is 64 here, 32 there")
     with pytest.raises(ProtocolError, match="hidden_size"):
-        await tier.links.reconcile(BOTH)
+        await tier.links.reconcile(state((0, 10, READY)))
+
+
+async def test_one_that_does_not_fit_ends_nothing_where_others_do() -> None:
+    tier = Tier()
+    await tier.links.reconcile(state((0, 10, READY)))
+    tier.refuse[1] = ProtocolError("it has been restarted")
+    await tier.links.reconcile(BOTH)
+    assert tier.links.missing == ("expert 1: it has been restarted",)
+    tier.refuse.clear()
+    await tier.links.reconcile(BOTH)
+    assert tier.links.missing == ()
 
 
 async def test_stats_are_by_rank_and_name_both_ends() -> None:
