@@ -4,7 +4,7 @@ Knows every part's constructor, and what one process is (`Site`). Knows no order
 nothing that waits; process.py does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,7 @@ from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights
 from moe_core.service.addresses import host_id
 from moe_core.service.certificates import Certificates
-from moe_core.transport.base import ExpertLink, Identity, TransportOptions
+from moe_core.transport.base import ANY_WORLD, ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.endpoint import NixlEndpoint
 
@@ -67,12 +67,7 @@ class Site:
         return Identity(self.rank, self.parallel.attn_devices, self.instance_epoch)
 
 
-def make_links(
-    site: Site,
-    tensor_parallel: TensorParallel,
-    options: TransportOptions,
-    endpoint: NixlEndpoint | None,
-) -> ExpertLinks:
+def make_links(site: Site, options: TransportOptions, endpoint: NixlEndpoint | None) -> ExpertLinks:
     """Links to all expert processes, over one `endpoint` (None: grpc); none is connected yet."""
     if endpoint is None:
         options = replace(options, transport="grpc")
@@ -85,22 +80,24 @@ def make_links(
     )
 
     async def connect(member: Member) -> ExpertLink:
-        peer = Identity(member.rank, site.parallel.expert_devices, member.instance_epoch)
+        peer = Identity(member.rank, ANY_WORLD, member.instance_epoch)
         return await connect_link(
             member.address, spec, site.identity, peer, options, endpoint, site.tls
         )
 
-    def make_experts(links: Sequence[ExpertLink]) -> Experts:
-        return ExpertClient(
-            links,
-            site.parallel,
-            site.placements,
-            tensor_parallel,
-            expert_wait_s=site.settings.expert_wait_s,
-            turn_offset=site.group_rank.dp_rank,
-        )
+    return ExpertLinks(site.parallel.etp_size, connect)
 
-    return ExpertLinks(site.parallel.expert_devices, connect, make_experts)
+
+def make_experts(site: Site, links: ExpertLinks, tensor_parallel: TensorParallel) -> Experts:
+    return ExpertClient(
+        links.peers,
+        site.parallel,
+        site.placements,
+        tensor_parallel,
+        expert_wait_s=site.settings.expert_wait_s,
+        hedge_after_s=site.settings.hedge_after_s,
+        turn_offset=site.group_rank.dp_rank,
+    )
 
 
 def make_duty(
@@ -176,6 +173,7 @@ def _engine(
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
         placement_epoch=lambda: site.placements.newest.epoch,
+        expert_wait_s=site.settings.expert_wait_s,
         microbatches=microbatches,
         observer=observer,
     )

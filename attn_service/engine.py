@@ -1,8 +1,9 @@
 """The loop that turns requests into tokens, one step after the other.
 
 Knows streams of requesters, the scheduler, the sampler, and one `StepRunner` that computes a
-step. Knows no tensors beyond the logits that pass through, no experts and no wire: a step that
-the experts fail ends that step's sequences, and the loop goes on.
+step. Knows no tensors beyond the logits that pass through, no experts and no wire: what a step
+could not compute for want of an expert is tried again for a while (blocked.py), a step that failed
+as a whole ends its sequences, and the loop goes on.
 
 Everything happens on one event loop. Between two steps the set of sequences is consistent;
 while a step is under way, a sequence that is no longer wanted is only noted, and leaves
@@ -12,14 +13,16 @@ when the step is over, since the step still writes to its KV blocks.
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import structlog
 import torch
 
+from attn_service.blocked import advanced, block, rows_of_advanced
 from attn_service.counters import EngineCounters
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
@@ -38,6 +41,7 @@ from attn_service.sequence import (
 from attn_service.sequence_step import error_output, next_output, row_of, slice_of
 from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
@@ -46,15 +50,17 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
-    plan's order. times: without step_s and sampling_s."""
+    plan's order. times: without step_s and sampling_s. lost: indices of slices that could not be
+    computed, and for want of which expert; their logits mean nothing."""
 
     logits: torch.Tensor
     times: StepTimes
+    lost: Mapping[int, str] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):
     async def execute(self, plan: StepPlan) -> StepResult:
-        """Raises TransportError when the experts fail the step."""
+        """Raises TransportError when the experts fail the whole step."""
 
 
 class EngineObserver(Protocol):
@@ -71,7 +77,8 @@ class EngineObserver(Protocol):
 class Engine:
     """`run` must be running for anything to happen; `open_stream` is how work comes in.
 
-    placement_epoch: the one that the next step is to use.
+    placement_epoch: the one that the next step is to use. expert_wait_s: how long a sequence may be
+    unable to advance for want of an expert.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Engine:
         *,
         vocab_size: int,
         placement_epoch: Callable[[], int],
+        expert_wait_s: float = DEFAULT_EXPERT_WAIT_S,
         microbatches: MicrobatchRule = ALWAYS_ONE,
         observer: EngineObserver | None = None,
     ) -> None:
@@ -90,6 +98,7 @@ class Engine:
         self._scheduler = Scheduler(config, pool)
         self._vocab_size = vocab_size
         self._placement_epoch = placement_epoch
+        self._expert_wait_s = expert_wait_s
         self._microbatches = microbatches
         self._observer = observer
         self._streams: set[EngineStream] = set()
@@ -232,9 +241,18 @@ class Engine:
         self._scheduler.remove(sequence, reusable=reusable)
         del self._owner[sequence]
 
+    def wake(self) -> None:
+        """An expert process may be there again: try what is blocked at once."""
+        for sequence in self._scheduler.sequences():
+            sequence.retry_at = 0.0
+        self._changed.set()
+
     async def _run_step(self) -> None:
         started = time.perf_counter()
-        scheduled = self._scheduler.schedule()
+        scheduled = self._scheduler.schedule(started)
+        if not scheduled:
+            await self._wait_for_change(self._scheduler.next_retry - started)
+            return
         for item in scheduled:
             item.sequence.started_s = item.sequence.started_s or started
         plan = self._plan(scheduled)
@@ -244,12 +262,32 @@ class Engine:
             log.warning("the experts failed a step", step=self.step, error=str(error))
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
-            sampling_s = self._advance(scheduled, result.logits)
+            self._end_blocked(scheduled, result.lost, started)
+            kept, logits = advanced(scheduled, result.lost), result.logits
+            if result.lost:
+                rows = rows_of_advanced(scheduled, result.lost)
+                logits = logits[torch.tensor(rows, dtype=torch.int64)]
+            sampling_s = self._advance(kept, logits)
             step_s = time.perf_counter() - started
             times = replace(result.times, step_s=step_s, sampling_s=sampling_s)
             self.times += times
             if self._observer is not None:
-                self._observer.stepped(self.step, [each.sequence for each in scheduled], times)
+                self._observer.stepped(self.step, [each.sequence for each in kept], times)
+
+    def _end_blocked(
+        self, scheduled: Many[Scheduled], lost: Mapping[int, str], started: float
+    ) -> None:
+        """What a step could not compute is tried again, or ends where it has waited too long."""
+        now = time.perf_counter()
+        for sequence, reason in block(scheduled, lost, started, now, self._expert_wait_s):
+            self._finish_with(UnavailableError.code, reason, [sequence])
+
+    async def _wait_for_change(self, timeout_s: float) -> None:
+        """All there is is blocked."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await self._changed.wait()
 
     def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
         self.step += 1

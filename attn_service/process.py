@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from attn_service.assembly import Site, make_duty, make_links, microbatch_rule
+from attn_service.assembly import Site, make_duty, make_experts, make_links, microbatch_rule
 from attn_service.duties import Duty, Leading, until_first
 from attn_service.engine import EngineObserver
 from attn_service.expert_links import ExpertLinks
@@ -30,7 +30,7 @@ from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.errors import UnavailableError
 from moe_core.model.linear import packing_pays
-from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
+from moe_core.model.tensor_parallel import NoTensorParallel
 from moe_core.model.weights import AttentionTierWeights
 from moe_core.service.addresses import (
     advertised_address,
@@ -101,11 +101,12 @@ class AttentionProcess:
         tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
         weights = await in_own_thread(_load, checkpoint, site)
         terms = await self._settle_terms(site, group)
-        links = await self._connect(site, membership, tensor_parallel)
+        links = await self._connect(site, membership)
+        experts = make_experts(site, links, tensor_parallel)
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
         observer = self._observer(site)
-        duty = make_duty(site, weights, links, group, followers, terms, rule, observer)
+        duty = make_duty(site, weights, experts, group, followers, terms, rule, observer)
         if isinstance(duty, Leading):
             self._servicer.lead(duty.engine)
         else:
@@ -228,28 +229,29 @@ class AttentionProcess:
         self._followers = Followers(rank, terms, self._collective_timeout_s)
         self._servicer.accept(self._followers)
 
-    async def _connect(
-        self, site: Site, membership: Membership, tensor_parallel: TensorParallel
-    ) -> ExpertLinks:
-        """Links to all expert processes, once they are READY."""
+    async def _connect(self, site: Site, membership: Membership) -> ExpertLinks:
+        """Links to the expert processes, once they are enough to serve with. Raises
+        UnavailableError naming what is missing."""
         detail = "waiting for the expert processes"
         membership.report(MemberState.CONNECTING, detail=detail, store_address=self._store_address)
         self._endpoint, _ = open_endpoint(site.identity, self._options)
-        self._links = make_links(site, tensor_parallel, self._options, self._endpoint)
+        self._links = links = make_links(site, self._options, self._endpoint)
+        placement = site.placements.newest
         deadline: float | None = None
-        while self._links.missing:
+        while True:
             state = await membership.wait_until(
-                lambda state: not state.missing(Role.EXPERT),
+                lambda state: state.holds_all_experts(placement),
                 ARRIVAL_TIMEOUT_S,
-                "all expert processes",
+                "the expert processes",
             )
-            await self._links.reconcile(state)
+            await links.reconcile(state)
+            if links.can_serve(placement):
+                return links
             now = asyncio.get_running_loop().time()
             deadline = deadline or now + CONNECT_TIMEOUT_S
-            if self._links.missing and now > deadline:
-                raise UnavailableError("; ".join(self._links.missing))
-            await asyncio.sleep(TICK_S if self._links.missing else 0)
-        return self._links
+            if now > deadline:
+                raise UnavailableError("; ".join(links.missing))
+            await asyncio.sleep(TICK_S)
 
     @property
     def _collective_timeout_s(self) -> float:
@@ -260,15 +262,15 @@ class AttentionProcess:
         assert self._links is not None
         while True:
             await asyncio.sleep(TICK_S)
-            await self._links.reconcile(membership.state)
+            if await self._links.reconcile(membership.state) and isinstance(self._duty, Leading):
+                self._duty.engine.wake()
             self._report(membership)
 
     def _report(self, membership: Membership) -> None:
         assert self._links is not None
         assert self._duty is not None
-        state = MemberState.CONNECTING if self._links.missing else MemberState.READY
-        if self._draining:
-            state = MemberState.DRAINING
+        # READY without some experts too: what needs them waits, what does not is served.
+        state = MemberState.DRAINING if self._draining else MemberState.READY
         detail = "; ".join(self._links.missing)
         load, metrics = self._duty.load, self._duty.metrics
         links = self._links.stats(f"{Role.ATTN} {membership.rank}")

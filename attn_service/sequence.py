@@ -82,6 +82,8 @@ class Sequence:
     sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
     when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when
     its first step began and when that token was there, in seconds of time.perf_counter.
+    blocked_since, retry_at: since when, in the same seconds, no step can compute it for want of an
+    expert (None: it can), and when to try again.
     """
 
     request: SequenceRequest
@@ -95,6 +97,8 @@ class Sequence:
     added_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None
     first_token_s: float | None = None
+    blocked_since: float | None = None
+    retry_at: float = 0.0
     token_counts: TokenCounts | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

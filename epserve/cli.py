@@ -18,6 +18,7 @@ from epserve import process_commands, security_commands
 from epserve.from_options import parallel_from, settings_from
 from epserve.parent_death import die_with_parent
 from epserve.settings_command import SettingsCommand
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import ConfigError, EpserveError
 from moe_core.service.tls_files import TlsFiles
 
@@ -75,6 +76,8 @@ def serve(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
+    hedge_after: o.HedgeAfterOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
@@ -95,6 +98,8 @@ def serve(
             http_port=port,
             tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
             api_keys=api_keys and api_keys.absolute(),
+            expert_wait_s=expert_wait,
+            hedge_after_s=hedge_after,
         )
     )
 

@@ -325,6 +325,23 @@ MicrobatchesOption = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
+ExpertWaitOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long a step, and a request, wait for an expert process before they give up.",
+        rich_help_panel=CACHE,
+    ),
+]
+HedgeAfterOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="When an expert process has not answered for so long, ask those that hold the same "
+        "experts as well. Default: half of --expert-wait.",
+        rich_help_panel=CACHE,
+    ),
+]
 TargetOption = Annotated[
     str, typer.Option(callback=_address, help="HOST:PORT of a gateway.", rich_help_panel=NETWORK)
 ]

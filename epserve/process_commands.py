@@ -8,6 +8,7 @@ import typer
 
 from epserve import options as o
 from epserve.from_options import parallel_from, settings_from
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.service.tls_files import TlsFiles
 
 
@@ -75,6 +76,8 @@ def attn(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
+    hedge_after: o.HedgeAfterOption = None,
     threads: o.ThreadsOption = None,
     tls_cert: o.TlsCertOption = None,
     tls_key: o.TlsKeyOption = None,
@@ -91,7 +94,10 @@ def attn(
 
     _configure_logging("attn", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, AttnSettings, tls=tls)))
+    settings = settings_from(
+        context, AttnSettings, expert_wait_s=expert_wait, hedge_after_s=hedge_after, tls=tls
+    )
+    raise typer.Exit(main(settings))
 
 
 def expert(

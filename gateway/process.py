@@ -224,4 +224,4 @@ def _complete(state: ClusterState) -> bool:
 
 
 def _able(state: ClusterState) -> bool:
-    return not state.missing(Role.EXPERT) and bool(usable_groups(state))
+    return state.holds_all_experts(state.placement) and bool(usable_groups(state))

@@ -8,7 +8,7 @@ Physical ids of one layer: 0 … num_physical-1 are routed slots; where the expe
 shared expert, `num_physical + ep_rank` is that EP group's copy of it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -119,6 +119,14 @@ class ExpertPlacement:
     def holders(self) -> frozenset[int]:
         """The EP ranks that hold an expert of any layer."""
         return frozenset(rank for layer in self.layers for rank in layer.physical_to_ep_rank)
+
+    def is_covered_by(self, ep_ranks: Set[int]) -> bool:
+        """Whether these EP groups hold every expert of every layer."""
+        return all(
+            any(layer.physical_to_ep_rank[slot] in ep_ranks for slot in slots)
+            for layer in self.layers
+            for slots in layer.logical_to_physical
+        )
 
     def num_local_experts(self, ep_rank: int) -> int:
         """The most routed experts that one layer puts on one EP group."""

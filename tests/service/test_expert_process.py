@@ -11,6 +11,7 @@ import torch
 import epserve
 from attn_service.expert_client import ExpertClient
 from attn_service.experts import StepKey
+from attn_service.peers import Peers
 from attn_service.placements import Placements
 from expert_service.process import ExpertProcess, ExpertSettings
 from expert_service.servicer import ExchangeGate
@@ -104,7 +105,7 @@ async def connected_client(
             stack.push_async_callback(link.close)
             links.append(link)
         yield ExpertClient(
-            links,
+            Peers(parallel.etp_size, links),
             parallel,
             Placements(state.placement, CPU),
             NoTensorParallel(),

@@ -5,7 +5,7 @@ rank's model runner, and decodes greedily with it. Knows no process: rank_worker
 one, and benchmarks or tests that want both tiers in one process call it directly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.peers import Peers
 from attn_service.placements import Placements
 from attn_service.sequence import SequenceSlice, StepPlan
 from expert_service.batcher import Batcher
@@ -28,7 +29,7 @@ from moe_core.model.decoder import Decoder
 from moe_core.model.kv_cache import KvCache
 from moe_core.model.tensor_parallel import TensorParallel
 from moe_core.placement import ExpertPlacement
-from moe_core.transport.base import ExpertLink, LinkSpec
+from moe_core.transport.base import LinkSpec
 
 BLOCK_SIZE = 4
 # Smaller than the longest prompts of the suite, so that every layout sends chunks too.
@@ -90,9 +91,9 @@ def build_batcher(layout: Layout, rank: int) -> Batcher:
 
 
 def build_runner(
-    layout: Layout, tp: TensorParallel, links: Sequence[ExpertLink], num_blocks: int
+    layout: Layout, tp: TensorParallel, peers: Peers, num_blocks: int
 ) -> tuple[ModelRunner, GroupExperts]:
-    """An attention rank over the links to all expert processes."""
+    """An attention rank over its links to the expert processes."""
     config, parallel = layout.config, layout.resolved
     assert parallel.enable_mla is not None
     weights = load_attention_weights(
@@ -107,7 +108,7 @@ def build_runner(
         config, parallel.enable_mla, tp.size, num_blocks, BLOCK_SIZE, layout.dtype, layout.device
     )
     placements = Placements(layout.placement, layout.device)
-    client = ExpertClient(links, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
+    client = ExpertClient(peers, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
     experts = GroupExperts(client, tp)
     decoder = Decoder(config, weights, parallel.enable_mla, tp)
     return ModelRunner(decoder, cache, experts, layout.device), experts
@@ -122,15 +123,24 @@ class Decoded:
 
 
 class GreedyBatch:
-    """Decodes prompts together: one step for all prompts, then one token each a step."""
+    """Decodes prompts together: one step for all prompts, then one token each a step.
+
+    A step of which a slice is lost is repeated after `repair`. lost_steps: how many were.
+    """
 
     def __init__(
-        self, runner: ModelRunner, experts: GroupExperts, num_microbatches: int = 1
+        self,
+        runner: ModelRunner,
+        experts: GroupExperts,
+        num_microbatches: int = 1,
+        repair: Callable[[], None] = lambda: None,
     ) -> None:
         self._runner = runner
         self._experts = experts
         self._rule = MicrobatchRule(num_microbatches)
+        self._repair = repair
         self._step = 0
+        self.lost_steps = 0
 
     async def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Decoded]:
         rows = [list(prompt) for prompt in prompts]
@@ -156,8 +166,11 @@ class GreedyBatch:
         )
         plan = StepPlan(self._step, 0, slices, self._rule.count(slices))
         result = await self._runner.execute(plan)
-        self._experts.settle()
-        return result.logits
+        if not self._experts.settle(result.lost, len(slices)):
+            return result.logits
+        self.lost_steps += 1
+        self._repair()
+        return await self._run(rows, computed, tables)
 
 
 def num_blocks(prompts: Sequence[Sequence[int]], num_tokens: int) -> int:

@@ -66,6 +66,8 @@ kv-cache-memory: 1KiB
 max-num-seqs: 5
 block-size: 32
 microbatches: 2
+expert-wait: 7
+hedge-after: 0.5
 """
 
 
@@ -118,6 +120,8 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         block_size=32,
         max_num_seqs=5,
         microbatches="2",
+        expert_wait_s=7.0,
+        hedge_after_s=0.5,
         threads=2,
     )
 
@@ -161,6 +165,8 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         block_size=32,
         max_num_seqs=5,
         microbatches="2",
+        expert_wait_s=7.0,
+        hedge_after_s=0.5,
         debug=True,
     )
 
