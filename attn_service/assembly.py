@@ -20,6 +20,7 @@ from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.kv_blocks import BlockPool
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.placed_runner import PlacedRunner
 from attn_service.placements import Placements
 from attn_service.rendezvous import Group
 from attn_service.settings import AttnSettings
@@ -145,7 +146,7 @@ def _model_runner(
     experts: Experts,
     tensor_parallel: TensorParallel,
     terms: GroupTerms,
-) -> ModelRunner:
+) -> PlacedRunner:
     enable_mla = bool(site.parallel.enable_mla)
     cache = KvCache.allocate(
         site.model,
@@ -157,12 +158,12 @@ def _model_runner(
         site.device,
     )
     decoder = Decoder(site.model, weights, enable_mla, tensor_parallel)
-    return ModelRunner(decoder, cache, experts, site.device)
+    return PlacedRunner(ModelRunner(decoder, cache, experts, site.device), site.placements)
 
 
 def _engine(
     site: Site,
-    runner: ModelRunner | GroupRunner,
+    runner: PlacedRunner | GroupRunner,
     terms: GroupTerms,
     microbatches: MicrobatchRule,
     observer: EngineObserver | None,

@@ -5,6 +5,10 @@ who holds what it places nor when a placement comes to be used: the engine gives
 newest epoch, and the step's key names it from there on.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from attn_service.replica_choice import ALL_USUAL, LayerTables, Standing
@@ -22,6 +26,7 @@ class Placements:
         self._device = device
         self._by_epoch = {first.epoch: first}
         self._tables: dict[Standing, dict[tuple[int, int], LayerTables]] = {ALL_USUAL: {}}
+        self._in_use: Counter[int] = Counter()
         self.newest = first
 
     def add(self, placement: ExpertPlacement) -> None:
@@ -29,6 +34,23 @@ class Placements:
         if placement.epoch > self.newest.epoch:
             self._by_epoch[placement.epoch] = placement
             self.newest = placement
+
+    def knows(self, epoch: int) -> bool:
+        return epoch in self._by_epoch
+
+    @contextmanager
+    def in_use(self, epoch: int) -> Iterator[None]:
+        """A step of this epoch is under way."""
+        self._in_use[epoch] += 1
+        try:
+            yield
+        finally:
+            self._in_use[epoch] -= 1
+
+    @property
+    def oldest_in_use(self) -> int:
+        """No step uses an older one, now or later."""
+        return min(+self._in_use, default=self.newest.epoch)
 
     def at(self, epoch: int) -> ExpertPlacement:
         """Raises ProtocolError for an epoch that is not here."""

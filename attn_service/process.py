@@ -32,6 +32,7 @@ from moe_core.errors import UnavailableError
 from moe_core.model.linear import packing_pays
 from moe_core.model.tensor_parallel import NoTensorParallel
 from moe_core.model.weights import AttentionTierWeights
+from moe_core.placement import ExpertPlacement
 from moe_core.service.addresses import (
     advertised_address,
     host_id,
@@ -88,6 +89,8 @@ class AttentionProcess:
         self._followers: Followers | None = None
         self._duty: Duty | None = None
         self._spans: Spans | None = None
+        self._placements: Placements | None = None
+        self._used_epoch: int | None = None  # see StatusReport
         self._draining = False
         self._last_report: object = None
 
@@ -102,6 +105,8 @@ class AttentionProcess:
         weights = await in_own_thread(_load, checkpoint, site)
         terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership)
+        self._placements = site.placements
+        self._used_epoch = site.placements.newest.epoch
         experts = make_experts(site, links, tensor_parallel)
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
@@ -120,10 +125,11 @@ class AttentionProcess:
         """Until the gateway or a rank of the group is lost, or the leader has ended."""
         assert self._membership is not None
         assert self._duty is not None
+        assert self._placements is not None
         await until_first(
             self._duty.run(),
             self._membership.lost(),
-            self._keep_up(self._membership),
+            self._keep_up(self._placements, self._membership),
             _report_expert_load(self._duty, self._membership),
         )
 
@@ -236,16 +242,16 @@ class AttentionProcess:
         membership.report(MemberState.CONNECTING, detail=detail, store_address=self._store_address)
         self._endpoint, _ = open_endpoint(site.identity, self._options)
         self._links = links = make_links(site, self._options, self._endpoint)
-        placement = site.placements.newest
         deadline: float | None = None
         while True:
             state = await membership.wait_until(
-                lambda state: state.holds_all_experts(placement),
+                lambda state: state.holds_all_experts(state.placement),
                 ARRIVAL_TIMEOUT_S,
                 "the expert processes",
             )
+            site.placements.add(state.placement)
             await links.reconcile(state)
-            if links.can_serve(placement):
+            if links.can_serve(site.placements.newest):
                 return links
             now = asyncio.get_running_loop().time()
             deadline = deadline or now + CONNECT_TIMEOUT_S
@@ -257,14 +263,24 @@ class AttentionProcess:
     def _collective_timeout_s(self) -> float:
         return self._settings.expert_wait_s + COLLECTIVE_MARGIN_S
 
-    async def _keep_up(self, membership: Membership) -> None:
+    async def _keep_up(self, placements: Placements, membership: Membership) -> None:
         """Follow the cluster's state with the links, and tell the gateway how things are."""
         assert self._links is not None
         while True:
             await asyncio.sleep(TICK_S)
             if await self._links.reconcile(membership.state) and isinstance(self._duty, Leading):
                 self._duty.engine.wake()
+            self._adopt(placements, membership.state.placement)
             self._report(membership)
+
+    def _adopt(self, placements: Placements, latest: ExpertPlacement) -> None:
+        """Steps that are planned from now on use it, once its experts can be reached. A rank that
+        follows knows it at once, since the leader may."""
+        assert self._links is not None
+        if not isinstance(self._duty, Leading) or self._links.can_serve(latest):
+            placements.add(latest)
+        placements.forget_before(placements.oldest_in_use)
+        self._used_epoch = placements.oldest_in_use
 
     def _report(self, membership: Membership) -> None:
         assert self._links is not None
@@ -274,7 +290,7 @@ class AttentionProcess:
         detail = "; ".join(self._links.missing)
         load, metrics = self._duty.load, self._duty.metrics
         links = self._links.stats(f"{Role.ATTN} {membership.rank}")
-        if (report := (state, detail, load, metrics, links)) == self._last_report:
+        if (report := (state, detail, load, metrics, links, self._used_epoch)) == self._last_report:
             return
         self._last_report = report
         self._host.set_ready(state is MemberState.READY)
@@ -285,6 +301,7 @@ class AttentionProcess:
             attention_load=load,
             engine_metrics=metrics,
             links=links,
+            used_epoch=self._used_epoch,
         )
 
 

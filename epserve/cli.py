@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
+from epserve import admin_commands, process_commands, security_commands
 from epserve import generate_options as g
 from epserve import options as o
-from epserve import process_commands, security_commands
 from epserve.from_options import parallel_from, settings_from
 from epserve.parent_death import die_with_parent
 from epserve.settings_command import SettingsCommand
@@ -79,6 +79,7 @@ def serve(
     expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
     hedge_after: o.HedgeAfterOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    rebalance_interval: o.RebalanceIntervalOption = 0.0,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -225,6 +226,8 @@ def manifest(
     typer.echo(f"wrote {path}")
 
 
+for admin_command in (admin_commands.scale, admin_commands.rebalance, admin_commands.drain):
+    app.command(cls=SettingsCommand)(admin_command)
 app.command(cls=SettingsCommand)(security_commands.certs)
 app.add_typer(security_commands.keys)
 

@@ -107,8 +107,8 @@ class EpserveClient:
         if isinstance(target, str):
             target = Target(target)
         self.target = target.address
-        self._metadata = _metadata(target.api_key)
-        self._channel = open_channel(target.address, _server_check(target.tls))
+        self._metadata = metadata_of(target.api_key)
+        self._channel = open_channel(target.address, server_check(target.tls))
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def __aenter__(self) -> "EpserveClient":
@@ -187,7 +187,7 @@ class EpserveClient:
         return cluster_from_pb(answer)
 
 
-def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
     if not api_key:
         return ()
     if not api_key.isascii() or not api_key.isprintable():
@@ -195,7 +195,7 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return ((AUTHORIZATION, f"Bearer {api_key}"),)
 
 
-def _server_check(tls: TlsFiles | None) -> ServerCheck | None:
+def server_check(tls: TlsFiles | None) -> ServerCheck | None:
     return None if tls is None else ServerCheck(Certificates(tls), PeerRole.GATEWAY)
 
 

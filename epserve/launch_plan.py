@@ -62,6 +62,7 @@ class ClusterSettings:
     expert_wait_s: float = DEFAULT_EXPERT_WAIT_S
     hedge_after_s: float | None = None
     max_queued_requests: int | None = None
+    rebalance_interval: float | None = None  # seconds
     otlp_traces_endpoint: str | None = None
     log_json: bool = False
     debug: bool = False
@@ -154,6 +155,7 @@ class LaunchPlan:
             arguments.append("--insecure")
         arguments += _given("--api-keys", settings.api_keys)
         arguments += _given("--max-queued-requests", settings.max_queued_requests)
+        arguments += _given("--rebalance-interval", settings.rebalance_interval)
         return arguments + parallel_arguments(self.parallel)
 
     def _secrets(self, place: Place) -> Mapping[str, str]:

@@ -371,6 +371,15 @@ MaxQueuedRequestsOption = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
+RebalanceIntervalOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="Place experts anew every so many seconds where much is gained; 0: only when asked "
+        "(epserve rebalance).",
+        rich_help_panel=PARALLEL,
+    ),
+]
 TracesOption = Annotated[
     str | None,
     typer.Option(

@@ -26,6 +26,7 @@ def gateway(
     colocated: o.ColocatedOption = False,
     model_name: o.ModelNameOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    rebalance_interval: o.RebalanceIntervalOption = 0.0,
     host: o.HostOption = "127.0.0.1",
     port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,

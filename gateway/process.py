@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.admin_servicer import AdminServicer
 from gateway.admission import ServedModel
 from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
@@ -29,6 +30,9 @@ from gateway.metrics.exposition import metrics_routes
 from gateway.metrics.requests import RequestMetrics
 from gateway.observers import BothObservers, RequestObserver
 from gateway.page.routes import page_routes
+from gateway.placement_leader import PlacementLeader
+from gateway.rebalancing import Rebalancer, check_rebalance_interval
+from gateway.scaling import Scaling
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
@@ -62,6 +66,7 @@ class GatewaySettings:
 
     With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
     certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
+    `rebalance_interval` is how often experts are placed anew; 0: when asked only.
     `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
     """
 
@@ -78,8 +83,10 @@ class GatewaySettings:
     api_keys: Path | None = None
     launcher_key_hash: str | None = None
     otlp_traces_endpoint: str | None = None
+    rebalance_interval: float = 0.0
 
     def __post_init__(self) -> None:
+        check_rebalance_interval(self.rebalance_interval)
         require_safe_bind("host", self.host, self.tls, self.insecure)
         check_traces_endpoint(self.otlp_traces_endpoint)
 
@@ -105,6 +112,7 @@ class GatewayService:
         self._generator: Generator | None = None
         self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
+        self._rebalancer: Rebalancer | None = None
         self._spans: Spans | None = None
         self.port = settings.port
         self.http_port = settings.http_port
@@ -128,6 +136,11 @@ class GatewayService:
         self._generator = Generator(model, registry, self._pool, settings.limits, observer)
         self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
+        leader = PlacementLeader(registry)
+        self._rebalancer = Rebalancer(registry, leader, config.moe.n_group or 1)
+        AdminServicer(registry, Scaling(registry, leader, config), self._rebalancer).add_to(
+            self._host
+        )
         GatewayServicer(self._generator, registry, self._keys).add_to(self._host)
         VllmServicer(self._generator, registry, directory, self._keys).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
@@ -154,7 +167,15 @@ class GatewayService:
         )
 
     async def serve(self) -> None:
-        """Follow the cluster: health, and the streams to groups that have left."""
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as jobs:
+            jobs.create_task(self._follow(), name="follow the cluster")
+            if self._rebalancer is not None and self._settings.rebalance_interval:
+                interval_s = self._settings.rebalance_interval
+                jobs.create_task(self._rebalancer.run(interval_s), name="rebalance")
+
+    async def _follow(self) -> None:
+        """Health, and the streams to groups that have left."""
         registry = self._registry
         assert registry is not None, "startup comes first"
         assert self._generator is not None

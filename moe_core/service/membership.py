@@ -105,11 +105,20 @@ class Membership:
         attention_load: AttentionLoad | None = None,
         links: Sequence[LinkStats] = (),
         engine_metrics: EngineMetrics | None = None,
+        prepared_epoch: int | None = None,
+        used_epoch: int | None = None,
     ) -> None:
         """Tell the gateway, and so everybody, how this worker is. Replaces the last report; of
         several that wait to be sent only the newest is."""
         self._unsent = StatusReport(
-            state, detail, store_address, attention_load, tuple(links), engine_metrics
+            state,
+            detail,
+            store_address,
+            attention_load,
+            tuple(links),
+            engine_metrics,
+            prepared_epoch,
+            used_epoch,
         )
         self._reported.set()
 
