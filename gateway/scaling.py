@@ -8,7 +8,8 @@ what goes wrong before that is taken back, and processes that came are asked to 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
 import structlog
 
@@ -55,16 +56,20 @@ class Scaling:
         with self._leader.turn(what):
             between = old.resized(self._model, expert_devices=new.expert_devices)
             for role, before, after in ((Role.EXPERT, old, between), (Role.ATTN, between, new)):
-                if _size(before, role) < _size(after, role):
-                    async for phase in self._grow(role, before, after):
+                async with aclosing(self._resize(role, before, after)) as phases:
+                    async for phase in phases:
                         yield phase
-                elif _size(before, role) > _size(after, role):
-                    async for phase in self._shrink(role, before, after):
-                        yield phase
+
+    def _resize(
+        self, role: Role, before: ParallelConfig, after: ParallelConfig
+    ) -> AsyncGenerator[str, None]:
+        if _size(before, role) < _size(after, role):
+            return self._grow(role, before, after)
+        return self._shrink(role, before, after)
 
     async def _grow(
         self, role: Role, before: ParallelConfig, after: ParallelConfig
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         coming = range(_size(before, role), _size(after, role))
         self._registry.set_sizes(before, TierSizes(after.attn_devices, after.expert_devices))
         try:
@@ -81,8 +86,10 @@ class Scaling:
 
     async def _shrink(
         self, role: Role, before: ParallelConfig, after: ParallelConfig
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         going = range(_size(after, role), _size(before, role))
+        if not going:
+            return
         if role is Role.EXPERT:
             yield f"loading the experts of {role} {_ranks(going)} elsewhere"
             await self._place(after)
