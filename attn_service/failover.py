@@ -23,7 +23,7 @@ from attn_service.dispatch_plan import GroupDispatch, plan_again
 from attn_service.experts import LostRows
 from attn_service.peers import Peers
 from attn_service.replica_choice import AVOIDED, DOWN, USUAL, LayerTables, Standing
-from attn_service.sends import Part, Send, depart
+from attn_service.sends import Part, Send
 from moe_core.errors import PeerLostError, PeerTimeoutError, TransportError
 from moe_core.exchange import SLOT_TOKENS
 from moe_core.placement import LayerPlacement
@@ -141,20 +141,27 @@ class LayerExchange:
         if send.error is not None:
             return
         try:
-            await depart(send, part, send.late_at)
+            await self._leave(send, part, send.late_at)
         except PeerTimeoutError as error:
-            if self._loop.time() < self._deadline and not self._others_hold(send):
-                await self._depart_at_last(send, part)
-            else:
+            if self._loop.time() >= self._deadline or self._others_hold(send):
                 send.error = error
+                return
+            await self._depart_at_last(send, part)
         except TransportError as error:
             send.error = error
 
     async def _depart_at_last(self, send: Send, part: Part) -> None:
         try:
-            await depart(send, part, self._deadline)
+            await self._leave(send, part, self._deadline)
         except TransportError as error:
             send.error = error
+
+    async def _leave(self, send: Send, part: Part, until: float) -> None:
+        timeout_s = max(0.0, until - self._loop.time())
+        if part.answer is None:
+            part.answer = await part.link.dispatch(send.dispatch, timeout_s)
+        else:
+            await part.answer.left(timeout_s)
 
     async def _rescue(self) -> None:
         while True:
