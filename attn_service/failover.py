@@ -23,7 +23,7 @@ from attn_service.dispatch_plan import GroupDispatch, plan_again
 from attn_service.experts import LostRows
 from attn_service.peers import Peers
 from attn_service.replica_choice import AVOIDED, DOWN, USUAL, LayerTables, Standing
-from attn_service.sends import Part, Send
+from attn_service.sends import Part, Send, all_ended
 from moe_core.errors import PeerLostError, PeerTimeoutError, TransportError
 from moe_core.exchange import SLOT_TOKENS
 from moe_core.placement import LayerPlacement
@@ -108,7 +108,7 @@ class LayerExchange:
                     if part.answer is None:
                         slow.append((send, part))
             if slow:  # those that have to wait for a slot wait together
-                await _all([asyncio.create_task(self._depart(*each)) for each in slow])
+                await all_ended([asyncio.create_task(self._depart(*each)) for each in slow])
             for send in sends:
                 for part in send.parts:
                     if part.answer is not None:
@@ -265,18 +265,3 @@ class LayerExchange:
         rows, ids = send.rest.rows, send.rest.physical_ids[send.uncovered]
         lost = send.uncovered if rows is None else rows[send.uncovered]
         return LostRows(lost, exchange_words.failed(send.error, self._layer, ids))
-
-
-async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Until all have ended; raises what the first of them (by rank) raised. A cancelled caller
-    leaves none of them running."""
-    try:
-        await asyncio.wait(tasks)
-    except asyncio.CancelledError:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        raise
-    failures = [error for error in (task.exception() for task in tasks) if error is not None]
-    if failures:
-        raise failures[0]

@@ -6,7 +6,7 @@ nothing of who else could compute it; failover.py does.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -213,3 +213,18 @@ def _answered_rows(part: Part) -> tuple[tuple[slice, ...], Tensor | None]:
         return (slice(None),), part.combine.partial
     chunks = None if part.answer is None else part.answer.answered_chunks()
     return ((), None) if chunks is None else chunks
+
+
+async def all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Until all have ended; raises what the first of them (by rank) raised. A cancelled caller
+    leaves none of them running."""
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
+    failures = [error for error in (task.exception() for task in tasks) if error is not None]
+    if failures:
+        raise failures[0]
