@@ -167,6 +167,8 @@ class LayerExchange:
         while True:
             for send in self._unfinished():
                 send.look()
+                if send.error is not None and send.ep_rank not in self._failed:
+                    self._note_failure(send)
             if await self._replace_failed():
                 continue
             if all(send.complete for send in self._sends):
@@ -190,21 +192,19 @@ class LayerExchange:
         """False where nothing has failed."""
         failed = [send for send in self._unfinished() if send.error and send.substitutes is None]
         for send in failed:
-            self._note_failure(send)
+            send.keep_answered()
+            send.release()  # the other shards' answers with it
         for send in failed:
             await self._substitute(send, *self._plan_again(send, self._failed))
         return bool(failed)
 
     def _note_failure(self, send: Send) -> None:
-        """Its group is not asked again in this layer, and its other shards' answers are dropped."""
-        now = self._loop.time()
+        """Its group is not asked again in this layer."""
         self._failed.add(send.ep_rank)
-        send.keep_answered()
         if isinstance(send.error, PeerTimeoutError):
             self._peers.late(send.ep_rank, send.owed, send.sent_at)
         else:
-            self._peers.failed(send.ep_rank, now)
-        send.release()
+            self._peers.failed(send.ep_rank, self._loop.time())
 
     async def _hedge(self, late: Sequence[Send]) -> bool:
         """Ask others as well, where they hold all of it. False where none do."""
