@@ -93,7 +93,8 @@ class ExpertClient:
         tables_of = partial(self._placements.tables, key.placement_epoch, layer_id)
         tables = tables_of(standing)
         first_token = start + layer_id + self._turn_offset
-        layer, routing = placement.layer(layer_id), topk_ids[own]
+        hidden, routing = hidden_states[own], topk_ids[own]
+        layer = placement.layer(layer_id)
         lost: tuple[LostRows, ...] = ()
         if rows is not None or tables.lost is not None:
             rows = _rows_within(rows, own, routing.device)
@@ -110,14 +111,14 @@ class ExpertClient:
             tables_of,
             placement.ep_size,
             DispatchKey(key.placement_epoch, key.step, layer_id, key.microbatch),
-            hidden_states[own],
+            hidden,
             with_shared_weight(topk_weights[own].float(), parallel.shared_on_experts),
             first_token,
             self._patience_s,
             now + self._expert_wait_s,
         )
         await exchange.post(groups)
-        return PendingLayer(self, exchange, hidden_states[own], sizes, lost)
+        return PendingLayer(self, exchange, hidden, sizes, lost)
 
     def _without_lost(
         self,
@@ -198,7 +199,9 @@ class PendingLayer:
             compute_s=compute_us * 1e-6,
             combine_s=time.perf_counter() - complete,
         )
-        return Combined(hidden, times, self._client.in_all_rows(lost, self._sizes))
+        if lost:
+            lost = self._client.in_all_rows(lost, self._sizes)
+        return Combined(hidden, times, lost)
 
     def release(self) -> None:
         """See `PendingExperts.release`."""

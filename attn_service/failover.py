@@ -23,7 +23,7 @@ from attn_service.dispatch_plan import GroupDispatch, plan_again
 from attn_service.experts import LostRows
 from attn_service.peers import Peers
 from attn_service.replica_choice import AVOIDED, DOWN, USUAL, LayerTables, Standing
-from attn_service.sends import Part, Send, depart
+from attn_service.sends import Part, Send, all_ended
 from moe_core.errors import PeerLostError, PeerTimeoutError, TransportError
 from moe_core.exchange import SLOT_TOKENS
 from moe_core.placement import LayerPlacement
@@ -108,7 +108,7 @@ class LayerExchange:
                     if part.answer is None:
                         slow.append((send, part))
             if slow:  # those that have to wait for a slot wait together
-                await _all([asyncio.create_task(self._depart(*each)) for each in slow])
+                await all_ended([asyncio.create_task(self._depart(*each)) for each in slow])
             for send in sends:
                 for part in send.parts:
                     if part.answer is not None:
@@ -141,25 +141,34 @@ class LayerExchange:
         if send.error is not None:
             return
         try:
-            await depart(send, part, send.late_at)
+            await self._leave(send, part, send.late_at)
         except PeerTimeoutError as error:
-            if self._loop.time() < self._deadline and not self._others_hold(send):
-                await self._depart_at_last(send, part)
-            else:
+            if self._loop.time() >= self._deadline or self._others_hold(send):
                 send.error = error
+                return
+            await self._depart_at_last(send, part)
         except TransportError as error:
             send.error = error
 
     async def _depart_at_last(self, send: Send, part: Part) -> None:
         try:
-            await depart(send, part, self._deadline)
+            await self._leave(send, part, self._deadline)
         except TransportError as error:
             send.error = error
+
+    async def _leave(self, send: Send, part: Part, until: float) -> None:
+        timeout_s = max(0.0, until - self._loop.time())
+        if part.answer is None:
+            part.answer = await part.link.dispatch(send.dispatch, timeout_s)
+        else:
+            await part.answer.left(timeout_s)
 
     async def _rescue(self) -> None:
         while True:
             for send in self._unfinished():
                 send.look()
+                if send.error is not None and send.ep_rank not in self._failed:
+                    self._note_failure(send)
             if await self._replace_failed():
                 continue
             if all(send.complete for send in self._sends):
@@ -183,21 +192,19 @@ class LayerExchange:
         """False where nothing has failed."""
         failed = [send for send in self._unfinished() if send.error and send.substitutes is None]
         for send in failed:
-            self._note_failure(send)
+            send.keep_answered()
+            send.release()  # the other shards' answers with it
         for send in failed:
             await self._substitute(send, *self._plan_again(send, self._failed))
         return bool(failed)
 
     def _note_failure(self, send: Send) -> None:
-        """Its group is not asked again in this layer, and its other shards' answers are dropped."""
-        now = self._loop.time()
+        """Its group is not asked again in this layer."""
         self._failed.add(send.ep_rank)
-        send.keep_answered()
         if isinstance(send.error, PeerTimeoutError):
             self._peers.late(send.ep_rank, send.owed, send.sent_at)
         else:
-            self._peers.failed(send.ep_rank, now)
-        send.release()
+            self._peers.failed(send.ep_rank, self._loop.time())
 
     async def _hedge(self, late: Sequence[Send]) -> bool:
         """Ask others as well, where they hold all of it. False where none do."""
@@ -258,18 +265,3 @@ class LayerExchange:
         rows, ids = send.rest.rows, send.rest.physical_ids[send.uncovered]
         lost = send.uncovered if rows is None else rows[send.uncovered]
         return LostRows(lost, exchange_words.failed(send.error, self._layer, ids))
-
-
-async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Until all have ended; raises what the first of them (by rank) raised. A cancelled caller
-    leaves none of them running."""
-    try:
-        await asyncio.wait(tasks)
-    except asyncio.CancelledError:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        raise
-    failures = [error for error in (task.exception() for task in tasks) if error is not None]
-    if failures:
-        raise failures[0]

@@ -6,8 +6,8 @@ nothing of who else could compute it; failover.py does.
 
 import asyncio
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,11 +38,11 @@ class Kept:
 class Send:
     """A dispatch to all processes of one EP group; its TP shards all get the same rows.
 
-    rows: [n] int64 of the layer's, None for all. late_at: when others are asked as well, in the
-    loop's time. instead_of: whose substitute it is. error: what one of the processes has met; then
-    the partials of all of them are worth nothing. substitutes: who was asked instead or as well,
-    for all rows of `rest` but `uncovered` (positions in it, int64). kept, rest: what was answered
-    of a dispatch in chunks before it failed, and what is left of `group`.
+    sent_at, late_at: in the loop's time; others are asked too then. instead_of: whose substitute
+    it is. error: what one of the processes has met; then the partials of all are worth nothing.
+    substitutes: who was asked instead or as well, for all rows of `rest` but `uncovered` (positions
+    in it, int64). kept, not_kept: what was answered of a dispatch in chunks before it failed, and
+    what is left of `group`.
     """
 
     group: GroupDispatch
@@ -54,11 +54,13 @@ class Send:
     error: TransportError | None = None
     substitutes: list["Send"] | None = None
     uncovered: Tensor | None = None
-    kept: "Kept | None" = None
-    rest: GroupDispatch = field(init=False)
+    kept: Kept | None = None
+    not_kept: GroupDispatch | None = None
 
-    def __post_init__(self) -> None:
-        self.rest = self.group
+    @property
+    def rest(self) -> GroupDispatch:
+        """What others have to compute where this one has failed or is late."""
+        return self.not_kept or self.group
 
     @property
     def ep_rank(self) -> int:
@@ -180,7 +182,7 @@ class Send:
             rows_kept = self.group.only(positions).rows
             assert rows_kept is not None
             self.kept = Kept(rows_kept, tuple(each[positions] for each in partials))
-            self.rest = self.group.only((~answered).nonzero()[:, 0].to(positions.device))
+            self.not_kept = self.group.only((~answered).nonzero()[:, 0].to(positions.device))
 
     def partials(self) -> tuple[Tensor | None, tuple[Tensor, ...]]:
         """Of one that is counted: rows [n] int64 (None: all), and each process's partials."""
@@ -213,10 +215,16 @@ def _answered_rows(part: Part) -> tuple[tuple[slice, ...], Tensor | None]:
     return ((), None) if chunks is None else chunks
 
 
-async def depart(send: Send, part: Part, deadline: float) -> None:
-    """Until the bytes have left. Raises TransportError."""
-    timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
-    if part.answer is None:
-        part.answer = await part.link.dispatch(send.dispatch, timeout_s)
-    else:
-        await part.answer.left(timeout_s)
+async def all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Until all have ended; raises what the first of them (by rank) raised. A cancelled caller
+    leaves none of them running."""
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
+    failures = [error for error in (task.exception() for task in tasks) if error is not None]
+    if failures:
+        raise failures[0]

@@ -158,7 +158,10 @@ async def test_rows_that_are_not_asked_for_are_not_sent() -> None:
     assert all(any(row == wanted for wanted in batch.hidden[rows].tolist()) for row in sent)
 
 
-async def test_a_late_process_is_hedged_and_avoided_until_its_answer_is_there() -> None:
+async def test_a_late_process_is_hedged_and_avoided_until_its_answer_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("attn_service.peers.AVOID_LATE_TIMES", 0.1)
     tier = Tier(MODEL, parallel(), hedge_after_s=0.02)
     tier.links[2].fails = "slow"
     batch = routing()
