@@ -178,4 +178,5 @@ def _engine(
         placement_epoch=lambda: site.placements.newest.epoch,
         microbatches=microbatches,
         observer=observer,
+        orphan_grace_s=site.settings.orphan_grace_s,
     )

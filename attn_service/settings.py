@@ -4,6 +4,7 @@ Knows names, defaults and the sizes that follow from them. Knows no model beyond
 length, and no cluster.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ DEFAULT_KV_CACHE_TOKENS = 65_536
 class AttnSettings:
     """host and port are listened on (port 0: any free one); `rank` None asks the gateway for
     the lowest free one. `expert_wait_s`: the longest that one layer may wait for its experts.
-    `insecure` allows a host that others reach without `tls`.
+    `orphan_grace_s`: for how long a lost gateway's sequences run on. `insecure` allows a host that
+    others reach without `tls`.
 
     The KV cache is set by one of kv_cache_tokens, kv_cache_memory (bytes) and memory_utilization
     (see moe_core.memory.memory_budget); without, it holds max_num_seqs full contexts, but at
@@ -47,6 +49,7 @@ class AttnSettings:
     max_step_tokens: int = 512
     microbatches: str = AUTO
     expert_wait_s: float = 30.0
+    orphan_grace_s: float = 5.0
     threads: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
@@ -64,6 +67,9 @@ class AttnSettings:
         check_traces_endpoint(self.otlp_traces_endpoint)
         if self.expert_wait_s <= 0:
             raise ConfigError("expert_wait_s", self.expert_wait_s, "must be above 0", (30.0,))
+        if not 0 <= self.orphan_grace_s < math.inf:
+            rule = "must be a number of seconds of at least 0"
+            raise ConfigError("orphan_grace_s", self.orphan_grace_s, rule, (5.0,))
 
     def num_kv_blocks(self, model: ModelConfig) -> int:
         """From kv_cache_tokens or its default; kv_budget.py knows the other settings."""

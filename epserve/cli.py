@@ -76,6 +76,8 @@ def serve(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
+    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,

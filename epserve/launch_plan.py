@@ -59,6 +59,8 @@ class ClusterSettings:
     max_num_seqs: int | None = None
     microbatches: str | None = None
     max_queued_requests: int | None = None
+    attn_wait: float | None = None  # seconds
+    orphan_grace: float | None = None  # seconds
     otlp_traces_endpoint: str | None = None
     log_json: bool = False
     debug: bool = False
@@ -136,6 +138,7 @@ class LaunchPlan:
             arguments += _given("--block-size", settings.block_size)
             arguments += _given("--max-num-seqs", settings.max_num_seqs)
             arguments += _given("--microbatches", settings.microbatches)
+            arguments += _given("--orphan-grace", settings.orphan_grace)
         return arguments
 
     def _gateway_arguments(self) -> list[str]:
@@ -148,6 +151,7 @@ class LaunchPlan:
             arguments.append("--insecure")
         arguments += _given("--api-keys", settings.api_keys)
         arguments += _given("--max-queued-requests", settings.max_queued_requests)
+        arguments += _given("--attn-wait", settings.attn_wait)
         return arguments + parallel_arguments(self.parallel)
 
     def _secrets(self, place: Place) -> Mapping[str, str]:

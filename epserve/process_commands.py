@@ -25,6 +25,7 @@ def gateway(
     colocated: o.ColocatedOption = False,
     model_name: o.ModelNameOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
     host: o.HostOption = "127.0.0.1",
     port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
@@ -53,6 +54,7 @@ def gateway(
         http_port=port,
         parallel=parallel_from(context),
         limits=QueueLimits(max_requests=max_queued_requests),
+        attn_wait_s=attn_wait,
         tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
     )
     raise typer.Exit(main(settings))
@@ -75,6 +77,7 @@ def attn(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
     threads: o.ThreadsOption = None,
     tls_cert: o.TlsCertOption = None,
     tls_key: o.TlsKeyOption = None,
@@ -91,7 +94,8 @@ def attn(
 
     _configure_logging("attn", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, AttnSettings, tls=tls)))
+    settings = settings_from(context, AttnSettings, tls=tls, orphan_grace_s=orphan_grace)
+    raise typer.Exit(main(settings))
 
 
 def expert(

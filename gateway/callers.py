@@ -3,7 +3,10 @@
 Knows names, shares and limits. Knows no key and no transport: whoever checks a key makes a Caller.
 """
 
+import hashlib
 from dataclasses import dataclass
+
+TAG_LENGTH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,11 @@ class Caller:
     weight: float = 1.0
     max_concurrent_requests: int | None = None
     max_tokens_per_minute: int | None = None
+
+    @property
+    def tag(self) -> str:
+        """Stands for the name where it should not be read: of the same length for all."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:TAG_LENGTH]
 
 
 ANONYMOUS = Caller("anonymous")

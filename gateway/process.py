@@ -7,6 +7,7 @@ once, all expert processes are READY now, and at least one DP group can take req
 """
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +33,12 @@ from gateway.page.routes import page_routes
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
+from gateway.waiting_room import DEFAULT_ATTN_WAIT_S
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
 from moe_core.service.addresses import host_id, join_address, new_instance_epoch
@@ -63,6 +66,7 @@ class GatewaySettings:
     With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
     certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
     `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
+    `attn_wait_s`: how long requests wait for an attention group where none can go on with them.
     """
 
     model: Path
@@ -78,10 +82,14 @@ class GatewaySettings:
     api_keys: Path | None = None
     launcher_key_hash: str | None = None
     otlp_traces_endpoint: str | None = None
+    attn_wait_s: float = DEFAULT_ATTN_WAIT_S
 
     def __post_init__(self) -> None:
         require_safe_bind("host", self.host, self.tls, self.insecure)
         check_traces_endpoint(self.otlp_traces_endpoint)
+        if not 0 <= self.attn_wait_s < math.inf:
+            rule = "must be a number of seconds of at least 0"
+            raise ConfigError("attn_wait_s", self.attn_wait_s, rule, (DEFAULT_ATTN_WAIT_S,))
 
 
 def main(settings: GatewaySettings) -> int:
@@ -125,7 +133,14 @@ class GatewayService:
         model = ServedModel(name, config, tokenizer)
         metrics = RequestMetrics(name, model.max_model_len)
         observer = self._observer(metrics)
-        self._generator = Generator(model, registry, self._pool, settings.limits, observer)
+        self._generator = Generator(
+            model,
+            registry,
+            self._pool,
+            settings.limits,
+            observer,
+            attn_wait_s=settings.attn_wait_s,
+        )
         self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
         GatewayServicer(self._generator, registry, self._keys).add_to(self._host)

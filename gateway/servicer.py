@@ -50,6 +50,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             stop=len(request.sampling.stop),
             stop_token_ids=len(request.sampling.stop_token_ids),
             logit_bias=len(request.sampling.logit_bias),
+            resume_from=len(request.resume_from),
         )
         # Whether there is one was checked before; this says whose.
         caller = self._keys.authenticate(authorization(context))
@@ -60,7 +61,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 yield chunk_to_pb(chunk)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        return pb.AbortResponse(found=self._generator.abort(request.request_id))
+        caller = self._keys.authenticate(authorization(context))
+        return pb.AbortResponse(found=self._generator.abort(caller, request.request_id))
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -97,6 +99,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         prompt=prompts[message.WhichOneof("prompt")],
         sampling=sampling_from_pb(message.sampling),
         priority=message.priority,
+        resume_from=tuple(message.resume_from) or None,
     )
 
 

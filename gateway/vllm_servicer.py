@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc.aio
 
+from gateway.admission import check_sizes
 from gateway.api_keys import ApiKeys
 from gateway.balancer import Group, usable_groups
 from gateway.cluster import Registry
@@ -55,6 +56,13 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """A choice's tokens as they come if `stream`, and in any case all of them at its end."""
         self._last_receive_time = time.time()
+        check_sizes(
+            self._generator.model,
+            prompt_tokens=len(request.tokenized.input_ids),
+            stop=len(request.sampling_params.stop),
+            stop_token_ids=len(request.sampling_params.stop_token_ids),
+            logit_bias=len(request.sampling_params.logit_bias),
+        )
         answers: dict[int, ChoiceAnswer] = {}
         stop_token_ids = request.sampling_params.stop_token_ids
         prompt_tokens = len(request.tokenized.input_ids)
@@ -71,9 +79,11 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
                     yield answer.complete(chunk.finish_reason, chunk.usage, chunk.index)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        """Requests that are not here have ended already, which is what was wanted."""
+        """Requests that are not here have ended already, which is what was wanted; so it is with
+        another caller's."""
+        caller = self._keys.authenticate(authorization(context))
         for request_id in request.request_ids:
-            self._generator.abort(request_id)
+            self._generator.abort(caller, request_id)
         return pb.AbortResponse()
 
     async def HealthCheck(

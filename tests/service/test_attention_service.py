@@ -55,7 +55,7 @@ async def service() -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Service]:
+async def serving(orphan_grace_s: float = 5.0) -> AsyncIterator[Service]:
     runner = FakeRunner()
     engine = Engine(
         runner,
@@ -63,6 +63,7 @@ async def serving() -> AsyncIterator[Service]:
         SchedulerConfig(max_num_seqs=4, max_step_tokens=8, max_model_len=64),
         vocab_size=VOCAB,
         placement_epoch=lambda: 0,
+        orphan_grace_s=orphan_grace_s,
     )
     servicer = AttentionServicer()
     servicer.lead(engine)
@@ -117,8 +118,8 @@ async def test_abort_over_the_stream_frees_the_blocks(service: Service) -> None:
 
 
 @pytest.mark.parametrize("how", ["the call", "the channel"])
-async def test_a_lost_stream_frees_its_sequences_and_blocks(how: str) -> None:
-    async with serving() as service:
+async def test_a_lost_stream_frees_its_sequences_and_blocks_after_the_grace(how: str) -> None:
+    async with serving(orphan_grace_s=0.1) as service:
         service.runner.gate = asyncio.Event()
         channel = open_channel(service.address)
         call = AttentionServiceStub(channel).Serve()

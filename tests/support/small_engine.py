@@ -22,6 +22,7 @@ async def running_engine(
     max_num_seqs: int = 4,
     placement_epoch: int = 0,
     microbatches: MicrobatchRule = ALWAYS_ONE,
+    orphan_grace_s: float = 5.0,
 ) -> AsyncIterator[Engine]:
     """`budget`: tokens of a step. The engine stops when the context is left."""
     engine = Engine(
@@ -31,6 +32,7 @@ async def running_engine(
         vocab_size=VOCAB,
         placement_epoch=lambda: placement_epoch,
         microbatches=microbatches,
+        orphan_grace_s=orphan_grace_s,
     )
     task = asyncio.create_task(engine.run())
     try:

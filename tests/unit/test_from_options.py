@@ -58,6 +58,7 @@ grpc-port: 7
 port: 8
 cluster-port: 9
 max-queued-requests: 10
+attn-wait: 4.5
 api-keys: keys.yaml
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
@@ -66,6 +67,7 @@ kv-cache-memory: 1KiB
 max-num-seqs: 5
 block-size: 32
 microbatches: 2
+orphan-grace: 2.5
 """
 
 
@@ -95,6 +97,7 @@ def test_the_gateway_gets_its_settings(settings_of_run: Run):
         parallel=CUT,
         model_name="other",
         limits=QueueLimits(max_requests=10),
+        attn_wait_s=4.5,
         insecure=True,
         api_keys=Path("keys.yaml"),
         otlp_traces_endpoint="http://127.0.0.1:4317",
@@ -118,6 +121,7 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         block_size=32,
         max_num_seqs=5,
         microbatches="2",
+        orphan_grace_s=2.5,
         threads=2,
     )
 
@@ -153,6 +157,8 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         http_port=8,
         cluster_port=9,
         max_queued_requests=10,
+        attn_wait=4.5,
+        orphan_grace=2.5,
         insecure=True,
         api_keys=Path("keys.yaml").absolute(),
         otlp_traces_endpoint="http://127.0.0.1:4317",

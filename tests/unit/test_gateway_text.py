@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.attention_pool import Delta
-from gateway.generation import SequenceOutput
 from gateway.requests import Chunk, Sequence, TokenLogprobs, Usage
+from gateway.sequence_output import SequenceOutput
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer
 from moe_core.errors import ConfigError
