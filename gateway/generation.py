@@ -89,6 +89,8 @@ class Generator:
     async def _batches(
         self, request: GenerationRequest, watch: RequestWatch
     ) -> AsyncGenerator[list[Chunk], None]:
+        if request.resume_from is not None and not request.request_id:
+            raise RequestError("resume_from: needs the request_id of the request to resume")
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
         key = _key(request.caller, request.request_id)
         with self._room.enter(request) as place, self._under_way(key, place):

@@ -33,8 +33,6 @@ class Found:
 def check_resumption(request: GenerationRequest, choices: Many[Sequence]) -> None:
     """Raises RequestError naming what of resume_from cannot be."""
     received = request.resume_from or ()
-    if not request.request_id:
-        raise RequestError("resume_from: needs the request_id of the request to resume")
     if len(received) > len(choices):
         raise RequestError(
             f"resume_from: {len(received)} counts for a request of {len(choices)} choices"

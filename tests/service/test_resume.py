@@ -1,0 +1,301 @@
+"""A gateway that is lost, and its clients' requests at another one, over a real engine."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from attn_service.engine import Engine
+from attn_service.servicer import AttentionServicer
+from gateway.callers import Caller
+from gateway.requests import GenerationRequest, Sampling
+from moe_core.cluster import Role
+from moe_core.errors import NotFoundError, RequestError
+from moe_core.pb.epserve.v1 import attention_pb2
+from moe_core.pb.epserve.v1 import gateway_pb2 as pb
+from support.fake_runner import FakeRunner, continuation
+from support.small_engine import running_engine
+from support.small_gateway import SmallGateway
+from support.words import WORDS, word_tokenizer
+
+DEADLINE_S = 10
+PROMPT = (5, 6)
+EXPECTED = continuation(PROMPT, 20)
+
+
+class Turnstile(FakeRunner):
+    """Lets so many steps through, and then as many as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = asyncio.Semaphore(0)
+
+    async def execute(self, plan: Any) -> Any:  # noqa: ANN401
+        await self.steps.acquire()
+        return await super().execute(plan)
+
+    def let(self, steps: int) -> None:
+        for _ in range(steps):
+            self.steps.release()
+
+
+class Cluster:
+    """One attention process that two gateways have joined, each with clients of its own."""
+
+    def __init__(self, engine: Engine, runner: Turnstile, gateways: Sequence[SmallGateway]) -> None:
+        self.engine = engine
+        self.runner = runner
+        self.first, self.second = gateways
+
+    def lose_first(self) -> None:
+        """Without a word, as a kill would."""
+        for link in self.first.pool._links.values():
+            link._call.cancel()
+            link._outgoing = asyncio.Queue()
+
+    async def until_orphaned(self) -> None:
+        """No stream that lives has a sequence any more."""
+        async with asyncio.timeout(DEADLINE_S):
+            while any(each._sequences and not each.is_lost for each in self.engine._streams):
+                await asyncio.sleep(0.005)
+
+    async def received_by_first(self, count: int, **sampling: object) -> list[Any]:
+        """The first answers of a request whose gateway is lost when it has so many tokens."""
+        self.runner.let(count)
+        call = self.first.stub.Generate(message(**sampling), timeout=DEADLINE_S)
+        answers = []
+        async for answer in call:
+            answers.append(answer)
+            if len(tokens_of(answers)) >= count:
+                break
+        self.lose_first()
+        await self.until_orphaned()
+        return answers
+
+
+@asynccontextmanager
+async def cluster(orphan_grace_s: float = 5.0) -> AsyncIterator[Cluster]:
+    runner, tokenizer = Turnstile(), word_tokenizer()
+    servicer = AttentionServicer()
+    async with (
+        running_engine(runner, budget=32, orphan_grace_s=orphan_grace_s) as engine,
+        SmallGateway(tokenizer=tokenizer, attn_wait_s=0.0) as first,
+        SmallGateway(tokenizer=tokenizer) as second,
+    ):
+        servicer.lead(engine)
+        for gateway in (first, second):
+            await gateway.add_worker(Role.ATTN, servicer)
+        yield Cluster(engine, runner, (first, second))
+        runner.let(1000)
+
+
+def message(resume_from: Sequence[int] = (), **sampling: object) -> pb.GenerateRequest:
+    # So cold that the runner's favourites are drawn, and yet not greedy: the seed matters.
+    settings = {"max_tokens": 20, "temperature": 0.01, "ignore_eos": True, **sampling}
+    return pb.GenerateRequest(
+        request_id="r1",
+        token_ids=pb.TokenIds(ids=PROMPT),
+        sampling=pb.SamplingParams(**settings),
+        resume_from=resume_from,
+    )
+
+
+def tokens_of(answers: Sequence[Any], index: int = 0) -> list[int]:
+    return [token for each in answers if each.index == index for token in each.token_ids]
+
+
+def words_of(token_ids: Sequence[int]) -> str:
+    return " ".join(WORDS[token] for token in token_ids)
+
+
+def text_of(answers: Sequence[Any], index: int = 0) -> str:
+    return "".join(each.text for each in answers if each.index == index)
+
+
+async def resumed(gateway: SmallGateway, request: pb.GenerateRequest) -> list[Any]:
+    return [answer async for answer in gateway.stub.Generate(request, timeout=DEADLINE_S)]
+
+
+async def refusal(gateway: SmallGateway, request: pb.GenerateRequest) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await resumed(gateway, request)
+    return caught.value
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Cluster]:
+    async with cluster() as started:
+        yield started
+
+
+@pytest.mark.parametrize("had", [0, 3, 6])
+async def test_a_client_resumes_at_another_gateway_after_the_tokens_that_it_has(
+    served: Cluster, had: int
+) -> None:
+    """The lost gateway had drawn the seed, and had more tokens than the client."""
+    answers = await served.received_by_first(6)
+    served.runner.let(100)
+    rest = await resumed(served.second, message([had]))
+    assert tokens_of(rest) == EXPECTED[had:]
+    text_before = text_of(answers)[: len(words_of(EXPECTED[:had]))]
+    assert text_before + text_of(rest) == words_of(EXPECTED)
+    assert [answer.finish_reason for answer in rest if answer.finish_reason] == ["length"]
+    assert rest[-1].usage.completion_tokens == 20
+    assert served.engine.counters.output_tokens == 20
+
+
+async def test_a_stop_string_that_began_before_the_loss_is_found_after_it(served: Cluster) -> None:
+    stop = f"{WORDS[EXPECTED[2]][-2:]} {WORDS[EXPECTED[3]][:2]}"
+    answers = await served.received_by_first(3, stop=[stop])
+    served.runner.let(100)
+    rest = await resumed(served.second, message([3], stop=[stop]))
+    assert text_of(answers) + text_of(rest) == words_of(EXPECTED[:3])[:-2]
+    assert (tokens_of(rest), rest[-1].finish_reason) == (EXPECTED[3:4], "stop")
+
+
+async def test_logprobs_follow_the_tokens_that_are_sent(served: Cluster) -> None:
+    await served.received_by_first(5, logprobs=1)
+    served.runner.let(100)
+    rest = await resumed(served.second, message([2], logprobs=1))
+    assert [each.token_id for answer in rest for each in answer.logprobs] == EXPECTED[2:]
+
+
+async def test_one_that_ended_while_its_client_had_no_gateway_is_told_to_its_end(
+    served: Cluster,
+) -> None:
+    await served.received_by_first(4)
+    served.runner.let(100)
+    while served.engine.load.num_running:
+        await asyncio.sleep(0.005)
+    rest = await resumed(served.second, message([4]))
+    assert tokens_of(rest) == EXPECTED[4:]
+    again = await resumed(served.second, message([20]))
+    assert (tokens_of(again), text_of(again)) == ([], "")
+    assert again[-1].finish_reason == "length"
+
+
+async def test_after_the_grace_a_drawn_seed_is_lost_and_the_client_is_told_what_would_do() -> None:
+    async with cluster(orphan_grace_s=0.05) as served:
+        await served.received_by_first(4)
+        while any(stream.is_lost for stream in served.engine._streams):
+            await asyncio.sleep(0.005)
+        served.runner.let(1)
+        async with asyncio.timeout(DEADLINE_S):
+            while served.engine.load.free_kv_blocks < 64:
+                await asyncio.sleep(0.005)
+        error = await refusal(served.second, message([4]))
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert "with a seed or temperature=0" in error.details()
+        assert served.second.generator.under_way == set()
+
+
+@pytest.mark.parametrize("known", [{"seed": 7, "temperature": 1.0}, {"temperature": 0.0}])
+async def test_after_the_grace_a_known_seed_gives_the_same_tokens_again(
+    known: dict[str, object],
+) -> None:
+    async with cluster(orphan_grace_s=0.0) as served:
+        answers = await served.received_by_first(4, **known)
+        served.runner.let(100)
+        rest = await resumed(served.second, message([4], **known))
+        undisturbed = await resumed(served.second, message(**known))
+    assert tokens_of(answers) + tokens_of(rest) == tokens_of(undisturbed)
+    assert rest[-1].usage.completion_tokens == 20
+
+
+async def test_a_seed_that_the_lost_gateway_drew_is_found_with_the_sequence(
+    served: Cluster,
+) -> None:
+    """Choice 1 is not there any more, and follows from the seed of choice 0."""
+    await served.received_by_first(2, n=2, temperature=1.0)
+    (seed,) = {each.request.sampling.seed for each in served.engine._owner}
+    stream = next(stream for stream in served.engine._streams if stream.is_lost)
+    stream.abort(next(name for name in stream._sequences if name.endswith("/1")))
+    served.runner.let(100)
+    rest = await resumed(served.second, message([0, 0], n=2, temperature=1.0))
+    undisturbed = await resumed(served.second, message(n=2, temperature=1.0, seed=seed))
+    for index in range(2):
+        assert tokens_of(rest, index) == tokens_of(undisturbed, index)
+
+
+async def test_another_caller_finds_nothing(served: Cluster) -> None:
+    await served.received_by_first(4)
+    asked = GenerationRequest(
+        "r1", "", PROMPT, Sampling(max_tokens=20), caller=Caller("b"), resume_from=(4,)
+    )
+    with pytest.raises(NotFoundError, match="request_id='r1'"):
+        await anext(served.second.generator.generate(asked))
+    served.runner.let(100)
+    assert tokens_of(await resumed(served.second, message([4]))) == EXPECTED[4:]
+
+
+async def test_another_prompt_is_refused_and_the_sequence_goes_on(served: Cluster) -> None:
+    await served.received_by_first(4)
+    other = message([4])
+    other.token_ids.ids[:] = [9]
+    error = await refusal(served.second, other)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "prompt_ids: sequence_id=" in error.details()
+    served.runner.let(100)
+    assert tokens_of(await resumed(served.second, message([4]))) == EXPECTED[4:]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"request_id": ""}, "needs the request_id"),
+        ({"resume_from": [1, 1]}, "2 counts for a request of 1 choices"),
+        ({"resume_from": [21]}, "21 tokens of a choice of max_tokens=20"),
+        ({"resume_from": [1] * 65}, "at most 64 counts"),
+    ],
+)
+async def test_what_cannot_be_resumed_is_refused_by_name(
+    served: Cluster, changed: dict[str, Any], words: str
+) -> None:
+    request = message([4])
+    for name, value in changed.items():
+        request.ClearField(name)
+        request.MergeFrom(pb.GenerateRequest(**{name: value}))
+    error = await refusal(served.second, request)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert words in error.details()
+
+
+async def test_a_client_that_leaves_leaves_nothing_to_resume(served: Cluster) -> None:
+    """Only a gateway's own end leaves sequences behind."""
+    served.runner.let(2)
+    call = served.first.stub.Generate(message(), timeout=DEADLINE_S)
+    await anext(aiter(call))
+    call.cancel()
+    while served.first.generator.under_way:
+        await asyncio.sleep(0.005)
+    served.runner.let(1)
+    async with asyncio.timeout(DEADLINE_S):
+        while served.engine.load.free_kv_blocks < 64:
+            await asyncio.sleep(0.005)
+    error = await refusal(served.second, message([1]))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_gateway_that_ends_in_order_leaves_nothing_behind(served: Cluster) -> None:
+    served.runner.let(2)
+    call = served.first.stub.Generate(message(), timeout=DEADLINE_S)
+    await anext(aiter(call))
+    await served.first.pool.close()
+    served.runner.let(1)
+    async with asyncio.timeout(DEADLINE_S):
+        while served.engine.load.free_kv_blocks < 64:
+            await asyncio.sleep(0.005)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await resumed(served.second, message([1]))
+
+
+async def test_too_many_ids_are_not_looked_up(served: Cluster) -> None:
+    servicer = AttentionServicer()
+    servicer.lead(served.engine)
+    request = attention_pb2.FindRequest(sequence_ids=["a"] * 65)
+    with pytest.raises(RequestError, match="at most 64 ids, not 65"):
+        await servicer.Find(request, None)
