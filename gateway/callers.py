@@ -1,10 +1,12 @@
 """Who a request comes from, and what that one may use.
 
-Knows names, shares and limits. Knows no key and no transport: whoever checks a key makes a Caller.
+Knows names, shares and limits. Knows no key: whoever checks a key makes a Caller.
 """
 
 import hashlib
 from dataclasses import dataclass
+
+from moe_core.service.access import calling
 
 TAG_LENGTH = 16
 
@@ -26,3 +28,10 @@ class Caller:
 
 
 ANONYMOUS = Caller("anonymous")
+
+
+def caller_of_call() -> Caller:
+    """Whose gRPC call this runs in: the access check has asked for the key."""
+    caller = calling()
+    assert isinstance(caller, Caller)
+    return caller

@@ -143,8 +143,8 @@ class GatewayService:
         )
         self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
-        GatewayServicer(self._generator, registry, self._keys).add_to(self._host)
-        VllmServicer(self._generator, registry, directory, self._keys).add_to(self._host)
+        GatewayServicer(self._generator, registry).add_to(self._host)
+        VllmServicer(self._generator, registry, directory).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
         self.port = await self._host.start(settings.host, settings.port, cluster_port=cluster_port)
         self.cluster_port = self._host.cluster_port

@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeAlias
 import grpc.aio
 
 from gateway.admission import check_sizes
-from gateway.api_keys import ApiKeys
 from gateway.balancer import Group, usable_groups
+from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.vllm_messages import ChoiceAnswer, chunk_to_pb, request_from_pb
@@ -26,7 +26,6 @@ from moe_core.cluster import MemberState, Role
 from moe_core.errors import NotFoundError, UnsupportedError
 from moe_core.pb.smg import common_pb2, vllm_engine_pb2_grpc
 from moe_core.pb.smg import vllm_engine_pb2 as pb
-from moe_core.service.access import authorization
 from moe_core.service.grpc_host import GrpcHost
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -38,13 +37,10 @@ SERVER_TYPE = "vllm-grpc"  # what smg takes for an engine that speaks this proto
 class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     """`directory` is the model's, where smg finds the tokenizer if it runs on the same host."""
 
-    def __init__(
-        self, generator: Generator, registry: Registry, directory: Path, keys: ApiKeys
-    ) -> None:
+    def __init__(self, generator: Generator, registry: Registry, directory: Path) -> None:
         self._generator = generator
         self._registry = registry
         self._directory = directory
-        self._keys = keys
         self._started = time.monotonic()
         self._last_receive_time = 0.0  # seconds since 1970; 0: nothing yet
 
@@ -66,9 +62,7 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         answers: dict[int, ChoiceAnswer] = {}
         stop_token_ids = request.sampling_params.stop_token_ids
         prompt_tokens = len(request.tokenized.input_ids)
-        # Whether there is one was checked before; this says whose.
-        caller = self._keys.authenticate(authorization(context))
-        asked = replace(request_from_pb(request), caller=caller)
+        asked = replace(request_from_pb(request), caller=caller_of_call())
         async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
                 answer = answers.setdefault(chunk.index, ChoiceAnswer(stop_token_ids))
@@ -81,7 +75,7 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Requests that are not here have ended already, which is what was wanted; so it is with
         another caller's."""
-        caller = self._keys.authenticate(authorization(context))
+        caller = caller_of_call()
         for request_id in request.request_ids:
             self._generator.abort(caller, request_id)
         return pb.AbortResponse()

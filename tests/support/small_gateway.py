@@ -75,8 +75,8 @@ class SmallGateway:
 
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
-        GatewayServicer(self.generator, self.registry, self._keys).add_to(self._host)
-        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY, self._keys).add_to(self._host)
+        GatewayServicer(self.generator, self.registry).add_to(self._host)
+        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY).add_to(self._host)
         cluster_port = None if self._tls is None else 0
         port = await self._host.start("127.0.0.1", self._port, cluster_port=cluster_port)
         self.address = f"127.0.0.1:{port}"
