@@ -11,10 +11,13 @@ import pytest
 
 from attn_service.engine import Engine
 from attn_service.servicer import AttentionServicer
+from epserve.client import EpserveClient
+from epserve.client import Sampling as ClientSampling
+from epserve.resuming import generate_resuming
 from gateway.callers import Caller
 from gateway.requests import GenerationRequest, Sampling
 from moe_core.cluster import Role
-from moe_core.errors import NotFoundError, RequestError
+from moe_core.errors import NotFoundError, RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
 from support.fake_runner import FakeRunner, continuation
@@ -291,6 +294,30 @@ async def test_a_gateway_that_ends_in_order_leaves_nothing_behind(served: Cluste
             await asyncio.sleep(0.005)
     with pytest.raises(grpc.aio.AioRpcError):
         await resumed(served.second, message([1]))
+
+
+async def test_a_client_that_resumes_by_itself_sees_one_stream(served: Cluster) -> None:
+    served.runner.let(4)
+    sampling = ClientSampling(max_tokens=20, temperature=0.01, ignore_eos=True)
+    async with (
+        EpserveClient(served.first.address) as first,
+        EpserveClient(served.second.address) as second,
+    ):
+        outputs = []
+        async for output in generate_resuming([first, second], PROMPT, sampling):
+            outputs.append(output)
+            if len(outputs) == 4:
+                served.lose_first()
+                await served.until_orphaned()
+                served.runner.let(100)
+        assert tokens_of(outputs) == EXPECTED
+        assert text_of(outputs) == words_of(EXPECTED)
+
+
+async def test_a_client_that_finds_no_gateway_gives_up_in_time() -> None:
+    async with EpserveClient("127.0.0.1:1") as nobody:
+        with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+            await anext(generate_resuming([nobody], PROMPT, resume_s=0.2))
 
 
 async def test_too_many_ids_are_not_looked_up(served: Cluster) -> None:
