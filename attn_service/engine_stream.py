@@ -81,7 +81,9 @@ class EngineStream:
             return
         holder = None if known is None else known.holder
         if holder is not None and not (holder.is_lost or request.take_over):
-            raise RequestError(f"sequence_id={request.sequence_id!r}: already running")
+            raise RequestError(
+                f"sequence_id={request.sequence_id!r}: already running; send another request_id"
+            )
         sequence = self._engine.add(self, request)
         if holder is not None:
             self._engine.discard(holder.release(request.sequence_id))

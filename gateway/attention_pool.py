@@ -207,6 +207,10 @@ class _GroupLink:
             answer = await self._stub.Find(request, timeout=FIND_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"find sequences at {self._name}") from error
+        except asyncio.CancelledError:
+            if self._lost is None:
+                raise
+            raise self._lost from None  # a channel that is closed cancels its calls
         return {each.sequence_id: each.seed for each in answer.sequences}
 
     def forget(self, sequence_id: str) -> bool:

@@ -56,7 +56,7 @@ class Generator:
     @property
     def under_way(self) -> Collection[str]:
         """The ids of all requests that wait or run."""
-        return {request_id for _, request_id in self._live}
+        return [request_id for _, request_id in self._live]
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """As generate_batches, chunk by chunk."""

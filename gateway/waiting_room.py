@@ -128,6 +128,9 @@ class WaitingRoom:
 
     def pump(self) -> None:
         """Call whoever has room, in their order; the first that has none keeps its turn."""
+        if not (self._moving or len(self._queue)):
+            self._stop_giving_up()
+            return
         self._pump_moving()
         if not usable_groups(self._registry.state):
             self._wait_for_groups()

@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from gateway.metrics.requests import RequestMetrics
 from gateway.running import MAX_LOSSES
 from moe_core.cluster import MemberState, Role
 from moe_core.config.parallel import ParallelConfig
@@ -30,11 +31,18 @@ def count_up(prompt: Sequence[int]) -> list[int]:
 class Tier:
     """Two groups of a gateway. A request goes to the first, which pauses."""
 
-    def __init__(self, gateway: SmallGateway) -> None:
+    def __init__(self, gateway: SmallGateway, metrics: RequestMetrics) -> None:
         self.gateway = gateway
+        self._metrics = metrics
         self.fakes = [FakeAttention(count_up), FakeAttention(count_up)]
         self.workers: list[FakeWorker] = []
         self.first, self.second = self.fakes
+
+    @property
+    def moves(self) -> float | None:
+        """As a scrape shows them."""
+        labels = {"model_name": "small"}
+        return self._metrics.registry.get_sample_value("epserve_request_moves_total", labels)
 
     async def start(self, count: int) -> None:
         for fake in self.fakes[:count]:
@@ -64,8 +72,11 @@ class Tier:
 async def tier(
     parallel: ParallelConfig = TWO_GROUPS, *, groups: int = 2, attn_wait_s: float = 5.0
 ) -> AsyncIterator[Tier]:
-    async with SmallGateway(parallel, word_tokenizer(), attn_wait_s=attn_wait_s) as gateway:
-        started = Tier(gateway)
+    metrics = RequestMetrics("small", 64)
+    async with SmallGateway(
+        parallel, word_tokenizer(), observer=metrics, attn_wait_s=attn_wait_s
+    ) as gateway:
+        started = Tier(gateway, metrics)
         await started.start(groups)
         yield started
 
@@ -91,6 +102,7 @@ async def test_a_stream_goes_on_where_its_group_was_lost(received: int) -> None:
         call = both.ask(temperature=1.0)
         await both.lose_first()
         answers = await call
+        assert both.moves == 1
     assert tokens_of(answers) == TOKENS
     assert text_of(answers) == " ".join(WORDS[7:12])
     assert [answer.finish_reason for answer in answers if answer.finish_reason] == ["length"]
@@ -110,6 +122,7 @@ async def test_a_choice_whose_last_token_came_without_its_end_is_ended_here() ->
         call = both.ask()
         await both.lose_first()
         answers = await call
+        assert both.moves == 0
     assert (tokens_of(answers), answers[-1].finish_reason) == (TOKENS, "length")
     assert both.second.added == []
 
@@ -247,7 +260,7 @@ async def test_abort_ends_a_stream_that_waits_for_another_group() -> None:
         assert (await alone.gateway.stub.Abort(abort, timeout=DEADLINE_S)).found
         answers = await call
     assert [answer.finish_reason for answer in answers if answer.finish_reason] == ["abort"] * 2
-    assert alone.gateway.generator.under_way == set()
+    assert not alone.gateway.generator.under_way
 
 
 async def test_who_waits_in_line_waits_for_a_group_too() -> None:

@@ -46,6 +46,11 @@ class Turnstile(FakeRunner):
             self.steps.release()
 
 
+def break_links(gateway: SmallGateway) -> None:
+    for link in gateway.pool._links.values():
+        link._call.cancel()
+
+
 class Cluster:
     """One attention process that two gateways have joined, each with clients of its own."""
 
@@ -56,9 +61,7 @@ class Cluster:
 
     def lose_first(self) -> None:
         """Without a word, as a kill would."""
-        for link in self.first.pool._links.values():
-            link._call.cancel()
-            link._outgoing = asyncio.Queue()
+        break_links(self.first)
 
     async def until_orphaned(self) -> None:
         """No stream that lives has a sequence any more."""
@@ -193,7 +196,7 @@ async def test_after_the_grace_a_drawn_seed_is_lost_and_the_client_is_told_what_
         error = await refusal(served.second, message([4]))
         assert error.code() is grpc.StatusCode.NOT_FOUND
         assert "with a seed or temperature=0" in error.details()
-        assert served.second.generator.under_way == set()
+        assert not served.second.generator.under_way
 
 
 @pytest.mark.parametrize("known", [{"seed": 7, "temperature": 1.0}, {"temperature": 0.0}])
@@ -222,6 +225,23 @@ async def test_a_seed_that_the_lost_gateway_drew_is_found_with_the_sequence(
     undisturbed = await resumed(served.second, message(n=2, temperature=1.0, seed=seed))
     for index in range(2):
         assert tokens_of(rest, index) == tokens_of(undisturbed, index)
+
+
+async def test_a_stream_that_broke_between_two_that_live_is_mended_and_nothing_computed_again(
+    served: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.waiting_room.REST_S", 0.02)
+    served.runner.let(4)
+    call = aiter(served.second.stub.Generate(message(logprobs=0), timeout=DEADLINE_S))
+    answers = [await anext(call) for _ in range(4)]
+    break_links(served.second)
+    await served.until_orphaned()
+    served.runner.let(100)
+    answers += [answer async for answer in call]
+    assert tokens_of(answers) == EXPECTED
+    assert [each.token_id for answer in answers for each in answer.logprobs] == EXPECTED
+    computed = (part for plan in served.runner.plans for part in plan.slices)
+    assert sum(len(part.token_ids) for part in computed) == len(PROMPT) + 19
 
 
 async def test_another_caller_finds_nothing(served: Cluster) -> None:
