@@ -32,8 +32,9 @@ class Processes:
         ports = ("--grpc-port", "0", "--port", "0")
         tiers = ("--attn-devices", "2", "--dp-size", "2")
         gateway = stack.enter_context(started("gateway", *model, *ports, *tiers))
-        line = re.sub(r"\x1b\[[0-9;]*m", "", gateway.wait_for("listening"))
-        self.target = line.split("address=")[1].split()[0]
+        found = re.search(r"address='([^']+)'", gateway.wait_for("listening"))
+        assert found is not None
+        self.target = found[1]
         self._worker = (*model, "--gateway", self.target, "--device", "cpu", "--dtype", "float64")
         stack.enter_context(started("expert", *self._worker))
         self.attention = [self._start(rank) for rank in range(2)]

@@ -277,16 +277,23 @@ async def test_who_waits_in_line_waits_for_a_group_too() -> None:
             assert tokens_of([answer async for answer in call]) == TOKENS
 
 
-async def test_an_id_may_be_used_again_while_its_predecessors_tokens_are_on_their_way() -> None:
+@pytest.mark.parametrize("ends", [True, False])
+async def test_an_id_may_be_used_again_while_its_predecessors_tokens_are_on_their_way(
+    ends: bool,
+) -> None:
+    """The abort comes when the predecessor has ended, or before."""
     async with tier(ParallelConfig(), groups=1) as alone:
-        alone.first.step_s = 0.01
-        for _ in range(5):
-            call = alone.ask()
-            while not alone.first.added:
-                await asyncio.sleep(0)
-            await asyncio.sleep(0.015)
-            call.cancel()
-            await asyncio.wait({call})
-            while alone.gateway.generator.under_way:
-                await asyncio.sleep(0)
-        assert tokens_of(await alone.ask()) == TOKENS
+        alone.first.step_s = 0.02
+        call = alone.ask()
+        while not alone.first.added:
+            await asyncio.sleep(0)
+        alone.first.hears.clear()
+        call.cancel()
+        await asyncio.wait({call})
+        while alone.gateway.generator.under_way:
+            await asyncio.sleep(0)
+        again = alone.ask()
+        await asyncio.sleep(0.2 if ends else 0.03)
+        alone.first.hears.set()
+        assert tokens_of(await again) == TOKENS
+    assert len(alone.first.added) == 2

@@ -42,6 +42,8 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.go_elsewhere = False  # marks `error` so
         self.pause_at: int | None = None
         self.paused = asyncio.Event()
+        self.hears = asyncio.Event()  # while it is not set, requests wait unread
+        self.hears.set()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._abort_seen = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -49,6 +51,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
     async def Serve(self, requests: AsyncIterator[Any], context: Context) -> None:
         try:
             async for request in requests:
+                await self.hears.wait()
                 if request.HasField("abort"):
                     await self._abort(request.abort.sequence_id, context)
                 else:
@@ -67,8 +70,10 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
 
     async def _abort(self, sequence_id: str, context: Context) -> None:
         self.aborted.append(sequence_id)
-        self._running.pop(sequence_id).cancel()
+        was_running = self._running.pop(sequence_id).cancel()
         self._abort_seen.set()
+        if not was_running:
+            return
         await self._write(
             context, pb.SequenceOutput(sequence_id=sequence_id, finish_reason="abort")
         )
