@@ -79,23 +79,14 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         )
 
     async def _answer(self, add: pb.AddSequence, context: Context) -> None:
-        if self.error is not None and self.failing_index in (None, add.sampling.index):
-            await asyncio.sleep(self.step_s)
-            code, message = self.error
-            output = pb.SequenceOutput(
-                sequence_id=add.sequence_id,
-                finish_reason="error",
-                error_code=code,
-                error=message,
-                go_elsewhere=self.go_elsewhere,
-            )
-            await self._write(context, output)
-            return
         scripted = self.script_of_index.get(add.sampling.index)
         tokens = list(self.script(add.prompt_ids) if scripted is None else scripted)
         for index in range(len(add.output_ids), len(tokens)):
             await self._pause_if(index)
             await asyncio.sleep(self.step_s)
+            if self.error is not None and self.failing_index in (None, add.sampling.index):
+                await self._write(context, self._failed(add.sequence_id, *self.error))
+                return
             is_last = index == len(tokens) - 1 and self.pause_at is None
             output = pb.SequenceOutput(
                 sequence_id=add.sequence_id,
@@ -106,6 +97,15 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
             )
             await self._write(context, output, step=index)
         await self._pause_if(len(tokens))
+
+    def _failed(self, sequence_id: str, code: str, message: str) -> pb.SequenceOutput:
+        return pb.SequenceOutput(
+            sequence_id=sequence_id,
+            finish_reason="error",
+            error_code=code,
+            error=message,
+            go_elsewhere=self.go_elsewhere,
+        )
 
     async def _pause_if(self, index: int) -> None:
         if index == self.pause_at:
