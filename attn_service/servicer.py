@@ -62,7 +62,8 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
         try:
             async for output in stream.outputs():
                 await context.write(output_to_pb(output))
-            stream.close()
+            if not stream.is_lost:
+                stream.close()
         finally:
             stream.lose()
             reading.cancel()
