@@ -173,6 +173,25 @@ async def test_a_killed_gateways_sequences_run_on_for_a_successor_and_then_are_f
         assert service.engine.counters.finished["abort"] == 1
 
 
+async def test_a_stream_that_breaks_while_it_is_read_is_lost_too(service: Service) -> None:
+    class Written:
+        async def write(self, _message: object) -> None: ...
+
+    async def requests() -> AsyncIterator[pb.EngineRequest]:
+        yield add("a", 1, max_tokens=40)
+        raise ConnectionResetError
+
+    service.runner.step_s = 0.01
+    servicer = AttentionServicer()
+    servicer.lead(service.engine)
+    with pytest.raises(ConnectionResetError):
+        await servicer.Serve(requests(), Written())
+    known = service.engine.find("a")
+    assert known is not None
+    assert known.holder is not None
+    assert known.holder.is_lost
+
+
 async def test_what_can_not_be_served_is_refused_on_the_stream_by_name(service: Service) -> None:
     requests = [add("long", 1, max_tokens=64), add("wrong", VOCAB), add("empty"), add("good", 1)]
     outputs = await outputs_of(service.stub.Serve(iter(requests)))
