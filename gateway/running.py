@@ -148,6 +148,8 @@ def _continued(choice: Sequence, received: Many[int]) -> Sequence:
 
 def _end_of(choice: Sequence, received: Many[int]) -> str:
     """Why `received` is all of a choice; empty where it is not."""
-    if received and received[-1] in choice.stop_token_ids:
+    if not received:
+        return ""
+    if received[-1] in choice.stop_token_ids:
         return "stop"
     return "length" if len(received) >= choice.max_tokens else ""
