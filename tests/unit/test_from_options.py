@@ -13,6 +13,7 @@ from expert_service.process import ExpertSettings
 from gateway.entrance import QueueLimits
 from gateway.process import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 
 Run = Callable[[str, str, str], object]
 PARALLEL = """
@@ -180,3 +181,18 @@ def test_the_size_of_the_kv_cache_may_be_given_otherwise(size: str, settings_of_
 
 def test_every_parallel_setting_was_tried():
     assert all(getattr(CUT, field.name) != field.default for field in fields(ParallelConfig))
+
+
+@pytest.mark.parametrize("value", ["-1", "inf", "nan"])
+@pytest.mark.parametrize("option", ["--attn-wait", "--orphan-grace"])
+def test_seconds_that_nobody_can_wait_are_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run(["serve", "--model", "m", option, value]) == 2
+    name = option.removeprefix("--").replace("-", "_")
+    assert f"{name}={float(value)}: must be a number of seconds" in capsys.readouterr().err
+
+
+def test_a_gateway_waits_for_no_negative_time():
+    with pytest.raises(ConfigError, match="attn_wait_s=-1"):
+        GatewaySettings(Path("m"), "127.0.0.1", 0, ParallelConfig(), attn_wait_s=-1)
