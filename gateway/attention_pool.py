@@ -232,6 +232,11 @@ class _GroupLink:
             self.forget(sequence_id)
             stream.put(index, self._lost)
 
+    def _one_less(self, sequence_id: str) -> None:
+        self._leaving[sequence_id] -= 1
+        if not self._leaving[sequence_id]:
+            del self._leaving[sequence_id]
+
     async def close(self) -> None:
         """In order: the engine is told of each sequence that nobody wants any more, and then that
         no request will come. What it does not take within CLOSE_S, it learns from the end of the
@@ -260,9 +265,9 @@ class _GroupLink:
     def _deliver(self, output: pb.SequenceOutput) -> None:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""
         finished = bool(output.finish_reason)
-        if self._leaving[output.sequence_id]:
+        if output.sequence_id in self._leaving:
             if finished:
-                self._leaving -= Counter([output.sequence_id])
+                self._one_less(output.sequence_id)
             return
         take = self._streams.pop if finished else self._streams.get
         stream, index = take(output.sequence_id, (None, 0))
