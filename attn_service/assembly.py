@@ -177,4 +177,5 @@ def _engine(
         expert_wait_s=site.settings.expert_wait_s,
         microbatches=microbatches,
         observer=observer,
+        orphan_grace_s=site.settings.orphan_grace_s,
     )

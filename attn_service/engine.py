@@ -24,7 +24,8 @@ import torch
 
 from attn_service.blocked import advanced, block, rows_of_advanced
 from attn_service.counters import EngineCounters
-from attn_service.engine_stream import EngineStream
+from attn_service.ended_sequences import EndedSequences
+from attn_service.engine_stream import EngineStream, KnownSequence
 from attn_service.kv_blocks import BlockPool
 from attn_service.logprobs import token_logprobs
 from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
@@ -45,6 +46,8 @@ from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
+
+DEFAULT_ORPHAN_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ class Engine:
     """`run` must be running for anything to happen; `open_stream` is how work comes in.
 
     placement_epoch: the one that the next step is to use. expert_wait_s: how long a sequence may be
-    unable to advance for want of an expert.
+    unable to advance for want of an expert. orphan_grace_s: for how long the sequences of a lost
+    stream run on, and those that have ended are remembered.
     """
 
     def __init__(
@@ -92,7 +96,10 @@ class Engine:
         expert_wait_s: float = DEFAULT_EXPERT_WAIT_S,
         microbatches: MicrobatchRule = ALWAYS_ONE,
         observer: EngineObserver | None = None,
+        orphan_grace_s: float = DEFAULT_ORPHAN_GRACE_S,
     ) -> None:
+        self.orphan_grace_s = orphan_grace_s
+        self._ended = EndedSequences(orphan_grace_s)
         self._runner = runner
         self._pool = pool
         self._scheduler = Scheduler(config, pool)
@@ -190,7 +197,8 @@ class Engine:
         self._accepting = False
         self.failure = UnavailableError(f"the engine has stopped: {cause}")
         self._drop_discarded()
-        self._finish_with(cause.code, str(cause), self._scheduler.sequences())
+        everybody = self._scheduler.sequences()
+        self._finish_with(cause.code, str(cause), everybody, go_elsewhere=True)
         self._close_streams()
         self._idle.set()
 
@@ -208,6 +216,7 @@ class Engine:
         check_request(request, self._vocab_size)
         sequence = Sequence(request)
         self._scheduler.add(sequence)
+        self._ended.forget(request.sequence_id)
         self._owner[sequence] = stream
         self._idle.clear()
         self._changed.set()
@@ -217,6 +226,19 @@ class Engine:
         """Called by a stream: nobody wants this sequence any more."""
         self._discarded.add(sequence)
         self._changed.set()
+
+    def find(self, sequence_id: str) -> KnownSequence | None:
+        """The sequence of that id which runs, or has ended within `orphan_grace_s`."""
+        for stream in self._streams:
+            sequence = stream.sequence(sequence_id)
+            if sequence is not None:
+                return KnownSequence(sequence, stream, None)
+        ended = self._ended.find(sequence_id)
+        return None if ended is None else KnownSequence(ended[0], None, ended[1])
+
+    def hand_over(self, sequence: Sequence, stream: EngineStream) -> None:
+        """Called by a stream that takes a running sequence over."""
+        self._owner[sequence] = stream
 
     def _close_streams(self) -> None:
         for stream in tuple(self._streams):
@@ -318,11 +340,17 @@ class Engine:
             by_stream[self._owner[sequence]].append(output)
             if output.finish_reason is not None:
                 self._count(sequence, output.finish_reason)
+                if output.finish_reason is not FinishReason.ERROR:
+                    self._ended.put(sequence, output.finish_reason)
                 self._remove(sequence, reusable=output.finish_reason is not FinishReason.ERROR)
         for stream, outputs in by_stream.items():
             stream.deliver(self.step, outputs)
 
-    def _finish_with(self, code: str, message: str, sequences: Many[Sequence]) -> None:
+    def _finish_with(
+        self, code: str, message: str, sequences: Many[Sequence], *, go_elsewhere: bool = False
+    ) -> None:
         """End those of `sequences` that are still wanted with an error."""
         wanted = [s for s in sequences if s not in self._discarded]
-        self._put_out([(s, error_output(s, code, message)) for s in wanted])
+        self._put_out(
+            [(s, error_output(s, code, message, go_elsewhere=go_elsewhere)) for s in wanted]
+        )

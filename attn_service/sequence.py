@@ -58,7 +58,7 @@ class SequenceRequest:
     """`output_ids` were generated before, by another process: the sequence goes on after them,
     and every setting counts them as outputs. priority: lower is served first; equal ones are
     served in order of arrival. traceparent: the W3C header of the span that it belongs to, or
-    nothing."""
+    nothing. take_over: it may be here already, see `EngineStream.add`."""
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
@@ -66,6 +66,7 @@ class SequenceRequest:
     output_ids: tuple[int, ...] = ()
     priority: int = 0
     traceparent: str = ""
+    take_over: bool = False
 
     @property
     def max_computed_tokens(self) -> int:
@@ -83,7 +84,8 @@ class Sequence:
     when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when
     its first step began and when that token was there, in seconds of time.perf_counter.
     blocked_since, retry_at: since when, in the same seconds, no step can compute it for want of an
-    expert (None: it can), and when to try again.
+    expert (None: it can), and when to try again. logprobs: of the tokens that were generated here,
+    where they were asked for.
     """
 
     request: SequenceRequest
@@ -100,6 +102,7 @@ class Sequence:
     blocked_since: float | None = None
     retry_at: float = 0.0
     token_counts: TokenCounts | None = field(init=False, default=None)
+    logprobs: list["TokenLogprobs"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         request, sampling = self.request, self.request.sampling
@@ -126,6 +129,10 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> tuple[int, ...]:
+        return tuple(self.token_ids[len(self.request.prompt_ids) :])
 
     @property
     def num_cached_prompt_tokens(self) -> int:
@@ -187,7 +194,7 @@ class SequenceOutput:
     """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only.
     `logprobs` has one entry per token where they were asked for, else none. num_cached_tokens,
     with the first token: those of the prompt that were not computed again. queued_us, with the
-    first token: from its coming to its first step."""
+    first token: from its coming to its first step. go_elsewhere, with ERROR: attention.proto."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
@@ -197,6 +204,7 @@ class SequenceOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     queued_us: int | None = None
+    go_elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True)

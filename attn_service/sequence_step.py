@@ -36,12 +36,15 @@ def row_of(sequence: Sequence) -> SamplingRow:
     )
 
 
-def error_output(sequence: Sequence, code: str, message: str) -> SequenceOutput:
+def error_output(
+    sequence: Sequence, code: str, message: str, *, go_elsewhere: bool = False
+) -> SequenceOutput:
     return SequenceOutput(
         sequence.request.sequence_id,
         finish_reason=FinishReason.ERROR,
         error_code=code,
         error=message,
+        go_elsewhere=go_elsewhere,
     )
 
 
@@ -53,6 +56,7 @@ def next_output(sequence: Sequence, token: int, logprobs: TokenLogprobs | None) 
         )
     reason = sequence.append(token)
     told = () if logprobs is None else (logprobs,)
+    sequence.logprobs.extend(told)
     first = sequence.num_output_tokens == len(sequence.request.output_ids) + 1
     if first:
         sequence.first_token_s = time.perf_counter()

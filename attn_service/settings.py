@@ -4,6 +4,7 @@ Knows names, defaults and the sizes that follow from them. Knows no model beyond
 length, and no cluster.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class AttnSettings:
     the lowest free one. `expert_wait_s`: the longest that one layer may wait for its experts, and a
     sequence for experts that are missing. `hedge_after_s`: the longest that an expert process may
     take before others that hold the same experts are asked as well (None: half of expert_wait_s).
-    `insecure` allows a host that others reach without `tls`.
+    `orphan_grace_s`: for how long a lost gateway's sequences run on. `insecure` allows a host that
+    others reach without `tls`.
 
     The KV cache is set by one of kv_cache_tokens, kv_cache_memory (bytes) and memory_utilization
     (see moe_core.memory.memory_budget); without, it holds max_num_seqs full contexts, but at
@@ -51,6 +53,7 @@ class AttnSettings:
     microbatches: str = AUTO
     expert_wait_s: float = DEFAULT_EXPERT_WAIT_S
     hedge_after_s: float | None = None
+    orphan_grace_s: float = 5.0
     threads: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
@@ -67,6 +70,9 @@ class AttnSettings:
         check_setting(self.microbatches)
         check_traces_endpoint(self.otlp_traces_endpoint)
         check_expert_wait(self.expert_wait_s, self.hedge_after_s)
+        if not 0 <= self.orphan_grace_s < math.inf:
+            rule = "must be a number of seconds of at least 0"
+            raise ConfigError("orphan_grace_s", self.orphan_grace_s, rule, (5.0,))
 
     def num_kv_blocks(self, model: ModelConfig) -> int:
         """From kv_cache_tokens or its default; kv_budget.py knows the other settings."""

@@ -80,6 +80,8 @@ def serve(
     hedge_after: o.HedgeAfterOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     rebalance_interval: o.RebalanceIntervalOption = 0.0,
+    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
+    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,

@@ -132,14 +132,20 @@ class EpserveClient:
         *,
         model: str = "",
         request_id: str = "",
+        resume_from: Sequence[int] = (),
         idle_timeout_s: float = 120.0,
     ) -> AsyncIterator[Output]:
         """The outputs of all choices as they come. Closing the iterator cancels the request.
 
-        Raises PeerTimeoutError when nothing arrives for `idle_timeout_s` seconds.
+        `resume_from`, with the request_id of a request whose gateway was lost: how many tokens of
+        each choice came before; the outputs go on after them (see epserve.resuming). Raises
+        PeerTimeoutError when nothing arrives for `idle_timeout_s` seconds.
         """
         request = gateway_pb2.GenerateRequest(
-            request_id=request_id, model=model, sampling=_sampling_message(sampling or Sampling())
+            request_id=request_id,
+            model=model,
+            sampling=_sampling_message(sampling or Sampling()),
+            resume_from=resume_from,
         )
         if isinstance(prompt, str):
             request.text = _utf8(prompt)

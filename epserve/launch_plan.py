@@ -63,6 +63,8 @@ class ClusterSettings:
     hedge_after_s: float | None = None
     max_queued_requests: int | None = None
     rebalance_interval: float | None = None  # seconds
+    attn_wait: float | None = None  # seconds
+    orphan_grace: float | None = None  # seconds
     otlp_traces_endpoint: str | None = None
     log_json: bool = False
     debug: bool = False
@@ -143,6 +145,7 @@ class LaunchPlan:
             arguments += _given("--microbatches", settings.microbatches)
             arguments += ["--expert-wait", str(settings.expert_wait_s)]
             arguments += _given("--hedge-after", settings.hedge_after_s)
+            arguments += _given("--orphan-grace", settings.orphan_grace)
         return arguments
 
     def _gateway_arguments(self) -> list[str]:
@@ -156,6 +159,7 @@ class LaunchPlan:
         arguments += _given("--api-keys", settings.api_keys)
         arguments += _given("--max-queued-requests", settings.max_queued_requests)
         arguments += _given("--rebalance-interval", settings.rebalance_interval)
+        arguments += _given("--attn-wait", settings.attn_wait)
         return arguments + parallel_arguments(self.parallel)
 
     def _secrets(self, place: Place) -> Mapping[str, str]:

@@ -28,6 +28,8 @@ DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
+DEFAULT_ATTN_WAIT_S = 30.0
+DEFAULT_ORPHAN_GRACE_S = 5.0
 MAX_PORT = 65_535
 # Set by serve for the gateway that it starts, so that it can watch it: a digest, not a key.
 LAUNCHER_KEY_HASH = "EPSERVE_LAUNCHER_KEY_HASH"
@@ -73,6 +75,13 @@ def _at_least(
         return value
 
     return check
+
+
+def _seconds(parameter: typer.CallbackParam, value: float) -> float:
+    if not 0 <= value < math.inf:
+        rule = "must be a number of seconds of at least 0"
+        raise ConfigError(str(parameter.name), value, rule, (parameter.default,))
+    return value
 
 
 def _address(parameter: typer.CallbackParam, value: str) -> str:
@@ -378,6 +387,24 @@ RebalanceIntervalOption = Annotated[
         help="Place experts anew every so many seconds where much is gained; 0: only when asked "
         "(epserve rebalance).",
         rich_help_panel=PARALLEL,
+    ),
+]
+AttnWaitOption = Annotated[
+    float,
+    typer.Option(
+        callback=_seconds,
+        metavar="SECONDS",
+        help="How long requests wait for an attention group where none is left to go on with them.",
+        rich_help_panel=CACHE,
+    ),
+]
+OrphanGraceOption = Annotated[
+    float,
+    typer.Option(
+        callback=_seconds,
+        metavar="SECONDS",
+        help="How long the requests of a lost gateway run on, for their clients to resume them.",
+        rich_help_panel=CACHE,
     ),
 ]
 TracesOption = Annotated[

@@ -77,7 +77,13 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
 
 
 def check_sizes(
-    model: ServedModel, *, prompt_tokens: int, stop: int, stop_token_ids: int, logit_bias: int
+    model: ServedModel,
+    *,
+    prompt_tokens: int,
+    stop: int,
+    stop_token_ids: int,
+    logit_bias: int,
+    resume_from: int = 0,
 ) -> None:
     """The counts in a client's message, before any of it is copied: a message of 64 MiB may hold
     tens of millions. `admit` has the same limits. Raises RequestError."""
@@ -86,6 +92,7 @@ def check_sizes(
     _require_at_most("stop", stop, MAX_STOP_STRINGS, "strings")
     _require_at_most("stop_token_ids", stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
     _require_at_most("logit_bias", logit_bias, MAX_LOGIT_BIAS, "tokens")
+    _require_at_most("resume_from", resume_from, MAX_CHOICES, "counts")
 
 
 def _model_limit(model: ServedModel) -> str:

@@ -7,6 +7,7 @@ once, all expert processes are READY now, and at least one DP group can take req
 """
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +37,12 @@ from gateway.scaling import Scaling
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
+from gateway.waiting_room import DEFAULT_ATTN_WAIT_S
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
 from moe_core.service.addresses import host_id, join_address, new_instance_epoch
@@ -68,6 +71,7 @@ class GatewaySettings:
     certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
     `rebalance_interval` is how often experts are placed anew; 0: when asked only.
     `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
+    `attn_wait_s`: how long requests wait for an attention group where none can go on with them.
     """
 
     model: Path
@@ -84,11 +88,15 @@ class GatewaySettings:
     launcher_key_hash: str | None = None
     otlp_traces_endpoint: str | None = None
     rebalance_interval: float = 0.0
+    attn_wait_s: float = DEFAULT_ATTN_WAIT_S
 
     def __post_init__(self) -> None:
         check_rebalance_interval(self.rebalance_interval)
         require_safe_bind("host", self.host, self.tls, self.insecure)
         check_traces_endpoint(self.otlp_traces_endpoint)
+        if not 0 <= self.attn_wait_s < math.inf:
+            rule = "must be a number of seconds of at least 0"
+            raise ConfigError("attn_wait_s", self.attn_wait_s, rule, (DEFAULT_ATTN_WAIT_S,))
 
 
 def main(settings: GatewaySettings) -> int:
@@ -133,7 +141,14 @@ class GatewayService:
         model = ServedModel(name, config, tokenizer)
         metrics = RequestMetrics(name, model.max_model_len)
         observer = self._observer(metrics)
-        self._generator = Generator(model, registry, self._pool, settings.limits, observer)
+        self._generator = Generator(
+            model,
+            registry,
+            self._pool,
+            settings.limits,
+            observer,
+            attn_wait_s=settings.attn_wait_s,
+        )
         self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
         leader = PlacementLeader(registry)
@@ -141,8 +156,8 @@ class GatewayService:
         AdminServicer(registry, Scaling(registry, leader, config), self._rebalancer).add_to(
             self._host
         )
-        GatewayServicer(self._generator, registry, self._keys).add_to(self._host)
-        VllmServicer(self._generator, registry, directory, self._keys).add_to(self._host)
+        GatewayServicer(self._generator, registry).add_to(self._host)
+        VllmServicer(self._generator, registry, directory).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
         self.port = await self._host.start(settings.host, settings.port, cluster_port=cluster_port)
         self.cluster_port = self._host.cluster_port

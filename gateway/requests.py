@@ -35,7 +35,9 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """`prompt` is text or token ids; an empty request_id or model stands for "any". traceparent is
-    the client's W3C header, as it came."""
+    the client's W3C header, as it came. resume_from: of a request whose gateway was lost, how many
+    tokens of each choice its client has; None for any other request. admitted: its first choice,
+    where admission has seen it already."""
 
     request_id: str
     model: str
@@ -44,13 +46,16 @@ class GenerationRequest:
     priority: int = 0
     caller: Caller = ANONYMOUS
     traceparent: str = ""
+    resume_from: tuple[int, ...] | None = None
+    admitted: "Sequence | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """One choice of a request that was admitted, with every default filled in: what an engine is
     told, and the stop strings, which stay with the gateway. traceparent: of the span that its work
-    belongs to, or nothing."""
+    belongs to, or nothing. output_ids: what another group has generated of it already. owner: whose
+    it is, as Caller.tag."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -71,6 +76,13 @@ class Sequence:
     logprobs: int | None = None
     index: int = 0
     traceparent: str = ""
+    output_ids: tuple[int, ...] = ()
+    owner: str = ANONYMOUS.tag
+
+    @property
+    def sequence_id(self) -> str:
+        """The same at every gateway, and no other caller's."""
+        return f"{self.owner}/{self.request_id}/{self.index}"
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import grpc.aio
 
 from gateway.admission import check_sizes
-from gateway.api_keys import ApiKeys
+from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.expert_totals import ExpertTotals
 from gateway.generation import Generator
@@ -19,7 +19,7 @@ from gateway.requests import Chunk, GenerationRequest, Sampling
 from moe_core import trace_context
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
-from moe_core.service.access import authorization, sent_metadata
+from moe_core.service.access import sent_metadata
 from moe_core.service.cluster_codec import cluster_to_pb
 from moe_core.service.grpc_host import GrpcHost
 
@@ -30,12 +30,9 @@ OPTIONAL_FIELDS = tuple(
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    def __init__(
-        self, generator: Generator, registry: Registry, keys: ApiKeys | None = None
-    ) -> None:
+    def __init__(self, generator: Generator, registry: Registry) -> None:
         self._generator = generator
         self._registry = registry
-        self._keys = keys or ApiKeys(None)
         self._expert_totals = ExpertTotals()
 
     def add_to(self, host: GrpcHost) -> None:
@@ -50,17 +47,17 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             stop=len(request.sampling.stop),
             stop_token_ids=len(request.sampling.stop_token_ids),
             logit_bias=len(request.sampling.logit_bias),
+            resume_from=len(request.resume_from),
         )
-        # Whether there is one was checked before; this says whose.
-        caller = self._keys.authenticate(authorization(context))
         traceparent = sent_metadata(context, trace_context.HEADER) or ""
-        asked = replace(request_from_pb(request), caller=caller, traceparent=traceparent)
+        asked = replace(request_from_pb(request), caller=caller_of_call(), traceparent=traceparent)
         async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
                 yield chunk_to_pb(chunk)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        return pb.AbortResponse(found=self._generator.abort(request.request_id))
+        caller = caller_of_call()
+        return pb.AbortResponse(found=self._generator.abort(caller, request.request_id))
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -97,6 +94,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         prompt=prompts[message.WhichOneof("prompt")],
         sampling=sampling_from_pb(message.sampling),
         priority=message.priority,
+        resume_from=tuple(message.resume_from) or None,
     )
 
 

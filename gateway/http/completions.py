@@ -50,7 +50,7 @@ async def completions(request: Request) -> Answer:
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = _requests(answer_id, body, prompts, request)
     if len(requests) > 1:
-        await context.generator.check(requests)
+        requests = await context.generator.check(requests)
     names = TokenNames(context.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     return Answer(
         context.generator,

@@ -180,7 +180,11 @@ async def test_no_port_answers_in_the_clear(secured: Secured) -> None:
     [
         ("attn", CLIENT, ()),
         ("attn", EXPERT, ()),
-        ("attn", GATEWAY, ("/epserve.v1.AttentionService/Serve",)),
+        (
+            "attn",
+            GATEWAY,
+            ("/epserve.v1.AttentionService/Serve", "/epserve.v1.AttentionService/Find"),
+        ),
         ("attn", ATTN, ("/epserve.v1.AttentionService/Follow",)),
         ("expert", CLIENT, ()),
         ("expert", GATEWAY, ()),

@@ -8,7 +8,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from gateway.admission import ServedModel, admit
 from gateway.http.chat_template import ChatTemplate
+from gateway.requests import GenerationRequest
+from gateway.requests import Sequence as Admitted
 from moe_core.cluster import Role
 from support.fake_attention import FakeAttention
 from support.http_gateway import TEMPLATE, http_side
@@ -207,3 +210,21 @@ async def test_a_client_that_goes_away_ends_its_generation(
     await asyncio.wait({several})
     await fake.wait_for_abort(5)
     assert sorted(fake.aborted) == sorted(each.sequence_id for each in fake.added)
+
+
+async def test_several_prompts_are_admitted_once_each_and_run_apart(
+    client: httpx2.AsyncClient, fake: FakeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admitted: list[GenerationRequest] = []
+
+    def noted(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Admitted:
+        admitted.append(request)
+        return admit(request, model, kv_tokens)
+
+    monkeypatch.setattr("gateway.generation.admit", noted)
+    answer = await post(client, "/v1/completions", prompt=[[5], [6], [7]])
+    assert [choice["text"] for choice in answer["choices"]] == [
+        words(*count_up([first])) for first in (5, 6, 7)
+    ]
+    assert [request.prompt for request in admitted] == [(5,), (6,), (7,)]
+    assert len({add.sequence_id for add in fake.added}) == 3

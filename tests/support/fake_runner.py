@@ -41,11 +41,14 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.fail_next: TransportError | None = None
         self.gate: asyncio.Event | None = None
+        self.step_s = 0.0
 
     async def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         if self.gate is not None:
             await self.gate.wait()
+        if self.step_s:
+            await asyncio.sleep(self.step_s)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error

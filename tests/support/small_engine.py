@@ -24,6 +24,7 @@ async def running_engine(
     placement_epoch: int = 0,
     expert_wait_s: float = DEFAULT_EXPERT_WAIT_S,
     microbatches: MicrobatchRule = ALWAYS_ONE,
+    orphan_grace_s: float = 5.0,
 ) -> AsyncIterator[Engine]:
     """`budget`: tokens of a step. The engine stops when the context is left."""
     engine = Engine(
@@ -34,6 +35,7 @@ async def running_engine(
         placement_epoch=lambda: placement_epoch,
         expert_wait_s=expert_wait_s,
         microbatches=microbatches,
+        orphan_grace_s=orphan_grace_s,
     )
     task = asyncio.create_task(engine.run())
     try:

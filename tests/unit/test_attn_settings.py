@@ -31,6 +31,7 @@ def test_kv_cache_tokens_are_rounded_down_to_whole_blocks() -> None:
         ("kv_cache_tokens", 15),
         ("expert_wait_s", 0.0),
         ("hedge_after_s", 31.0),
+        ("orphan_grace_s", -0.5),
         ("microbatches", "4"),
     ],
 )

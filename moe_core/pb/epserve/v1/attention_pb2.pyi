@@ -16,20 +16,22 @@ class EngineRequest(_message.Message):
     def __init__(self, add: _Optional[_Union[AddSequence, _Mapping]] = ..., abort: _Optional[_Union[AbortSequence, _Mapping]] = ...) -> None: ...
 
 class AddSequence(_message.Message):
-    __slots__ = ("sequence_id", "prompt_ids", "sampling", "priority", "output_ids", "traceparent")
+    __slots__ = ("sequence_id", "prompt_ids", "sampling", "priority", "output_ids", "traceparent", "take_over")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TAKE_OVER_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: EngineSampling
     priority: int
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     traceparent: str
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    take_over: bool
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ..., take_over: _Optional[bool] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "index", "stop_token_ids", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
@@ -76,6 +78,26 @@ class AbortSequence(_message.Message):
     sequence_id: str
     def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
 
+class FindRequest(_message.Message):
+    __slots__ = ("sequence_ids",)
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sequence_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class FindResponse(_message.Message):
+    __slots__ = ("sequences",)
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    sequences: _containers.RepeatedCompositeFieldContainer[FoundSequence]
+    def __init__(self, sequences: _Optional[_Iterable[_Union[FoundSequence, _Mapping]]] = ...) -> None: ...
+
+class FoundSequence(_message.Message):
+    __slots__ = ("sequence_id", "seed")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    seed: int
+    def __init__(self, sequence_id: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+
 class StepOutput(_message.Message):
     __slots__ = ("step", "outputs")
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -85,7 +107,7 @@ class StepOutput(_message.Message):
     def __init__(self, step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "finish_reason", "error_code", "error", "logprobs", "num_cached_tokens", "queued_us")
+    __slots__ = ("sequence_id", "token_ids", "finish_reason", "error_code", "error", "logprobs", "num_cached_tokens", "queued_us", "go_elsewhere")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +116,7 @@ class SequenceOutput(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_US_FIELD_NUMBER: _ClassVar[int]
+    GO_ELSEWHERE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: str
@@ -102,7 +125,8 @@ class SequenceOutput(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[_logprobs_pb2.TokenLogprobs]
     num_cached_tokens: int
     queued_us: int
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[_logprobs_pb2.TokenLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., queued_us: _Optional[int] = ...) -> None: ...
+    go_elsewhere: bool
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[_logprobs_pb2.TokenLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., queued_us: _Optional[int] = ..., go_elsewhere: _Optional[bool] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
     __slots__ = ("tp_rank", "leader_instance_epoch", "num_blocks", "block_size")
