@@ -12,9 +12,9 @@ when the step is over, since the step still writes to its KV blocks.
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import structlog
@@ -34,8 +34,16 @@ from attn_service.sequence import (
     SequenceOutput,
     SequenceRequest,
     StepPlan,
+    TokenLogprobs,
 )
-from attn_service.sequence_step import error_output, next_output, row_of, slice_of
+from attn_service.sequence_step import (
+    error_output,
+    next_output,
+    prompt_output,
+    row_of,
+    slice_of,
+    take_told,
+)
 from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
 from moe_core.errors import EpserveError, TransportError, UnavailableError
@@ -46,10 +54,12 @@ log = structlog.get_logger(__name__)
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
-    plan's order. times: without step_s and sampling_s."""
+    plan's order. times: without step_s and sampling_s. told: of slices that ask for logprobs, by
+    their index in the plan, one for each token they name."""
 
     logits: torch.Tensor
     times: StepTimes
+    told: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):
@@ -244,7 +254,7 @@ class Engine:
             log.warning("the experts failed a step", step=self.step, error=str(error))
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
-            sampling_s = self._advance(scheduled, result.logits)
+            sampling_s = self._advance(scheduled, result)
             step_s = time.perf_counter() - started
             times = replace(result.times, step_s=step_s, sampling_s=sampling_s)
             self.times += times
@@ -257,12 +267,16 @@ class Engine:
         count = self._microbatches.count(slices)
         return StepPlan(self.step, self._placement_epoch(), slices, count)
 
-    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> float:
+    def _advance(self, scheduled: Many[Scheduled], result: StepResult) -> float:
         """Count what was computed, sample where a sequence has caught up, and put it out. Returns
         the seconds that sampling took."""
-        ready = [s.sequence for s in scheduled if s.catches_up]
+        ready = [s.sequence for s in scheduled if s.needs_logits]
+        ended = [s.sequence for s in scheduled if s.catches_up and not s.needs_logits]
+        for index, told in result.told.items():
+            take_told(scheduled[index].sequence, told)
         for item in scheduled:
             self._scheduler.computed(item)
+        logits = result.logits
         rows = [row_of(sequence) for sequence in ready]
         started = time.perf_counter()
         tokens = sample(logits, rows) if rows else []
@@ -271,7 +285,9 @@ class Engine:
         new = zip(ready, tokens, logprobs, strict=True)
         wanted = [each for each in new if each[0] not in self._discarded]
         self._output_tokens += len(wanted)
-        self._put_out([(s, next_output(s, token, told)) for s, token, told in wanted])
+        outputs = [(s, next_output(s, token, told)) for s, token, told in wanted]
+        outputs += [(s, prompt_output(s)) for s in ended if s not in self._discarded]
+        self._put_out(outputs)
         return sampling_s
 
     def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:

@@ -123,6 +123,9 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            prompt_logprobs=(
+                sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
+            ),
         ),
         priority=message.priority,
         traceparent=message.traceparent,
@@ -142,6 +145,7 @@ def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
                 logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
                 num_cached_tokens=each.num_cached_tokens,
                 queued_us=each.queued_us,
+                prompt_logprobs=[_logprobs_to_pb(token) for token in each.prompt_logprobs],
             )
             for each in output.outputs
         ],

@@ -66,15 +66,16 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
     async def _answer(self, add: pb.AddSequence, context: Context) -> None:
         scripted = self.script_of_index.get(add.sampling.index)
         tokens = list(self.script(add.prompt_ids) if scripted is None else scripted)
-        for index, token in enumerate(tokens):
+        parts = [[token] for token in tokens] if add.sampling.max_tokens else [[]]
+        for index, part in enumerate(parts):
             await asyncio.sleep(self.step_s)
-            reason = "length" if index == len(tokens) - 1 else ""
             output = pb.SequenceOutput(
                 sequence_id=add.sequence_id,
-                token_ids=[token],
-                finish_reason=reason,
+                token_ids=part,
+                finish_reason="length" if index == len(parts) - 1 else "",
                 num_cached_tokens=self.cached_tokens if index == 0 else 0,
                 logprobs=[] if self.logprobs is None else [self.logprobs],
+                prompt_logprobs=prompt_logprobs(add) if index == 0 else [],
             )
             if self.error is not None and self.failing_index in (None, add.sampling.index):
                 code, message = self.error
@@ -88,6 +89,24 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
                 await context.write(pb.StepOutput(step=index, outputs=[output]))
             if output.finish_reason == "error":
                 return
+
+
+def prompt_logprobs(add: pb.AddSequence) -> list[logprobs_pb2.TokenLogprobs]:
+    """What FakeAttention tells of a prompt whose logprobs are asked for: of token t, -t/4, and the
+    likeliest are the tokens 1, 2 and so on with -1/4, -2/4 and so on."""
+    if not add.sampling.HasField("prompt_logprobs"):
+        return []
+    likeliest = range(1, 1 + add.sampling.prompt_logprobs)
+    return [
+        logprobs_pb2.TokenLogprobs(
+            token_id=token,
+            logprob=-token / 4,
+            rank=token,
+            top_token_ids=likeliest,
+            top_logprobs=[-each / 4 for each in likeliest],
+        )
+        for token in add.prompt_ids[1:]
+    ]
 
 
 class FakeWorker:
