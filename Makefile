@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := .venv-clients/.installed
 # The suites that need only Python, git and make.
 SUITES := tests/unit tests/equivalence tests/contract tests/service tests/e2e
 
@@ -30,7 +31,10 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest $(SUITES)
 
-test-system: $(INSTALLED)
+$(CLIENTS): tests/system/clients.txt tests/system/make_clients.sh $(INSTALLED)
+	tests/system/make_clients.sh $(PYTHON)
+
+test-system: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python -m pytest tests/system
 
 lint: $(INSTALLED)
@@ -48,4 +52,4 @@ protos: $(INSTALLED)
 	$(BIN)/python tools/regenerate_protos.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-clients build dist *.egg-info

@@ -31,8 +31,8 @@ def advanced(scheduled: Many[Scheduled], lost: Mapping[int, str]) -> Many[Schedu
 
 def rows_of_advanced(scheduled: Many[Scheduled], lost: Mapping[int, str]) -> list[int]:
     """Which rows of the step's logits are theirs."""
-    caught_up = [index for index, item in enumerate(scheduled) if item.catches_up]
-    return [row for row, index in enumerate(caught_up) if index not in lost]
+    wanted = [index for index, item in enumerate(scheduled) if item.needs_logits]
+    return [row for row, index in enumerate(wanted) if index not in lost]
 
 
 def block(

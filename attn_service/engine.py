@@ -38,8 +38,16 @@ from attn_service.sequence import (
     SequenceOutput,
     SequenceRequest,
     StepPlan,
+    TokenLogprobs,
 )
-from attn_service.sequence_step import error_output, next_output, row_of, slice_of
+from attn_service.sequence_step import (
+    error_output,
+    next_output,
+    prompt_output,
+    row_of,
+    slice_of,
+    take_told,
+)
 from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
 from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
@@ -54,11 +62,13 @@ DEFAULT_ORPHAN_GRACE_S = 5.0
 class StepResult:
     """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
     plan's order. times: without step_s and sampling_s. lost: indices of slices that could not be
-    computed, and for want of which expert; their logits mean nothing."""
+    computed, and for want of which expert; what the others say of them means nothing. told: of
+    slices that ask for logprobs, by their index in the plan, one for each token they name."""
 
     logits: torch.Tensor
     times: StepTimes
     lost: Mapping[int, str] = field(default_factory=dict)
+    told: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):
@@ -285,11 +295,8 @@ class Engine:
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
             self._end_blocked(scheduled, result.lost, started)
-            kept, logits = advanced(scheduled, result.lost), result.logits
-            if result.lost:
-                rows = rows_of_advanced(scheduled, result.lost)
-                logits = logits[torch.tensor(rows, dtype=torch.int64)]
-            sampling_s = self._advance(kept, logits)
+            kept = advanced(scheduled, result.lost)
+            sampling_s = self._advance(kept, self._without_lost(scheduled, result))
             step_s = time.perf_counter() - started
             times = replace(result.times, step_s=step_s, sampling_s=sampling_s)
             self.times += times
@@ -304,6 +311,17 @@ class Engine:
         for sequence, reason in block(scheduled, lost, started, now, self._expert_wait_s):
             self._finish_with(UnavailableError.code, reason, [sequence])
 
+    @staticmethod
+    def _without_lost(scheduled: Many[Scheduled], result: StepResult) -> StepResult:
+        """The outcome of those that the step has computed, as if there had been no others."""
+        if not result.lost:
+            return result
+        rows = rows_of_advanced(scheduled, result.lost)
+        logits = result.logits[torch.tensor(rows, dtype=torch.int64)]
+        kept = [index for index in range(len(scheduled)) if index not in result.lost]
+        told = {new: result.told[old] for new, old in enumerate(kept) if old in result.told}
+        return StepResult(logits, result.times, told=told)
+
     async def _wait_for_change(self, timeout_s: float) -> None:
         """All there is is blocked."""
         self._changed.clear()
@@ -317,12 +335,16 @@ class Engine:
         count = self._microbatches.count(slices)
         return StepPlan(self.step, self._placement_epoch(), slices, count)
 
-    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> float:
+    def _advance(self, scheduled: Many[Scheduled], result: StepResult) -> float:
         """Count what was computed, sample where a sequence has caught up, and put it out. Returns
         the seconds that sampling took."""
-        ready = [s.sequence for s in scheduled if s.catches_up]
+        ready = [s.sequence for s in scheduled if s.needs_logits]
+        ended = [s.sequence for s in scheduled if s.catches_up and not s.needs_logits]
+        for index, told in result.told.items():
+            take_told(scheduled[index].sequence, told)
         for item in scheduled:
             self._scheduler.computed(item)
+        logits = result.logits
         rows = [row_of(sequence) for sequence in ready]
         started = time.perf_counter()
         tokens = sample(logits, rows) if rows else []
@@ -331,7 +353,9 @@ class Engine:
         new = zip(ready, tokens, logprobs, strict=True)
         wanted = [each for each in new if each[0] not in self._discarded]
         self._output_tokens += len(wanted)
-        self._put_out([(s, next_output(s, token, told)) for s, token, told in wanted])
+        outputs = [(s, next_output(s, token, told)) for s, token, told in wanted]
+        outputs += [(s, prompt_output(s)) for s in ended if s not in self._discarded]
+        self._put_out(outputs)
         return sampling_s
 
     def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:

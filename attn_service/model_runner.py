@@ -20,7 +20,8 @@ import torch
 from attn_service.engine import StepResult
 from attn_service.experts import Experts, LostRows, PendingExperts, StepKey
 from attn_service.microbatches import split
-from attn_service.sequence import SequenceSlice, StepPlan
+from attn_service.prompt_logprobs import tell
+from attn_service.sequence import SequenceSlice, StepPlan, TokenLogprobs
 from attn_service.step_times import StepClock
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.batch import SequenceSlice as BatchSlice
@@ -65,12 +66,34 @@ class ModelRunner:
         order = _in_plan_order(plan, parts)
         if len(parts) > 1:
             rows = rows[torch.tensor(order, dtype=torch.int64, device=self._device)]
+        told = self._told(plan, parts, microbatches)
         lost = {
             part[index]: reason
             for part, each in zip(parts, microbatches, strict=True)
             for index, reason in each.lost.items()
         }
-        return StepResult(self._decoder.logits(rows), clock.times, lost)
+        return StepResult(self._decoder.logits(rows), clock.times, lost, told)
+
+    def _told(
+        self,
+        plan: StepPlan,
+        parts: Sequence[Sequence[int]],
+        microbatches: Sequence["_Microbatch"],
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """See `StepResult.told`."""
+        indices, asked, rows = [], [], []
+        for part, each in zip(parts, microbatches, strict=True):
+            for position, index in enumerate(part):
+                wanted = plan.slices[index].asked_logprobs
+                if wanted is not None:
+                    indices.append(index)
+                    asked.append(wanted)
+                    rows.append(each.first_rows(position, len(wanted.token_ids)))
+        if not asked:
+            return {}
+        decoder = self._decoder
+        told = tell(torch.cat(rows), asked, decoder.logits, decoder.config.vocab_size)
+        return dict(zip(indices, told, strict=True))
 
     def _microbatch(
         self, plan: StepPlan, number: int, part: Sequence[int], clock: StepClock
@@ -189,6 +212,11 @@ class _Microbatch:
         ends = zip(self._batch.query_start[1:], self._needs_logits, strict=True)
         rows = [end - 1 for end, needed in ends if needed]
         return self._hidden[torch.tensor(rows, dtype=torch.int64, device=self._hidden.device)]
+
+    def first_rows(self, position: int, count: int) -> Tensor:
+        """[count, hidden_size]: of the sequence at `position` of `batch`."""
+        start = self._batch.query_start[position]
+        return self._hidden[start : start + count]
 
 
 def _in_plan_order(plan: StepPlan, parts: Sequence[Sequence[int]]) -> list[int]:

@@ -91,6 +91,11 @@ class Scheduled:
         """Whether the step computes the sequence's last token, so that the next can follow."""
         return self.num_new_tokens == self.sequence.num_pending_tokens
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next token is chosen after the step."""
+        return self.catches_up and self.sequence.request.sampling.max_tokens > 0
+
 
 @dataclass(slots=True)
 class _Step:
@@ -135,10 +140,8 @@ class Scheduler:
     def check(self, request: SequenceRequest) -> None:
         """Raises RequestError, with the numbers, for a request that can never run here."""
         prompt, outputs = len(request.prompt_ids), request.sampling.max_tokens
-        if prompt < 1 or outputs < 1:
-            raise RequestError(
-                f"prompt of {prompt} tokens and max_tokens={outputs}: both must be at least 1"
-            )
+        if prompt < 1:
+            raise RequestError("prompt of 0 tokens: must have at least 1")
         if prompt + outputs > self._config.max_model_len:
             raise RequestError(
                 f"prompt of {prompt} tokens and max_tokens={outputs} make {prompt + outputs} "

@@ -25,7 +25,8 @@ class Sampling:
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the penalties' defaults are off.
     `index` tells the choices of one request apart, so that they share a seed and still differ.
     `logprobs` is how many of the likeliest tokens are told beside the chosen one, None for no
-    logprobs at all.
+    logprobs at all; `prompt_logprobs` is the same of the prompt's tokens. max_tokens 0: only the
+    prompt is computed.
     """
 
     max_tokens: int
@@ -42,6 +43,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def penalises(self) -> bool:
@@ -71,7 +73,7 @@ class SequenceRequest:
     @property
     def max_computed_tokens(self) -> int:
         """Tokens whose keys and values are ever stored: the last output is never computed."""
-        return len(self.prompt_ids) + self.sampling.max_tokens - 1
+        return len(self.prompt_ids) + max(1, self.sampling.max_tokens) - 1
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +83,8 @@ class Sequence:
 
     Between two steps it has blocks just if it is_running. arrival: its number among all
     sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
-    when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when
+    when it was first admitted; None before. told: what is known of the prompt's tokens, the first
+    excepted, until it is put out. added_s, started_s, first_token_s: when it came, when
     its first step began and when that token was there, in seconds of time.perf_counter.
     blocked_since, retry_at: since when, in the same seconds, no step can compute it for want of an
     expert (None: it can), and when to try again. logprobs: of the tokens that were generated here,
@@ -96,6 +99,7 @@ class Sequence:
     arrival: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    told: list["TokenLogprobs"] = field(default_factory=list)
     added_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None
     first_token_s: float | None = None
@@ -144,6 +148,12 @@ class Sequence:
         """From its coming to its first step; None before that."""
         return None if self.started_s is None else round((self.started_s - self.added_s) * 1e6)
 
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the prompt's logprobs are still to be put out. Whoever has outputs has them."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and self.num_output_tokens == 0
+
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; the reason why it is the last one, if it is."""
         self.token_ids.append(token_id)
@@ -157,13 +167,23 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
+class AskedLogprobs:
+    """What is told of the first rows of a slice: how likely each makes the one of token_ids that
+    follows it, and which num_top tokens are the likeliest."""
+
+    token_ids: tuple[int, ...]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """The tokens of one sequence that one step computes."""
+    """The tokens of one sequence that one step computes. needs_logits: of the last of them."""
 
     token_ids: tuple[int, ...]
     num_computed_tokens: int
     block_table: tuple[int, ...]
     needs_logits: bool
+    asked_logprobs: AskedLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +214,8 @@ class SequenceOutput:
     """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only.
     `logprobs` has one entry per token where they were asked for, else none. num_cached_tokens,
     with the first token: those of the prompt that were not computed again. queued_us, with the
-    first token: from its coming to its first step. go_elsewhere, with ERROR: attention.proto."""
+    first token: from its coming to its first step. go_elsewhere, with ERROR: attention.proto.
+    prompt_logprobs, where asked for: with the first token, or with the end where there is none."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
@@ -205,6 +226,7 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     queued_us: int | None = None
     go_elsewhere: bool = False
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,9 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            prompt_logprobs=(
+                sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
+            ),
         ),
         priority=message.priority,
         traceparent=message.traceparent,
@@ -174,6 +177,7 @@ def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
                 num_cached_tokens=each.num_cached_tokens,
                 queued_us=each.queued_us,
                 go_elsewhere=each.go_elsewhere,
+                prompt_logprobs=[_logprobs_to_pb(token) for token in each.prompt_logprobs],
             )
             for each in output.outputs
         ],

@@ -44,6 +44,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int | None = None
     n: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class TokenLogprobs:
 class Output:
     """What one choice gained since its last output. `finish_reason` is empty while it runs, and
     `usage` is there on its last output only. `logprobs` has one entry per token where they were
-    asked for, else none."""
+    asked for, else none; `prompt_logprobs`, on the first output and where asked for, one for each
+    token of the prompt but the first."""
 
     request_id: str
     index: int
@@ -79,6 +81,7 @@ class Output:
     finish_reason: str
     usage: Usage | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +263,7 @@ def _output(response: gateway_pb2.GenerateResponse) -> Output:
         response.finish_reason,
         usage,
         tuple(map(_logprobs, response.logprobs)),
+        tuple(map(_logprobs, response.prompt_logprobs)),
     )
 
 

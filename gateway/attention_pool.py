@@ -23,6 +23,7 @@ from gateway.requests import Sequence, TokenLogprobs
 from moe_core.cluster import ClusterState, Role
 from moe_core.errors import EpserveError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
+from moe_core.pb.epserve.v1 import logprobs_pb2
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.service.certificates import Certificates, ServerCheck, expecting
 from moe_core.service.grpc_channel import error_from_rpc, error_from_status, open_channel
@@ -48,13 +49,15 @@ class GroupLostError(UnavailableError):
 class Delta:
     """New tokens of one choice; finish_reason is empty while it runs. logprobs has one entry per
     token, or none. With the first token come cached_tokens, those of the prompt that were found in
-    the KV cache, and queued_s, the seconds until its first step."""
+    the KV cache, queued_s, the seconds until its first step, and prompt_logprobs, where asked for
+    one for each token of the prompt but the first."""
 
     token_ids: tuple[int, ...]
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
     queued_s: float | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestStream:
@@ -304,12 +307,24 @@ def _add(sequence: Sequence, take_over: bool) -> pb.AddSequence:
             frequency_penalty=sequence.frequency_penalty,
             logit_bias=sequence.logit_bias,
             logprobs=sequence.logprobs,
+            prompt_logprobs=sequence.prompt_logprobs,
         ),
     )
 
 
 def _delta(output: pb.SequenceOutput) -> Delta:
-    logprobs = (
+    return Delta(
+        tuple(output.token_ids),
+        output.finish_reason,
+        _logprobs(output.logprobs),
+        output.num_cached_tokens,
+        output.queued_us * 1e-6 if output.HasField("queued_us") else None,
+        _logprobs(output.prompt_logprobs),
+    )
+
+
+def _logprobs(entries: Iterable[logprobs_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
         TokenLogprobs(
             each.token_id,
             each.logprob,
@@ -317,12 +332,5 @@ def _delta(output: pb.SequenceOutput) -> Delta:
             tuple(each.top_token_ids),
             tuple(each.top_logprobs),
         )
-        for each in output.logprobs
-    )
-    return Delta(
-        tuple(output.token_ids),
-        output.finish_reason,
-        tuple(logprobs),
-        output.num_cached_tokens,
-        output.queued_us * 1e-6 if output.HasField("queued_us") else None,
+        for each in entries
     )

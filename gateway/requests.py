@@ -30,6 +30,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int | None = None
     n: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Sequence:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     index: int = 0
     traceparent: str = ""
     output_ids: tuple[int, ...] = ()
@@ -87,7 +89,7 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """The most tokens whose keys and values it ever holds: the last output is not computed."""
-        return len(self.prompt_ids) + self.max_tokens - 1
+        return len(self.prompt_ids) + max(1, self.max_tokens) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """New tokens and new text of one choice; the last one has finish_reason and usage. logprobs
-    has one entry per token where they were asked for, else none."""
+    has one entry per token where they were asked for, else none; prompt_logprobs, on the first
+    chunk and where asked for, one for each token of the prompt but the first."""
 
     request_id: str
     index: int
@@ -122,3 +125,4 @@ class Chunk:
     finish_reason: str = ""
     usage: Usage | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

@@ -33,6 +33,11 @@ class Found:
 def check_resumption(request: GenerationRequest, choices: Many[Sequence]) -> None:
     """Raises RequestError naming what of resume_from cannot be."""
     received = request.resume_from or ()
+    if received and request.sampling.prompt_logprobs is not None:
+        raise RequestError(
+            "resume_from: what is told of a prompt is told once, so a request with prompt_logprobs "
+            "cannot be resumed; send it without resume_from to begin again"
+        )
     if len(received) > len(choices):
         raise RequestError(
             f"resume_from: {len(received)} counts for a request of {len(choices)} choices"

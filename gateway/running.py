@@ -142,8 +142,10 @@ class RunningRequest:
 
 def _continued(choice: Sequence, received: Many[int]) -> Sequence:
     """How a choice goes on elsewhere: another group computes it from its tokens. The one place that
-    decides so; keys and values that travel with it would be named here."""
-    return replace(choice, output_ids=tuple(received))
+    decides so; keys and values that travel with it would be named here. What is told of the prompt
+    has come with the first token."""
+    asked = None if received else choice.prompt_logprobs
+    return replace(choice, output_ids=tuple(received), prompt_logprobs=asked)
 
 
 def _end_of(choice: Sequence, received: Many[int]) -> str:

@@ -77,4 +77,5 @@ class SequenceOutput:
             finish_reason=finish_reason,
             usage=usage if finish_reason else None,
             logprobs=delta.logprobs[had:count],
+            prompt_logprobs=delta.prompt_logprobs,
         )

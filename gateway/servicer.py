@@ -15,7 +15,7 @@ from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.expert_totals import ExpertTotals
 from gateway.generation import Generator
-from gateway.requests import Chunk, GenerationRequest, Sampling
+from gateway.requests import Chunk, GenerationRequest, Sampling, TokenLogprobs
 from moe_core import trace_context
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
@@ -118,5 +118,10 @@ def chunk_to_pb(chunk: Chunk) -> pb.GenerateResponse:
         text=chunk.text,
         finish_reason=chunk.finish_reason,
         usage=usage,
-        logprobs=[logprobs_pb2.TokenLogprobs(**asdict(token)) for token in chunk.logprobs],
+        logprobs=map(_logprobs_to_pb, chunk.logprobs),
+        prompt_logprobs=map(_logprobs_to_pb, chunk.prompt_logprobs),
     )
+
+
+def _logprobs_to_pb(token: TokenLogprobs) -> logprobs_pb2.TokenLogprobs:
+    return logprobs_pb2.TokenLogprobs(**asdict(token))

@@ -197,7 +197,7 @@ async def test_what_can_not_be_served_is_refused_on_the_stream_by_name(service: 
     outputs = await outputs_of(service.stub.Serve(iter(requests)))
     assert "make 65 tokens, but the context holds 64" in outputs["long"][1]
     assert "token id 32 is outside the vocabulary of 32" in outputs["wrong"][1]
-    assert "both must be at least 1" in outputs["empty"][1]
+    assert "prompt of 0 tokens" in outputs["empty"][1]
     assert outputs["good"] == (continuation((1,), 6), "length")
 
 

@@ -13,6 +13,7 @@ from gateway.http.chat_template import ChatTemplate
 from gateway.requests import GenerationRequest
 from gateway.requests import Sequence as Admitted
 from moe_core.cluster import Role
+from moe_core.pb.epserve.v1.logprobs_pb2 import TokenLogprobs
 from support.fake_attention import FakeAttention
 from support.http_gateway import TEMPLATE, http_side
 from support.small_gateway import SmallGateway
@@ -132,6 +133,36 @@ async def test_token_ids_are_told_on_demand(
     choices = [each["choices"][0] for each in found]
     assert [token for each in choices for token in each["token_ids"]] == [7, 8, 9, 10, 11]
     assert [each["prompt_token_ids"] for each in choices] == [[5, 6]] + [None] * 4
+
+
+@pytest.mark.parametrize("max_tokens", [0, 5])
+async def test_echo_with_logprobs_tells_the_prompts_first(
+    client: httpx2.AsyncClient, fake: FakeAttention, max_tokens: int
+) -> None:
+    if max_tokens:
+        fake.logprobs = TokenLogprobs(token_id=9, logprob=-0.5, rank=1)
+    body = {"prompt": [[5, 6, 7], [8]], "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    answer = await post(client, "/v1/completions", **body)
+    assert answer["usage"]["completion_tokens"] == 2 * max_tokens
+    first, second = (choice["logprobs"] for choice in answer["choices"])
+    outputs = [f" {WORDS[9]}"] * max_tokens
+    assert first["tokens"] == [f" {WORDS[token]}" for token in (5, 6, 7)] + outputs
+    assert first["token_logprobs"] == [None, -1.5, -1.75] + [-0.5] * max_tokens
+    top = {f" {WORDS[6]}": -1.5, f" {WORDS[1]}": -0.25}
+    assert first["top_logprobs"][:2] == [None, top]
+    assert first["text_offset"] == [
+        sum(map(len, first["tokens"][:index])) for index in range(3 + max_tokens)
+    ]
+    assert second["token_logprobs"] == [None] + [-0.5] * max_tokens
+    texts = [words(5, 6, 7), words(8)]
+    assert [
+        choice["text"][: len(text)] for choice, text in zip(answer["choices"], texts, strict=True)
+    ] == texts
+    streamed = await events(client, "/v1/completions", **body)
+    parts = [each["choices"][0] for each in streamed]
+    parts = [part["logprobs"] for part in parts if part["index"] == 0]
+    joined = {name: [value for part in parts for value in part[name]] for name in first}
+    assert joined == first
 
 
 async def test_a_chat_answers_by_the_models_template(

@@ -81,6 +81,15 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
     async def _answer(self, add: pb.AddSequence, context: Context) -> None:
         scripted = self.script_of_index.get(add.sampling.index)
         tokens = list(self.script(add.prompt_ids) if scripted is None else scripted)
+        if not add.sampling.max_tokens:
+            output = pb.SequenceOutput(
+                sequence_id=add.sequence_id,
+                finish_reason="length",
+                num_cached_tokens=self.cached_tokens,
+                prompt_logprobs=prompt_logprobs(add),
+            )
+            await self._write(context, output)
+            return
         for index in range(len(add.output_ids), len(tokens)):
             await self._pause_if(index)
             await asyncio.sleep(self.step_s)
@@ -94,6 +103,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
                 finish_reason="length" if is_last else "",
                 num_cached_tokens=self.cached_tokens if index == len(add.output_ids) else 0,
                 logprobs=[] if self.logprobs is None else [self.logprobs],
+                prompt_logprobs=prompt_logprobs(add) if index == 0 else [],
             )
             await self._write(context, output, step=index)
         await self._pause_if(len(tokens))
@@ -115,6 +125,24 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
     async def _write(self, context: Context, output: pb.SequenceOutput, step: int = 0) -> None:
         async with self._writing:
             await context.write(pb.StepOutput(step=step, outputs=[output]))
+
+
+def prompt_logprobs(add: pb.AddSequence) -> list[logprobs_pb2.TokenLogprobs]:
+    """What FakeAttention tells of a prompt whose logprobs are asked for: of token t, -t/4, and the
+    likeliest are the tokens 1, 2 and so on with -1/4, -2/4 and so on."""
+    if not add.sampling.HasField("prompt_logprobs"):
+        return []
+    likeliest = range(1, 1 + add.sampling.prompt_logprobs)
+    return [
+        logprobs_pb2.TokenLogprobs(
+            token_id=token,
+            logprob=-token / 4,
+            rank=token,
+            top_token_ids=likeliest,
+            top_logprobs=[-each / 4 for each in likeliest],
+        )
+        for token in add.prompt_ids[1:]
+    ]
 
 
 class FakeWorker:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from attn_service.engine import StepResult
 from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
 from attn_service.peers import Peers
 from attn_service.placements import Placements
-from attn_service.sequence import SequenceSlice, StepPlan
+from attn_service.sequence import AskedLogprobs, SequenceSlice, StepPlan
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
 from moe_core.checkpoint.attention_loader import load_attention_weights
@@ -116,9 +117,11 @@ def build_runner(
 
 @dataclass(frozen=True)
 class Decoded:
-    """Of one prompt: the logits of its last token and the greedy continuation."""
+    """Of one prompt: the logits of its last token, the logprobs of the others' next tokens, and the
+    greedy continuation."""
 
     logits: list[float]
+    prompt_logprobs: list[float]
     tokens: list[int]
 
 
@@ -146,28 +149,38 @@ class GreedyBatch:
         rows = [list(prompt) for prompt in prompts]
         tables = _block_tables([len(row) + num_tokens for row in rows])
         computed = [0] * len(rows)
-        first: list[list[float]] = []
+        first: StepResult | None = None
         for _ in range(num_tokens):
-            logits = await self._run(rows, computed, tables)
-            first = first or logits.tolist()
+            result = await self._run(rows, computed, tables)
+            first = first or result
+            logits = result.logits
             computed = [len(row) for row in rows]
             for row, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
                 row.append(token)
+        assert first is not None
+        told = [[each.logprob for each in first.told.get(i, ())] for i in range(len(rows))]
         tokens = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-        return [Decoded(*pair) for pair in zip(first, tokens, strict=True)]
+        all_decoded = zip(first.logits.tolist(), told, tokens, strict=True)
+        return [Decoded(*each) for each in all_decoded]
 
     async def _run(
         self, rows: list[list[int]], computed: list[int], tables: list[tuple[int, ...]]
-    ) -> torch.Tensor:
+    ) -> StepResult:
         self._step += 1
         slices = tuple(
-            SequenceSlice(tuple(row[done:]), done, table, needs_logits=True)
+            SequenceSlice(
+                tuple(row[done:]),
+                done,
+                table,
+                needs_logits=True,
+                asked_logprobs=AskedLogprobs(tuple(row[1:]), 1) if row[done + 1 :] else None,
+            )
             for row, done, table in zip(rows, computed, tables, strict=True)
         )
         plan = StepPlan(self._step, 0, slices, self._rule.count(slices))
         result = await self._runner.execute(plan)
         if not self._experts.settle(result.lost, len(slices)):
-            return result.logits
+            return result
         self.lost_steps += 1
         self._repair()
         return await self._run(rows, computed, tables)
