@@ -14,7 +14,7 @@ import typer
 
 from epserve import generate_options as g
 from epserve import options as o
-from epserve import process_commands, security_commands
+from epserve import process_commands, security_commands, trial_commands
 from epserve.from_options import parallel_from, settings_from
 from epserve.parent_death import die_with_parent
 from epserve.settings_command import SettingsCommand
@@ -204,6 +204,9 @@ def top(
 
     tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
     run_top(Target(target, tls, api_key), once=once)
+
+
+app.command(cls=SettingsCommand)(trial_commands.chaos)
 
 
 @app.command(cls=SettingsCommand)
