@@ -106,7 +106,7 @@ async def local_engine(
         rank=0,
         instance_epoch=1,
         parallel=parallel,
-        placement=ExpertPlacement.initial(checkpoint.config, parallel),
+        placements=Placements(ExpertPlacement.initial(checkpoint.config, parallel), device),
     )
     links = tuple(_link(checkpoint, site, rank) for rank in range(parallel.expert_devices))
     terms = GroupTerms(1, settings.num_kv_blocks(checkpoint.config), settings.block_size)
@@ -142,7 +142,7 @@ def _experts(site: Site, links: tuple[LocalLink, ...]) -> ExpertClient:
     return ExpertClient(
         links,
         site.parallel,
-        Placements(site.placement, site.device),
+        site.placements,
         NoTensorParallel(),
         expert_wait_s=EXPERT_WAIT_S,
     )
@@ -153,7 +153,7 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
     ep_rank, etp_rank = parallel.expert_ranks(rank)
     weights = load_expert_weights(
         checkpoint,
-        placement=site.placement,
+        placement=site.placements.newest,
         ep_rank=ep_rank,
         etp_rank=etp_rank,
         etp_size=parallel.etp_size,
@@ -165,5 +165,5 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
     spec = link_spec(
         site.model, parallel, model_fingerprint="local", dtype=site.dtype, spare_slots=2
     )
-    batcher = Batcher(ExpertRunner(weights, site.placement, ep_rank, site.device))
+    batcher = Batcher(ExpertRunner(weights, site.placements.newest, ep_rank, site.device))
     return LocalLink(batcher.submit, spec, peer=f"expert {rank} (local)")
