@@ -95,12 +95,18 @@ class ChaosReport:
         }
 
     def _faults_table(self) -> Table:
-        table = Table(title="Faults", title_justify="left", title_style="bold")
+        table = Table(title="Faults, in seconds", title_justify="left", title_style="bold")
         for name in ("fault", "member"):
             table.add_column(name)
-        columns = ("at_s", "lasted_s", "next_token_s", "ready_again_s", "longest_stall_s")
-        for name in columns:
-            table.add_column(name.removesuffix("_s").replace("_", " ") + ", s", justify="right")
+        columns = {
+            "at_s": "at",
+            "lasted_s": "lasted",
+            "next_token_s": "next token",
+            "ready_again_s": "ready again",
+            "longest_stall_s": "stall",
+        }
+        for name in columns.values():
+            table.add_column(name, justify="right")
         for index in range(len(self.injected)):
             shown = self._fault(index)
             figures = ("" if shown[name] is None else f"{shown[name]:.2f}" for name in columns)
@@ -109,8 +115,9 @@ class ChaosReport:
 
     def _phases_table(self) -> Table:
         table = Table(title="Load", title_justify="left", title_style="bold")
-        for name in ("", "requests", "tokens/s", "first token p50", "p99", "gap p50", "p99", "max"):
-            table.add_column(name, justify="right" if name else "left")
+        table.add_column("milliseconds")
+        for name in ("requests", "tokens/s", "first p50", "p99", "gap p50", "p99", "max"):
+            table.add_column(name, justify="right")
         for name, results in (("before", self.before), ("during", self.during)):
             timeline = results.timeline
             first, gap = spread(timeline.first_token_s), spread(timeline.gaps)
@@ -155,7 +162,8 @@ def _phase(results: Results) -> dict[str, object]:
 
 def _asked(end: Ended) -> dict[str, object]:
     """What the same again takes."""
-    given = {name: value for name, value in asdict(end.request.sampling).items() if value}
+    asked = asdict(end.request.sampling).items()
+    given = {name: value for name, value in asked if value is not None and value not in ((), {})}
     return {"prompt": list(end.request.prompt), "sampling": given}
 
 
@@ -172,4 +180,4 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _milliseconds(seconds: float) -> str:
-    return "" if math.isnan(seconds) else f"{1000 * seconds:.1f} ms"
+    return "" if math.isnan(seconds) else f"{1000 * seconds:.1f}"
