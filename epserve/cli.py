@@ -207,6 +207,7 @@ def top(
 
 
 app.command(cls=SettingsCommand)(trial_commands.chaos)
+app.add_typer(trial_commands.bench)
 
 
 @app.command(cls=SettingsCommand)

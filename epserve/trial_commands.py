@@ -4,11 +4,13 @@ Knows their options and how texts among them are read. Knows nothing of what is 
 """
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
 
 from epserve import options as o
+from epserve.settings_command import SettingsCommand
 from moe_core.errors import ConfigError
 from moe_core.service.tls_files import TlsFiles
 
@@ -46,6 +48,17 @@ DeadlineOption = Annotated[
     typer.Option(help="Seconds within which a request must have ended.", rich_help_panel=LOAD),
 ]
 
+BenchModelOption = Annotated[
+    Path | None,
+    typer.Option(help="Hugging Face directory. Default: the bundled tiny model."),
+]
+RowsOption = Annotated[
+    str | None, typer.Option(help="Only these, with commas between. Default: all.")
+]
+RoundsOption = Annotated[int, typer.Option(help="Of each measurement; medians are over them.")]
+
+bench = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
+
 
 def chaos(
     target: o.TargetOption = o.DEFAULT_TARGET,
@@ -67,7 +80,7 @@ def chaos(
     dump_config: o.DumpConfigOption = False,
     debug: o.DebugOption = False,
 ) -> None:
-    """Kill and stop a cluster's processes under load; check every token."""
+    """Kill and freeze processes under load; check tokens."""
     from epserve.chaos.faults import Fault
     from epserve.chaos.nemesis import NemesisSettings
     from epserve.chaos.run import ChaosSettings
@@ -81,6 +94,32 @@ def chaos(
     settings = ChaosSettings(nemesis, duration, concurrency, max_tokens, deadline)
     tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
     run_chaos(Target(target, tls, api_key), settings, as_json=json)
+
+
+@bench.callback()
+def _bench(debug: o.DebugOption = False) -> None:
+    """Benchmarks that start clusters of their own on this machine."""
+
+
+@bench.command(cls=SettingsCommand)
+def faults(
+    model: BenchModelOption = None,
+    rows: RowsOption = None,
+    rounds: RoundsOption = 3,
+    json: o.JsonOption = False,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Measure what faults cost, and compare it with the goals."""
+    from importlib.resources import as_file, files
+
+    from epserve.bench.faults import bench_faults, rows_named
+    from epserve.bench.row import BenchSettings
+
+    with as_file(files("epserve") / "tiny_model") as tiny:
+        settings = BenchSettings((model or tiny).absolute(), rounds)
+        bench_faults(settings, rows_named(rows), as_json=json)
 
 
 def _names(option: str, text: str, kind: type[_Name]) -> tuple[_Name, ...]:

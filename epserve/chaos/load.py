@@ -41,10 +41,11 @@ class Generates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A request that did not end as it should have; `at` as its timeline counts."""
+    """A request that has ended. Times in seconds of time.monotonic()."""
 
     request_id: str
     request: ChaosRequest
+    sent_at: float
     at: float
     verdict: Verdict
 
@@ -153,8 +154,9 @@ class Load:
         self, request: ChaosRequest, expected: tuple[Completion, ...], results: Results
     ) -> None:
         request_id = f"chaos-{uuid.uuid4().hex}"
+        sent_at = time.monotonic()
         verdict = await self._verdict(request, request_id, expected, results.timeline)
-        results.ended(Ended(request_id, request, time.monotonic(), verdict))
+        results.ended(Ended(request_id, request, sent_at, time.monotonic(), verdict))
         if verdict.outcome is not Outcome.EXACT:
             await asyncio.sleep(AFTER_ERROR_S)
 

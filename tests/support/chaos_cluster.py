@@ -1,4 +1,4 @@
-"""A cluster without processes, as a nemesis sees it: states, and members that note their signals."""
+"""A cluster without processes, as a nemesis sees it: states, and members that note signals."""
 
 import signal
 from dataclasses import replace

@@ -159,7 +159,7 @@ def test_no_more_than_so_many_ends_are_kept_and_all_are_counted():
     results = Results(0.0)
 
     for _ in range(MOST_KEPT + 5):
-        results.ended(Ended("r", REQUESTS[0], 1.0, Verdict(Outcome.HANG)))
+        results.ended(Ended("r", REQUESTS[0], 0.5, 1.0, Verdict(Outcome.HANG)))
     assert len(results.breaks) == MOST_KEPT
     assert results.num_broken == MOST_KEPT + 5
 

@@ -20,7 +20,7 @@ REQUEST = ChaosRequest(7, (1, 2, 3), Sampling(max_tokens=4, temperature=0.0))
 def results(*verdicts: Verdict) -> Results:
     found = Results(100.0)
     for index, verdict in enumerate(verdicts):
-        found.ended(Ended(f"r{index}", REQUEST, 101.0 + index, verdict))
+        found.ended(Ended(f"r{index}", REQUEST, 100.0, 101.0 + index, verdict))
     return found
 
 

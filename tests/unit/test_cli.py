@@ -19,7 +19,7 @@ from support.full_sampling import FULL_SAMPLING
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
 COMMANDS = [
     *("demo", "serve", "gateway", "attn", "expert", "generate", "status", "top", "chaos"),
-    *("bench", "manifest", "certs", "keys"),
+    *("manifest", "certs", "bench", "keys"),
 ]
 
 
