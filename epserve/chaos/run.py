@@ -63,13 +63,15 @@ def chaos(target: Target, settings: ChaosSettings, *, as_json: bool) -> None:
         print(json.dumps(report.document()))
     else:
         report.print_to(console)
-    if not report.held:
+    if report.during.num_broken:
         outcomes = report.during.outcomes
         broken = (Outcome.WRONG, Outcome.TRUNCATED, Outcome.HANG)
         words = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in broken)
         raise BrokenInvariantError(f"the invariant is broken: {words} of {outcomes.total()}")
     if interrupted:
         raise EpserveError("interrupted; the invariant held until then")
+    if not report.held:
+        raise EpserveError("no request ended under faults: the invariant was not tried")
     console.print("[bold green]the invariant held[/]")
 
 

@@ -1,4 +1,4 @@
-"""`epserve chaos` against a cluster that survives what is done to it, and where it cannot be tried."""
+"""`epserve chaos` against a cluster that survives what is done to it, and where it cannot be."""
 
 import json
 import signal
@@ -46,7 +46,8 @@ def test_delays_cost_no_request_and_change_no_token(target: str):
 def test_an_interrupted_run_reports_and_leaves_nobody_stopped(target: str):
     freeze = ("--faults", "freeze", "--freeze", "2", "--roles", "expert", "--pause", "0.1")
     with started("chaos", "--target", target, "--duration", "60", *freeze, *SMALL) as running:
-        running.wait_for("freeze expert")
+        for _ in range(2):
+            running.wait_for("freeze expert")
         running.send(signal.SIGINT)
         assert running.wait() == 1
         assert running.err == ["epserve: interrupted; the invariant held until then"]

@@ -1,4 +1,4 @@
-"""`epserve bench faults`: its rows, what becomes of one that cannot be measured, and its figures."""
+"""`epserve bench faults`: its rows, their figures, and what becomes of one without any."""
 
 import json
 from pathlib import Path
