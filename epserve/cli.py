@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from epserve import admin_commands, process_commands, security_commands
+from epserve import admin_commands, process_commands, security_commands, trial_commands
 from epserve import generate_options as g
 from epserve import options as o
 from epserve.from_options import parallel_from, settings_from
@@ -212,6 +212,10 @@ def top(
 
     tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
     run_top(Target(target, tls, api_key), once=once)
+
+
+app.command(cls=SettingsCommand)(trial_commands.chaos)
+app.add_typer(trial_commands.bench)
 
 
 @app.command(cls=SettingsCommand)

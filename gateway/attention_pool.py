@@ -10,7 +10,7 @@ its sequences for a while: `find` asks for them, `submit` with `take_over` goes 
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any

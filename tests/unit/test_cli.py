@@ -57,6 +57,13 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
             "kv_cache_tokens=64: cannot be combined with memory_utilization=0.5",
         ),
         (["nonsense"], "nonsense"),
+        (["chaos", "--faults", "kill,flood"], "faults='kill,flood': 'flood' is none of them"),
+        (["chaos", "--roles", "experts"], "nearest valid: gateway,attn,expert"),
+        (["chaos", "--concurrency", "0"], "concurrency=0: must be at least 1"),
+        (["chaos", "--duration", "nan"], "duration=nan: must be a number of seconds above 0"),
+        (["chaos", "--freeze", "0"], "freeze=0.0: must be a number of seconds above 0"),
+        (["bench", "faults", "--rows", "earthquake"], "'earthquake' is none of them"),
+        (["bench", "faults", "--rounds", "0"], "rounds=0: must be at least 1"),
         (
             ["serve", "--model", str(TINY), "--grpc-port", "99999"],
             "must be at least 0 and at most 65535; nearest valid: 65535",

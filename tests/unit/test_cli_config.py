@@ -121,10 +121,11 @@ def test_a_dump_is_read_back_as_it_was(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     required = ["--model", "m"] if name in ("serve", "gateway", "attn", "expert") else []
-    for given in ([name, *required], [name, *arguments(configurable()[name], 1)]):
+    words = name.split()
+    for given in ([*words, *required], [*words, *arguments(configurable()[name], 1)]):
         text = dump(given, capsys)
         (tmp_path / "dump.yaml").write_text(text)
-        again = dump([name, "--config", str(tmp_path / "dump.yaml")], capsys)
+        again = dump([*words, "--config", str(tmp_path / "dump.yaml")], capsys)
         assert yaml.safe_load(again) == yaml.safe_load(text)
 
 
