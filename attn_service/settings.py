@@ -72,7 +72,7 @@ class AttnSettings:
         check_expert_wait(self.expert_wait_s, self.hedge_after_s)
         if not 0 <= self.orphan_grace_s < math.inf:
             rule = "must be a number of seconds of at least 0"
-            raise ConfigError("orphan_grace_s", self.orphan_grace_s, rule, (5.0,))
+            raise ConfigError("orphan_grace", self.orphan_grace_s, rule, (5.0,))
 
     def num_kv_blocks(self, model: ModelConfig) -> int:
         """From kv_cache_tokens or its default; kv_budget.py knows the other settings."""

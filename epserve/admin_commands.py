@@ -4,7 +4,7 @@ Knows their options and what they print. Knows nothing of how a change is made.
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -71,7 +71,7 @@ def rebalance(
 
 
 def drain(
-    role: Annotated[Role, typer.Option(help="attn or expert.")],
+    role: Annotated[Literal["attn", "expert"], typer.Option(help="Its tier.")],
     rank: Annotated[int, typer.Option(min=0, max=MAX_DEVICES, help="Of the process.")],
     target: o.TargetOption = o.DEFAULT_TARGET,
     tls_ca: o.TlsCaOption = None,
@@ -86,7 +86,7 @@ def drain(
     from epserve.client import Target
 
     gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
-    asyncio.run(_drain(gateway, role, rank))
+    asyncio.run(_drain(gateway, Role(role), rank))
 
 
 async def _scale(gateway: "Target", attn: int | None, experts: int | None) -> None:

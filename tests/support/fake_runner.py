@@ -68,7 +68,7 @@ class FakeRunner:
                 told[index] = _told(tokens[: part.num_computed_tokens + 1], part.asked_logprobs)
             if part.needs_logits:
                 rows.append(next_token(tokens))
-        return StepResult(_logits(rows), StepTimes(steps=1), told)
+        return StepResult(_logits(rows), StepTimes(steps=1), told=told)
 
     def _check_writes(self, plan: StepPlan) -> None:
         written: list[int] = []

@@ -18,8 +18,8 @@ from support.full_sampling import FULL_SAMPLING
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
 COMMANDS = [
-    *("demo", "serve", "gateway", "attn", "expert", "generate", "status", "top", "manifest"),
-    *("scale", "rebalance", "drain", "certs", "keys"),
+    *("demo", "serve", "gateway", "attn", "expert", "generate", "status", "top", "chaos"),
+    *("manifest", "scale", "rebalance", "drain", "certs", "bench", "keys"),
 ]
 
 
@@ -210,7 +210,8 @@ def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.Mon
         "min_tokens": "2",
         "n": "2",
     }
-    assert {*arguments, "ignore_eos"} == {field.name for field in fields(Sampling)}
+    programs = {"prompt_logprobs"}  # what programs score prompts with; nobody reads it
+    assert {*arguments, "ignore_eos"} == {field.name for field in fields(Sampling)} - programs
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     command = ["generate", "--prompt", "x", "--json", "--ignore-eos", "--logit-bias", "3=1"]
     assert cli.run([*command, *options]) == 0
