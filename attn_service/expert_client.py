@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from attn_service import exchange_words
-from attn_service.dispatch_plan import plan_dispatch, with_shared_weight
+from attn_service.dispatch_plan import GroupDispatch, plan_dispatch, with_shared_weight
 from attn_service.experts import Combined, ExpertTimes, LostRows, StepKey
 from attn_service.failover import LayerExchange
 from attn_service.peers import Peers
@@ -83,28 +83,20 @@ class ExpertClient:
         rows: Tensor | None = None,
     ) -> "PendingLayer":
         """See `Experts.dispatch`. Raises ProtocolError for a placement epoch that is unknown."""
-        tensor_parallel, parallel = self._tensor_parallel, self._parallel
-        sizes = even_parts(hidden_states.shape[0], tensor_parallel.size)
-        start = sum(sizes[: tensor_parallel.rank])
-        own = slice(start, start + sizes[tensor_parallel.rank])
+        sizes, own = self._shares(hidden_states.shape[0])
         now = asyncio.get_running_loop().time()
         placement = self._placements.at(key.placement_epoch)
-        standing = self._peers.standing(placement.ep_size, now)
-        tables_of = partial(self._placements.tables, key.placement_epoch, layer_id)
-        tables = tables_of(standing)
-        first_token = start + layer_id + self._turn_offset
-        hidden, routing = hidden_states[own], topk_ids[own]
         layer = placement.layer(layer_id)
+        tables_of = partial(self._placements.tables, key.placement_epoch, layer_id)
+        tables = tables_of(self._peers.standing(placement.ep_size, now))
+        first_token = own.start + layer_id + self._turn_offset
+        hidden, routing = hidden_states[own], topk_ids[own]
         lost: tuple[LostRows, ...] = ()
         if rows is not None or tables.lost is not None:
             rows = _rows_within(rows, own, routing.device)
             rows, lost = self._without_lost(tables, layer, routing, rows)
-            routing = routing[rows]
-        groups = plan_dispatch(
-            tables, routing, parallel.degree, parallel.shared_on_experts, first_token
-        )
-        if rows is not None:
-            groups = [group.within(rows) for group in groups]
+        groups = self._plan(tables, routing, rows, first_token)
+        shared_on_experts = self._parallel.shared_on_experts
         exchange = LayerExchange(
             self._peers,
             layer,
@@ -112,13 +104,30 @@ class ExpertClient:
             placement.ep_size,
             DispatchKey(key.placement_epoch, key.step, layer_id, key.microbatch),
             hidden,
-            with_shared_weight(topk_weights[own].float(), parallel.shared_on_experts),
+            with_shared_weight(topk_weights[own].float(), shared_on_experts),
             first_token,
             self._patience_s,
             now + self._expert_wait_s,
         )
         await exchange.post(groups)
         return PendingLayer(self, exchange, hidden, sizes, lost)
+
+    def _shares(self, num_rows: int) -> tuple[list[int], slice]:
+        """How many rows each rank of the TP group exchanges, and which this one does."""
+        rank, size = self._tensor_parallel.rank, self._tensor_parallel.size
+        sizes = even_parts(num_rows, size)
+        start = sum(sizes[:rank])
+        return sizes, slice(start, start + sizes[rank])
+
+    def _plan(
+        self, tables: LayerTables, routing: Tensor, rows: Tensor | None, first_token: int
+    ) -> list[GroupDispatch]:
+        """Who is sent what of `rows` (None: all)."""
+        level, shared_on_experts = self._parallel.degree, self._parallel.shared_on_experts
+        if rows is None:
+            return plan_dispatch(tables, routing, level, shared_on_experts, first_token)
+        groups = plan_dispatch(tables, routing[rows], level, shared_on_experts, first_token)
+        return [group.within(rows) for group in groups]
 
     def _without_lost(
         self,

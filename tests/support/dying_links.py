@@ -58,7 +58,7 @@ class DyingLink(LocalLink):
 class SlowLink(LocalLink):
     """Every answer takes `delay_s` longer."""
 
-    delay_s = 0.05
+    delay_s = 0.2
 
     def answered(
         self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
