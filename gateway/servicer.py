@@ -110,17 +110,19 @@ def sampling_from_pb(message: pb.SamplingParams) -> Sampling:
 
 
 def chunk_to_pb(chunk: Chunk) -> pb.GenerateResponse:
-    usage = None if chunk.usage is None else pb.Usage(**asdict(chunk.usage))
-    return pb.GenerateResponse(
-        request_id=chunk.request_id,
-        index=chunk.index,
-        token_ids=chunk.token_ids,
-        text=chunk.text,
-        finish_reason=chunk.finish_reason,
-        usage=usage,
-        logprobs=map(_logprobs_to_pb, chunk.logprobs),
-        prompt_logprobs=map(_logprobs_to_pb, chunk.prompt_logprobs),
+    """Costs every token: what most of them lack is not touched."""
+    message = pb.GenerateResponse(
+        request_id=chunk.request_id, index=chunk.index, token_ids=chunk.token_ids, text=chunk.text
     )
+    if chunk.finish_reason:
+        message.finish_reason = chunk.finish_reason
+    if chunk.usage is not None:
+        message.usage.CopyFrom(pb.Usage(**asdict(chunk.usage)))
+    if chunk.logprobs:
+        message.logprobs.extend(map(_logprobs_to_pb, chunk.logprobs))
+    if chunk.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_logprobs_to_pb, chunk.prompt_logprobs))
+    return message
 
 
 def _logprobs_to_pb(token: TokenLogprobs) -> logprobs_pb2.TokenLogprobs:
