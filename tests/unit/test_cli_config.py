@@ -121,6 +121,7 @@ def test_a_dump_is_read_back_as_it_was(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     required = ["--model", "m"] if name in ("serve", "gateway", "attn", "expert") else []
+    required += ["--role", "attn", "--rank", "1"] if name == "drain" else []
     words = name.split()
     for given in ([*words, *required], [*words, *arguments(configurable()[name], 1)]):
         text = dump(given, capsys)
