@@ -19,8 +19,12 @@ from support.chaos_cluster import member
 
 @contextmanager
 def process(*words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Sleeps, with these words in its command line."""
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words]) as child:
+    """Sleeps, with these words in its command line, which is its own once it has said a word."""
+    code = "import time; print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
         try:
             yield child
         finally:
