@@ -217,7 +217,7 @@ class ExpertProcess:
             spec,
             identity,
             self._options,
-            attention_world=lambda: membership.state.size(Role.ATTN),
+            attention_world=lambda: membership.state.room(Role.ATTN),
         )
 
 

@@ -20,7 +20,7 @@ import structlog
 
 from gateway.balancer import Group
 from gateway.requests import Sequence, TokenLogprobs
-from moe_core.cluster import ClusterState, Role
+from moe_core.cluster import ClusterState, MemberState, Role
 from moe_core.errors import EpserveError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import logprobs_pb2
@@ -146,8 +146,9 @@ class AttentionPool:
         return await self._link_to(group).find(sequence_ids)
 
     def reconcile(self, state: ClusterState) -> None:
-        """Close the streams to processes that are no longer members."""
-        epochs = {member.instance_epoch for member in state.tier(Role.ATTN)}
+        """Close the streams to processes that are no longer members, or have failed."""
+        members = state.tier(Role.ATTN)
+        epochs = {m.instance_epoch for m in members if m.state is not MemberState.FAILED}
         gone = [rank for rank, link in self._links.items() if link.instance_epoch not in epochs]
         for dp_rank in gone:
             self._drop(dp_rank, "the process has left the cluster")

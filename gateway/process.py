@@ -219,6 +219,8 @@ class GatewayService:
                 self._generator.close()
             if self._cluster is not None:
                 self._cluster.close()
+            if self._registry is not None:
+                self._registry.close()
             await self._pool.close()
             await self._http.stop(STOP_GRACE_S)
             await self._host.stop(STOP_GRACE_S)

@@ -81,6 +81,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self._expert_totals.update(state)
         return cluster_to_pb(replace(state, expert_load=self._expert_totals.load))
 
+    async def WatchCluster(
+        self, request: pb.WatchClusterRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.ClusterState]:
+        async with aclosing(self._registry.states()) as states:
+            async for state in states:
+                yield cluster_to_pb(state)
+
 
 def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
     prompts: dict[str | None, str | tuple[int, ...] | None] = {
