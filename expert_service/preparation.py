@@ -65,9 +65,10 @@ class Preparation:
         self.refusal = ""
 
     @property
-    def prepared_epoch(self) -> int:
-        """Of the newest placement that is served."""
-        return self._runner.served[-1].epoch
+    def prepared_epoch(self) -> int | None:
+        """Of the newest placement that is served; None while none is."""
+        served = self._runner.served
+        return served[-1].epoch if served else None
 
     async def run(self) -> None:
         """Until the membership is lost. Raises what keeps this process from serving the placement

@@ -84,10 +84,10 @@ def test_an_epoch_that_is_not_held_is_refused_and_those_that_are_are_named() -> 
     runner = make_runner()
     runner.put(2, 2, one(2, 2))
     runner.serve(SECOND)
-    with pytest.raises(ProtocolError, match="placement epoch 2 is not held by EP rank 1.* 0, 1$"):
+    with pytest.raises(ProtocolError, match=r"placement epoch 2 is not held by EP rank 1.* 0, 1$"):
         run(runner, 2, 2, [[7, -1]])
     runner.retain([SECOND])
-    with pytest.raises(ProtocolError, match="placement epoch 0 is not held by EP rank 1.* 1$"):
+    with pytest.raises(ProtocolError, match=r"placement epoch 0 is not held by EP rank 1.* 1$"):
         run(runner, 0, 2, [[7, -1]])
 
 
@@ -126,7 +126,7 @@ def test_another_placement_of_the_same_epoch_takes_its_place() -> None:
 def test_a_rank_beyond_the_placement_begins_with_nothing() -> None:
     runner = make_runner(FIRST, ep_rank=2)
     assert runner.num_experts == 0
-    with pytest.raises(ProtocolError, match="physical ids 4 are not held by EP rank 2.*none"):
+    with pytest.raises(ProtocolError, match=r"physical ids 4 are not held by EP rank 2.*none"):
         run(runner, 0, 2, [[4, -1]])
     wider = after(FIRST, {2: [[0, 1], [4, 5, 6], [2, 3, 7]]}, ep_size=3)
     assert runner.lacking(wider) == ((2, 2), (2, 3), (2, 7))
