@@ -53,12 +53,12 @@ async def served(model: Path, *arguments: str) -> AsyncIterator["ServedCluster"]
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     reading = asyncio.create_task(_read(process, tail, ready))
     try:
-        async with asyncio.timeout(READY_TIMEOUT_S):
-            target = await ready
+        await asyncio.wait([ready], timeout=READY_TIMEOUT_S)
+        if not ready.done():
+            raise UnavailableError(f"epserve serve is not ready after {READY_TIMEOUT_S:g} s")
+        target = ready.result()
         async with EpserveClient(target) as client:
             yield ServedCluster(target, client)
-    except TimeoutError:
-        raise UnavailableError(f"epserve serve is not ready after {READY_TIMEOUT_S:g} s") from None
     finally:
         await _stop(process)
         await reading
