@@ -76,6 +76,7 @@ def serve(
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -93,6 +94,7 @@ def serve(
             model=model.absolute(),
             parallel=parallel_from(context),
             http_port=port,
+            drain_timeout_s=drain_timeout,
             tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
             api_keys=api_keys and api_keys.absolute(),
         )

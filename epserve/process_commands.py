@@ -35,6 +35,7 @@ def gateway(
     insecure: o.InsecureOption = False,
     api_keys: o.ApiKeysOption = None,
     launcher_key_hash: o.LauncherKeyHashOption = None,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -54,6 +55,7 @@ def gateway(
         parallel=parallel_from(context),
         limits=QueueLimits(max_requests=max_queued_requests),
         tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
+        drain_timeout_s=drain_timeout,
     )
     raise typer.Exit(main(settings))
 
@@ -80,6 +82,7 @@ def attn(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -91,7 +94,8 @@ def attn(
 
     _configure_logging("attn", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, AttnSettings, tls=tls)))
+    settings = settings_from(context, AttnSettings, tls=tls, drain_timeout_s=drain_timeout)
+    raise typer.Exit(main(settings))
 
 
 def expert(
@@ -110,6 +114,7 @@ def expert(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -121,7 +126,8 @@ def expert(
 
     _configure_logging("expert", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, ExpertSettings, tls=tls)))
+    settings = settings_from(context, ExpertSettings, tls=tls, drain_timeout_s=drain_timeout)
+    raise typer.Exit(main(settings))
 
 
 def _configure_logging(service: str, debug: bool, log_json: bool) -> None:

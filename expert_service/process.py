@@ -27,7 +27,7 @@ from moe_core.service.addresses import advertised_address, host_id, new_instance
 from moe_core.service.binding import keep_libraries_on, require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
-from moe_core.service.lifecycle import run
+from moe_core.service.lifecycle import DRAIN_TIMEOUT_S, run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
 from moe_core.service.own_thread import in_own_thread
@@ -65,6 +65,7 @@ class ExpertSettings:
     threads: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    drain_timeout_s: float = DRAIN_TIMEOUT_S
     otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
@@ -223,4 +224,4 @@ class ExpertProcess:
 
 def main(settings: ExpertSettings) -> int:
     """Runs one expert process to its end and returns its exit status."""
-    return run(ExpertProcess(settings))
+    return run(ExpertProcess(settings), drain_timeout_s=settings.drain_timeout_s)

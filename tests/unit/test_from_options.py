@@ -49,6 +49,7 @@ device: cuda:1
 dtype: bfloat16
 transport: grpc
 threads: 2
+drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
 GATEWAY = """
@@ -59,6 +60,7 @@ port: 8
 cluster-port: 9
 max-queued-requests: 10
 api-keys: keys.yaml
+drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
 CACHE = """
@@ -97,6 +99,7 @@ def test_the_gateway_gets_its_settings(settings_of_run: Run):
         limits=QueueLimits(max_requests=10),
         insecure=True,
         api_keys=Path("keys.yaml"),
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
     )
 
@@ -107,6 +110,7 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         model=Path("m"),
         host="0.0.0.0",
         insecure=True,
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
@@ -128,6 +132,7 @@ def test_an_expert_process_gets_its_settings(settings_of_run: Run):
         model=Path("m"),
         host="0.0.0.0",
         insecure=True,
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
@@ -155,6 +160,7 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         max_queued_requests=10,
         insecure=True,
         api_keys=Path("keys.yaml").absolute(),
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         log_json=True,
         kv_cache_memory=1024,
