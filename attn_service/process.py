@@ -93,6 +93,9 @@ class AttentionProcess:
         self._placements: Placements | None = None
         self._used_epoch: int | None = None  # see StatusReport
         self._draining = False
+        self._closing = asyncio.Event()
+        self._served = asyncio.Event()
+        self._served.set()  # it has not begun
         self._last_report: object = None
 
     async def startup(self) -> None:
@@ -123,16 +126,22 @@ class AttentionProcess:
         self._report(membership)
 
     async def serve(self) -> None:
-        """Until the gateway or a rank of the group is lost, or the leader has ended."""
+        """Until the cluster or a rank of the group is lost, the leader has ended, or `drain` has
+        nothing left to do but to close."""
         assert self._membership is not None
         assert self._duty is not None
         assert self._placements is not None
-        await until_first(
-            self._duty.run(),
-            self._membership.lost(),
-            self._keep_up(self._placements, self._membership),
-            _report_expert_load(self._duty, self._membership),
-        )
+        self._served.clear()
+        try:
+            await until_first(
+                self._duty.run(),
+                self._membership.lost(),
+                self._keep_up(self._placements, self._membership),
+                _report_expert_load(self._duty, self._membership),
+                _wait(self._closing),
+            )
+        finally:
+            self._served.set()
 
     async def asked_to_leave(self) -> None:
         assert self._membership is not None
@@ -144,6 +153,7 @@ class AttentionProcess:
             self._report(self._membership)
             await self._duty.drain()
         await self._host.stop(STOP_GRACE_S)
+        await self._end_serving()
         if self._links is not None:
             await self._links.close()
         if self._endpoint is not None:
@@ -153,6 +163,11 @@ class AttentionProcess:
         if self._spans is not None:
             await self._spans.close()
         dissolve()
+
+    async def _end_serving(self) -> None:
+        """Whatever kept links and reports up would take what is closed next for lost."""
+        self._closing.set()
+        await self._served.wait()
 
     async def _join(self, checkpoint: Checkpoint) -> tuple[Site, Membership]:
         """Listen, and take a place in the cluster."""
@@ -310,6 +325,10 @@ class AttentionProcess:
         )
 
 
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
 async def _report_expert_load(duty: Duty, membership: Membership) -> None:
     """From time to time, and only what is new. Ends with its task."""
     reported = None
@@ -346,4 +365,4 @@ def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
 
 def main(settings: AttnSettings) -> int:
     """Runs one attention process to its end and returns its exit status."""
-    return run(AttentionProcess(settings))
+    return run(AttentionProcess(settings), drain_timeout_s=settings.drain_timeout_s)

@@ -15,6 +15,7 @@ from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
 from moe_core.service.binding import require_safe_bind
+from moe_core.service.lifecycle import DRAIN_TIMEOUT_S
 from moe_core.service.tls_files import TlsFiles
 from moe_core.service.trace_option import check_traces_endpoint
 
@@ -57,6 +58,7 @@ class AttnSettings:
     threads: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    drain_timeout_s: float = DRAIN_TIMEOUT_S
     otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:

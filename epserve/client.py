@@ -5,7 +5,7 @@ package sees only those. Knows nothing of how a request is served.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -194,6 +194,17 @@ class EpserveClient:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"get cluster at {self.target}") from error
         return cluster_from_pb(answer)
+
+    async def watch_cluster(self) -> AsyncGenerator[ClusterState, None]:
+        """The state now and whenever it has changed, until the gateway ends this in order."""
+        call = self._stub.WatchCluster(gateway_pb2.WatchClusterRequest(), metadata=self._metadata)
+        try:
+            async for answer in call:
+                yield cluster_from_pb(answer)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"watch cluster at {self.target}") from error
+        finally:
+            call.cancel()
 
 
 def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -30,6 +30,8 @@ DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
 DEFAULT_ATTN_WAIT_S = 30.0
 DEFAULT_ORPHAN_GRACE_S = 5.0
+DEFAULT_DRAIN_TIMEOUT = 30.0
+MAX_DRAIN_TIMEOUT = 86_400
 MAX_PORT = 65_535
 # Set by serve for the gateway that it starts, so that it can watch it: a digest, not a key.
 LAUNCHER_KEY_HASH = "EPSERVE_LAUNCHER_KEY_HASH"
@@ -42,6 +44,7 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 SharedExpertsOn = Literal["attention", "expert"]
 Microbatches = Literal["auto", "1", "2", "3"]
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(slots=True)
@@ -65,10 +68,10 @@ def _read_config(context: typer.Context, config: Path | None) -> Path | None:
 
 def _at_least(
     least: int, most: float = math.inf
-) -> Callable[[typer.CallbackParam, int | None], int | None]:
+) -> Callable[[typer.CallbackParam, _Number | None], _Number | None]:
     """A check of an option's value, which is None where the option was not given."""
 
-    def check(parameter: typer.CallbackParam, value: int | None) -> int | None:
+    def check(parameter: typer.CallbackParam, value: _Number | None) -> _Number | None:
         if value is not None and not least <= value <= most:
             rule = f"must be at least {least}" + (f" and at most {most}" if most < math.inf else "")
             raise ConfigError(str(parameter.name), value, rule, (least if value < least else most,))
@@ -404,6 +407,15 @@ OrphanGraceOption = Annotated[
         callback=_seconds,
         metavar="SECONDS",
         help="How long the requests of a lost gateway run on, for their clients to resume them.",
+        rich_help_panel=CACHE,
+    ),
+]
+DrainTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        callback=_at_least(0, MAX_DRAIN_TIMEOUT),
+        metavar="SECONDS",
+        help="How long running requests get to end after a stop signal.",
         rich_help_panel=CACHE,
     ),
 ]

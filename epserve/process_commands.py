@@ -38,6 +38,7 @@ def gateway(
     insecure: o.InsecureOption = False,
     api_keys: o.ApiKeysOption = None,
     launcher_key_hash: o.LauncherKeyHashOption = None,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -58,6 +59,7 @@ def gateway(
         limits=QueueLimits(max_requests=max_queued_requests),
         attn_wait_s=attn_wait,
         tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
+        drain_timeout_s=drain_timeout,
     )
     raise typer.Exit(main(settings))
 
@@ -87,6 +89,7 @@ def attn(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -105,6 +108,7 @@ def attn(
         hedge_after_s=hedge_after,
         orphan_grace_s=orphan_grace,
         tls=tls,
+        drain_timeout_s=drain_timeout,
     )
     raise typer.Exit(main(settings))
 
@@ -125,6 +129,7 @@ def expert(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -136,7 +141,8 @@ def expert(
 
     _configure_logging("expert", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, ExpertSettings, tls=tls)))
+    settings = settings_from(context, ExpertSettings, tls=tls, drain_timeout_s=drain_timeout)
+    raise typer.Exit(main(settings))
 
 
 def _configure_logging(service: str, debug: bool, log_json: bool) -> None:

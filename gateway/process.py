@@ -84,6 +84,7 @@ class GatewaySettings:
     cluster_port: int = 0
     tls: TlsFiles | None = None
     insecure: bool = False
+    drain_timeout_s: float = lifecycle.DRAIN_TIMEOUT_S
     api_keys: Path | None = None
     launcher_key_hash: str | None = None
     otlp_traces_endpoint: str | None = None
@@ -101,7 +102,7 @@ class GatewaySettings:
 
 def main(settings: GatewaySettings) -> int:
     """Run a gateway until a signal; returns the exit status."""
-    return lifecycle.run(GatewayService(settings))
+    return lifecycle.run(GatewayService(settings), drain_timeout_s=settings.drain_timeout_s)
 
 
 class GatewayService:
@@ -122,6 +123,7 @@ class GatewayService:
         self._cluster: ClusterServicer | None = None
         self._rebalancer: Rebalancer | None = None
         self._spans: Spans | None = None
+        self._draining = False
         self.port = settings.port
         self.http_port = settings.http_port
         self.cluster_port: int | None = None
@@ -201,13 +203,14 @@ class GatewayService:
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
             self._generator.reconcile()
-            if ready != (been_complete and _able(state)):
+            if not self._draining and ready != (been_complete and _able(state)):
                 ready = not ready
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
                 registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
 
     async def drain(self) -> None:
+        self._draining = True
         self._host.set_ready(False)
         if self._registry is not None:
             self._registry.set_gateway(MemberState.DRAINING)

@@ -66,6 +66,7 @@ class Membership:
         self._outbox = Outbox(None, None)
         self._error: EpserveError | None = None
         self._state: ClusterState | None = None
+        self._registration: Registration
         self._staying: asyncio.Task[None] | None = None
         self.rank = -1
         self.parallel = ParallelConfig()
@@ -86,8 +87,8 @@ class Membership:
         UnavailableError when no gateway came in time, and at once the gateway's own refusal (of a
         rank, a fingerprint, a dtype)."""
         membership = cls(gateway_address, expecting(tls, PeerRole.GATEWAY), rejoin_timeout_s)
-        registration = await membership._join_within(timeout_s, join)
-        staying = membership._stay(registration, replace(join, rank=membership.rank))
+        membership._registration = await membership._join_within(timeout_s, join)
+        staying = membership._stay(replace(join, rank=membership.rank))
         membership._staying = asyncio.create_task(staying, name="membership")
         return membership
 
@@ -175,6 +176,7 @@ class Membership:
             self._staying.cancel()
             with suppress(asyncio.CancelledError):
                 await self._staying
+            await self._registration.close()
 
     async def _join_within(self, timeout_s: float, join: Join) -> Registration:
         """The first registration."""
@@ -210,13 +212,13 @@ class Membership:
             raise
         return registration
 
-    async def _stay(self, registration: Registration, join: Join) -> None:
+    async def _stay(self, join: Join) -> None:
         """Until cancelled, or lost."""
         try:
             while True:
-                reason = await self._until_it_ends(registration)
+                reason = await self._until_it_ends(self._registration)
                 log.warning("the registration has ended", gateway=self._gateway, reason=reason)
-                registration = await self._join_again(join, reason)
+                self._registration = await self._join_again(join, reason)
                 log.info("registered again", gateway=self._gateway, rank=self.rank)
         except EpserveError as error:
             async with self._changed:

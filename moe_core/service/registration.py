@@ -98,7 +98,7 @@ class Registration:
         return cluster_from_pb(answer.state)
 
     async def close(self) -> None:
-        """End the stream; the gateway removes this member at once."""
+        """End the stream; the gateway removes this member at once. Safe to call twice."""
         if self._lease is not None:
             self._lease.stop()
         self._call.cancel()

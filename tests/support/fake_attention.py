@@ -165,6 +165,7 @@ class FakeWorker:
         total_kv_blocks: int = 64,
         max_num_seqs: int = 64,
         join_timeout_s: float = 10,
+        rejoin_timeout_s: float = 10,
     ) -> None:
         if fake is not None:
             add = attention_pb2_grpc.add_AttentionServiceServicer_to_server
@@ -182,7 +183,9 @@ class FakeWorker:
             rank=self._rank,
         )
         try:
-            self.membership = await Membership.join(self._gateway, join, timeout_s=join_timeout_s)
+            self.membership = await Membership.join(
+                self._gateway, join, timeout_s=join_timeout_s, rejoin_timeout_s=rejoin_timeout_s
+            )
         except BaseException:
             await self._host.stop(0)
             raise

@@ -4,6 +4,7 @@ Knows the gateway's parts; the real wiring is gateway/process.py's.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.entrance import QueueLimits
 from gateway.generation import Generator
+from gateway.leases import Clock
 from gateway.observers import RequestObserver
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
@@ -35,11 +37,13 @@ MODEL = moe_model()
 MODEL_DIRECTORY = Path("/models/small")
 
 
-def make_registry(parallel: ParallelConfig | None = None) -> Registry:
+def make_registry(
+    parallel: ParallelConfig | None = None, clock: Clock = time.monotonic
+) -> Registry:
     settled = (parallel or ParallelConfig()).with_model(MODEL)
     placement = ExpertPlacement.initial(MODEL, settled)
     gateway = Member(Role.GATEWAY, 0, 1, "127.0.0.1:1", "cpu", MemberState.CONNECTING, 1, "here")
-    return Registry(gateway, settled, placement, FINGERPRINT)
+    return Registry(gateway, settled, placement, FINGERPRINT, clock)
 
 
 class SmallGateway:
@@ -99,6 +103,7 @@ class SmallGateway:
         self._following.cancel()
         await asyncio.wait({self._following})
         self.cluster.close()
+        self.registry.close()
         await self.pool.close()
         await self._host.stop(0.2)
 

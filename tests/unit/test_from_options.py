@@ -50,6 +50,7 @@ device: cuda:1
 dtype: bfloat16
 transport: grpc
 threads: 2
+drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
 GATEWAY = """
@@ -62,6 +63,7 @@ max-queued-requests: 10
 rebalance-interval: 60
 attn-wait: 4.5
 api-keys: keys.yaml
+drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
 CACHE = """
@@ -105,6 +107,7 @@ def test_the_gateway_gets_its_settings(settings_of_run: Run):
         rebalance_interval=60.0,
         insecure=True,
         api_keys=Path("keys.yaml"),
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
     )
 
@@ -115,6 +118,7 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         model=Path("m"),
         host="0.0.0.0",
         insecure=True,
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
@@ -139,6 +143,7 @@ def test_an_expert_process_gets_its_settings(settings_of_run: Run):
         model=Path("m"),
         host="0.0.0.0",
         insecure=True,
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
@@ -169,6 +174,7 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         orphan_grace=2.5,
         insecure=True,
         api_keys=Path("keys.yaml").absolute(),
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         log_json=True,
         kv_cache_memory=1024,
