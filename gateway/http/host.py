@@ -47,6 +47,7 @@ class HttpHost:
             proxy_headers=False,
             ssl_context_factory=self._ssl_context_factory,
         )
+        config.load()  # what is missing fails here, and not in the task
         self._server = _Server(config)
         self._serving = asyncio.create_task(self._server.serve([listener]), name="http")
         return int(listener.getsockname()[1])

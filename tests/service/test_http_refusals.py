@@ -26,14 +26,14 @@ from support.certificates import CertificateAuthority
 from support.processes import TINY_MODEL
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-UNKNOWN = ("/nothing", "/v1", "/v1/completions/more", "/health/more", "/page/nothing.js", "//")
+UNKNOWN = ("/nothing", "/v1", "/v1/completions/more", "/health/more", "/page/nothing.js")
 WITHOUT_KEY = {
     "no key": None,
     "wrong key": "Bearer epserve-wrong",
     "no scheme": "{key}",
     "another scheme": "Basic {key}",
     "empty": "",
-    "no key after the scheme": "Bearer ",
+    "no key after the scheme": "Bearer",
 }
 
 

@@ -62,6 +62,7 @@ def _gateway_messages() -> list[Addressed]:
         logit_bias={3: 1.5},
         min_tokens=1,
         n=1,
+        prompt_logprobs=1,
     )
     ids = gateway_pb2.TokenIds(ids=[5, 6, 7])
     by_name = {
