@@ -202,6 +202,7 @@ def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.Mon
         "logit_bias": "15=-2.5",
         "min_tokens": "2",
         "n": "2",
+        "prompt_logprobs": "3",
     }
     assert {*arguments, "ignore_eos"} == {field.name for field in fields(Sampling)}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
