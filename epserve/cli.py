@@ -131,6 +131,7 @@ def generate(
     presence_penalty: g.PresencePenaltyOption = None,
     frequency_penalty: g.FrequencyPenaltyOption = None,
     logprobs: g.LogprobsOption = None,
+    prompt_logprobs: g.PromptLogprobsOption = None,
     logit_bias: g.LogitBiasOption = None,
     min_tokens: g.MinTokensOption = None,
     n: g.NumChoicesOption = None,
@@ -149,8 +150,9 @@ def generate(
 
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("prompt", prompt, "give exactly one of --prompt and --prompt-ids")
-    if logprobs is not None and not json:
-        raise ConfigError("logprobs", logprobs, "is shown with --json only; add it")
+    for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+        if count is not None and not json:
+            raise ConfigError(name, count, "is shown with --json only; add it")
     sampling = Sampling(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -168,6 +170,7 @@ def generate(
         logit_bias=g.logit_bias(logit_bias or ()),
         min_tokens=min_tokens,
         n=n,
+        prompt_logprobs=prompt_logprobs,
     )
     ids = g.token_ids("prompt_ids", prompt_ids)
     gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)

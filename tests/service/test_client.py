@@ -77,6 +77,7 @@ async def test_every_sampling_field_arrives(gateway: SmallGateway, client: Epser
     assert {output.index for output in outputs} == {0, 1}
     told = fake.added[1].sampling
     assert (told.max_tokens, told.min_tokens, told.logprobs, told.seed) == (9, 2, 20, 7)
+    assert told.prompt_logprobs == 3
     assert (told.temperature, told.top_p, told.top_k, told.min_p) == (0.5, 0.25, 3, 0.125)
     assert (told.repetition_penalty, told.presence_penalty) == (1.5, -2.0)
     assert (told.frequency_penalty, dict(told.logit_bias)) == (2.0, {3: 1.0, 15: -2.5})

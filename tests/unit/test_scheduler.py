@@ -243,6 +243,13 @@ def test_an_empty_prompt_is_refused() -> None:
         scheduler().add(sequence("empty", 0, 1))
 
 
+def test_a_prompt_without_outputs_is_computed_and_needs_no_logits() -> None:
+    under_test = scheduler()
+    under_test.add(sequence("scored", 3, 0))
+    (item,) = under_test.schedule()
+    assert (item.num_new_tokens, item.catches_up, item.needs_logits) == (3, True, False)
+
+
 def test_removing_a_waiting_sequence_forgets_it() -> None:
     under_test = scheduler()
     waiting = sequence("waiting", 3)
