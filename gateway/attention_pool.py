@@ -146,7 +146,7 @@ class _GroupLink:
         self.instance_epoch = group.leader.instance_epoch
         self._name = f"attention group dp_rank={group.dp_rank} at {group.leader.address}"
         self._streams: dict[str, tuple[RequestStream, int]] = {}
-        self._outgoing: asyncio.Queue[pb.EngineRequest] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[pb.EngineRequest | None] = asyncio.Queue()
         self._lost: UnavailableError | None = None
         self._channel = open_channel(group.leader.address, security)
         stub: Any = AttentionServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
@@ -173,13 +173,15 @@ class _GroupLink:
 
     async def close(self, reason: str) -> None:
         self._fail_all(reason)
+        self._outgoing.put_nowait(None)
         self._reading.cancel()
         await asyncio.wait({self._reading})
         await self._channel.close(None)
 
     async def _requests(self) -> AsyncIterator[pb.EngineRequest]:
-        while True:
-            yield await self._outgoing.get()
+        """Until `close`: gRPC waits for the next one for ever, also of a stream that is over."""
+        while (request := await self._outgoing.get()) is not None:
+            yield request
 
     async def _read(self) -> None:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,11 +205,15 @@ async def test_a_process_that_is_drained_ends_its_exchanges_and_leaves_the_clust
             )
 
 
-async def test_a_process_whose_gateway_is_lost_ends_with_an_error() -> None:
+async def test_a_process_whose_gateway_stays_away_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join = partial(Membership.join, rejoin_timeout_s=1)
+    monkeypatch.setattr(Membership, "join", join)
     async with AsyncExitStack() as outer:
         async with running_gateway(ParallelConfig()) as gateway:
             process = await outer.enter_async_context(running_expert(gateway))
             serving = asyncio.create_task(process.serve())
             await asyncio.sleep(0)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match="none took it back within 1 s"):
             await asyncio.wait_for(serving, TIMEOUT_S)
