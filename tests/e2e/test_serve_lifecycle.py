@@ -3,9 +3,9 @@
 import json
 import os
 import signal
-import socket
 import time
 
+from moe_core.service.addresses import bound_socket
 from support.processes import TINY_MODEL, epserve, serving, started, still_alive
 
 SMALL = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
@@ -20,8 +20,7 @@ def test_ctrl_c_stops_every_process_and_frees_the_port():
         assert still_alive(family) == []
         assert serve.out[-1] == "stopped"
         assert not any("Traceback" in line for line in serve.err)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(target.rpartition(":")[2])))
+    bound_socket("127.0.0.1", int(target.rpartition(":")[2])).close()
 
 
 def test_a_second_ctrl_c_does_not_wait_for_running_requests():

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from attn_service.process import TICK_S
 from epserve.client import EpserveClient, Output, Sampling
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import UnavailableError
@@ -65,6 +66,9 @@ async def test_a_frozen_attention_process_fails_its_requests_only_and_comes_back
         assert await outcome(requests[0]) == "length"
     os.kill(frozen.pid, signal.SIGCONT)
     async with asyncio.timeout(DEADLINE_S):
+        while not is_back(frozen, target):
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2 * TICK_S)  # until it has seen that its links are lost
         while not is_back(frozen, target):
             await asyncio.sleep(0.1)
 
