@@ -252,6 +252,7 @@ class _GroupLink:
         await self._channel.close(None)
 
     async def _requests(self) -> AsyncIterator[pb.EngineRequest]:
+        """Until `close`: gRPC waits for the next one for ever, also of a stream that is over."""
         while (request := await self._outgoing.get()) is not None:
             yield request
 

@@ -33,7 +33,13 @@ class Outbox:
     def __init__(self, status: StatusReport | None, load: ExpertLoad | None) -> None:
         self._status = status
         self._load = load
+        self._closed = False
         self._filled = asyncio.Event()
+        self._filled.set()
+
+    def close(self) -> None:
+        """The requests end. gRPC waits for the next one for ever, also of a stream that is over."""
+        self._closed = True
         self._filled.set()
 
     def put(self, report: StatusReport | ExpertLoad) -> None:
@@ -44,10 +50,12 @@ class Outbox:
         self._filled.set()
 
     async def requests(self, join: Join) -> AsyncIterator[pb.RegisterRequest]:
-        """The stream's requests; they have no end."""
+        """The stream's requests, until `close`."""
         yield pb.RegisterRequest(join=join_to_pb(join))
         while True:
             await self._filled.wait()
+            if self._closed:
+                return
             self._filled.clear()
             status, self._status = self._status, None
             if status is not None:
@@ -68,6 +76,7 @@ class Registration:
         self._security = security
         self._join = join
         self._channel = open_channel(gateway, security)
+        self._outbox = outbox
         stub: Any = ClusterServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
         self._call = stub.Register(outbox.requests(join))
         self._answers = aiter(self._call)
@@ -101,6 +110,7 @@ class Registration:
         """End the stream; the gateway removes this member at once. Safe to call twice."""
         if self._lease is not None:
             self._lease.stop()
+        self._outbox.close()
         self._call.cancel()
         await self._channel.close(None)
 

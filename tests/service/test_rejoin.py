@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from epserve.client import EpserveClient
+from gateway.balancer import Group
 from gateway.cluster import NO_LEASE
-from moe_core.cluster import ClusterState, Member, MemberState, Role
+from moe_core.cluster import AttentionLoad, ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2
@@ -96,6 +97,39 @@ async def test_no_gateway_in_time_is_the_end_and_says_so() -> None:
     with pytest.raises(UnavailableError, match="lost its gateway"):
         await worker.membership.wait_until(lambda state: False, 5, "nothing")
     await worker.stop()
+
+
+def writers() -> int:
+    """Tasks of gRPC's that wait for the next request of a stream."""
+    names = [getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks()]
+    return names.count("_consume_request_iterator")
+
+
+async def test_attempts_in_vain_leave_no_task_behind() -> None:
+    async with SmallGateway(PARALLEL) as gateway:
+        worker = gateway.worker(Role.ATTN)
+        await worker.start(rejoin_timeout_s=600)
+    await asyncio.sleep(1.0)
+    await worker.stop()
+    await asyncio.sleep(0)
+    assert writers() == 0
+
+
+async def test_streams_that_groups_have_ended_leave_no_task_behind() -> None:
+    async with SmallGateway(PARALLEL) as gateway:
+        worker = gateway.worker(Role.ATTN)
+        await worker.start(FakeAttention(list))
+        load = AttentionLoad(0, 0, 64, 64, 4, 64)
+        (leader,) = (await until(gateway, "joined", lambda s: s.tier(Role.ATTN))).tier(Role.ATTN)
+        stream = gateway.pool.submit(Group(0, leader, load), [])
+        await asyncio.sleep(0.2)  # until it is there
+        await worker.stop()
+        await asyncio.sleep(0.2)  # until its end is known
+        assert writers() == 1
+        await gateway.pool.close()
+        stream.close()
+        await asyncio.sleep(0)
+        assert writers() == 0
 
 
 async def test_a_worker_may_leave_while_its_gateway_is_gone() -> None:

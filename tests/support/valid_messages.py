@@ -72,6 +72,7 @@ def _gateway_messages() -> list[Addressed]:
         "Abort": gateway_pb2.AbortRequest(request_id="a request"),
         "ListModels": gateway_pb2.ListModelsRequest(),
         "GetCluster": gateway_pb2.GetClusterRequest(),
+        "WatchCluster": gateway_pb2.WatchClusterRequest(),
     }
     text = gateway_pb2.GenerateRequest(text="Once upon a time", sampling=sampling)
     messages = [_addressed("gateway", gateway_pb2, "Gateway", *each) for each in by_name.items()]
