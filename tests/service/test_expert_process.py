@@ -22,7 +22,7 @@ from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.cluster import ClusterState, Join, Role
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import TransportError
+from moe_core.errors import TransportError, UnavailableError
 from moe_core.exchange import link_spec
 from moe_core.model.experts import run_experts_by_loop
 from moe_core.model.tensor_parallel import NoTensorParallel
