@@ -37,7 +37,12 @@ LAYOUT = (
     *("--transport", "nixl", "--dtype", "float64"),
 )
 PROCESSES = {
-    "gateway": {"epserve.v1.Gateway", "epserve.v1.ClusterService", "vllm.grpc.engine.VllmEngine"},
+    "gateway": {
+        "epserve.v1.Gateway",
+        "epserve.v1.Admin",
+        "epserve.v1.ClusterService",
+        "vllm.grpc.engine.VllmEngine",
+    },
     "attn_0": {"epserve.v1.AttentionService"},
     "attn_1": {"epserve.v1.AttentionService"},
     "expert_0": {"epserve.v1.ExpertService"},
