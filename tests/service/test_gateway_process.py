@@ -105,6 +105,12 @@ async def test_http_is_ready_with_grpc_and_drains_with_it(gateway: GatewayServic
         await asyncio.sleep(0)
         assert (await client.get("/ready")).json()["missing"] == ["the gateway, which is draining"]
         assert (await client.post("/v1/completions", json=body)).status_code == 503
+        await workers[1].stop()  # the experts go and come: it is not ready again for that
+        workers[1] = FakeWorker(address, digest, Role.EXPERT)
+        await workers[1].start()
+        await asyncio.sleep(0.1)
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).status_code == 200
         assert (await asked).text.endswith("data: [DONE]\n\n")
         await draining
     for worker in workers:

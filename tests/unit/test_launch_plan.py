@@ -68,6 +68,41 @@ def test_two_sizes_of_the_kv_cache_are_refused():
         settings(kv_cache_tokens=64, memory_utilization=0.4)
 
 
+def test_the_time_to_drain_travels_to_all_processes():
+    plan = make_plan(settings(drain_timeout_s=2.5))
+    for child in plan.children():
+        assert "--drain-timeout 2.5" in " ".join(child.command)
+
+
+def test_a_child_can_be_made_again_and_of_ranks_that_were_not_planned(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(launch_plan.os, "sched_getaffinity", lambda _pid: set(range(4)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan = make_plan(settings(parallel=ParallelConfig(expert_devices=2, ep_size=2)))
+    planned = {child.name: child for child in plan.children()}
+    for role, rank in ((Role.GATEWAY, 0), (Role.ATTN, 0), (Role.EXPERT, 1)):
+        child = plan.child(role, rank)
+        assert child == planned[child.name]
+    grown = plan.child(Role.EXPERT, 3)
+    assert grown.name == "expert 3"
+    assert "--rank 3 --device cpu" in " ".join(grown.command)
+    assert grown.environment == planned["expert 1"].environment
+    assert grown.stop_stage == planned["expert 1"].stop_stage
+
+
+def test_a_rank_that_was_not_planned_takes_the_next_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch_plan, "_has_cuda_driver", lambda: True)
+    monkeypatch.setattr(launch_plan, "_devices_torch_sees", lambda: 3)
+    plan = make_plan(settings(device="auto"))
+    devices = [plan.child(Role.EXPERT, rank).command for rank in range(3)]
+    assert [words[words.index("--device") + 1] for words in devices] == [
+        "cuda:1",
+        "cuda:2",
+        "cuda:0",
+    ]
+
+
 def test_port_zero_becomes_a_free_port():
     assert make_plan(settings(grpc_port=0)).settings.grpc_port > 0
 

@@ -1,0 +1,72 @@
+"""The order in which a draining attention process ends, with its parts faked."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attn_service import process as attention
+from attn_service.process import AttentionProcess
+from attn_service.settings import AttnSettings
+from moe_core.cluster import LinkStats, MemberState
+
+
+class Parts:
+    """A duty, links, a membership and spans in one; notes what is asked of a closed link."""
+
+    load = metrics = expert_load = None
+    missing: tuple[str, ...] = ()
+    state = None
+    rank = 0
+
+    def __init__(self) -> None:
+        self.reconciled = 0
+        self.closed = False
+        self.told: list[MemberState] = []
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def lost(self) -> None:
+        await asyncio.Event().wait()
+
+    async def drain(self) -> None:
+        """At once."""
+
+    async def reconcile(self, state: object) -> None:
+        assert not self.closed
+        self.reconciled += 1
+
+    def stats(self, source: str) -> tuple[LinkStats, ...]:
+        return ()
+
+    def report(self, state: MemberState, **_: object) -> None:
+        self.told.append(state)
+
+    async def close(self) -> None:
+        """For long enough that whatever keeps the links up would look at them again."""
+        self.closed = True
+        await asyncio.sleep(5 * attention.TICK_S)
+
+
+async def test_nothing_looks_at_the_links_once_a_drain_closes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "TICK_S", 0.01)
+    parts: Any = Parts()
+    process = AttentionProcess(AttnSettings("127.0.0.1:1", Path("model"), device="cpu"))
+    process._duty = process._links = process._membership = parts
+    serving = asyncio.create_task(process.serve())
+    async with asyncio.timeout(10):
+        while not parts.reconciled:
+            await asyncio.sleep(0.001)
+        await process.drain()
+        await serving
+    assert parts.told[-1] is MemberState.DRAINING
+
+
+async def test_a_process_that_has_not_served_drains_too() -> None:
+    process = AttentionProcess(AttnSettings("127.0.0.1:1", Path("model"), device="cpu"))
+    async with asyncio.timeout(10):
+        await process.drain()
