@@ -16,6 +16,7 @@ from support.served_cluster import DEADLINE_S, greedy
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TOKENS = 6
 MOE_LAYERS = 3
+OUR_FAILURES = ("ended", "the drain failed", "a method failed", "a stream failed")
 LAYOUT = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
 
 
@@ -92,7 +93,8 @@ def test_every_line_of_the_log_is_one_object_that_says_who_wrote_it(run: Run) ->
         ("gateway", 0), ("attn", 0), ("expert", 0), ("expert", 1),
     }  # fmt: skip
     for record in records:
-        assert record["level"] in ("info", "warning"), record
+        assert record["level"] in ("info", "warning", "error")  # an exporter in haste may fail
+        assert record["event"] not in OUR_FAILURES, record
         assert record["timestamp"]
         assert record["event"]
 
