@@ -20,6 +20,7 @@ from epserve.supervisor import ChildSpec
 from gateway.api_keys import hash_of, new_key, read_keys
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import Role
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S, check_expert_wait
 from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
@@ -59,7 +60,12 @@ class ClusterSettings:
     block_size: int | None = None
     max_num_seqs: int | None = None
     microbatches: str | None = None
+    expert_wait_s: float = DEFAULT_EXPERT_WAIT_S
+    hedge_after_s: float | None = None
     max_queued_requests: int | None = None
+    rebalance_interval: float | None = None  # seconds
+    attn_wait: float | None = None  # seconds
+    orphan_grace: float | None = None  # seconds
     drain_timeout_s: float = DRAIN_TIMEOUT_S
     otlp_traces_endpoint: str | None = None
     log_json: bool = False
@@ -68,6 +74,7 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         check_traces_endpoint(self.otlp_traces_endpoint)
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
+        check_expert_wait(self.expert_wait_s, self.hedge_after_s)
         require_safe_bind("host", self.host, self.tls, self.insecure)
 
 
@@ -148,6 +155,9 @@ class LaunchPlan:
             arguments += _given("--block-size", settings.block_size)
             arguments += _given("--max-num-seqs", settings.max_num_seqs)
             arguments += _given("--microbatches", settings.microbatches)
+            arguments += ["--expert-wait", str(settings.expert_wait_s)]
+            arguments += _given("--hedge-after", settings.hedge_after_s)
+            arguments += _given("--orphan-grace", settings.orphan_grace)
         return arguments
 
     def _gateway_arguments(self) -> list[str]:
@@ -160,6 +170,8 @@ class LaunchPlan:
             arguments.append("--insecure")
         arguments += _given("--api-keys", settings.api_keys)
         arguments += _given("--max-queued-requests", settings.max_queued_requests)
+        arguments += _given("--rebalance-interval", settings.rebalance_interval)
+        arguments += _given("--attn-wait", settings.attn_wait)
         return arguments + parallel_arguments(self.parallel)
 
     def _secrets(self, place: Place) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ import typer
 
 from epserve import options as o
 from epserve.from_options import parallel_from, settings_from
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.service.tls_files import TlsFiles
 
 
@@ -25,6 +26,8 @@ def gateway(
     colocated: o.ColocatedOption = False,
     model_name: o.ModelNameOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    rebalance_interval: o.RebalanceIntervalOption = 0.0,
+    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
     host: o.HostOption = "127.0.0.1",
     port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
@@ -54,6 +57,7 @@ def gateway(
         http_port=port,
         parallel=parallel_from(context),
         limits=QueueLimits(max_requests=max_queued_requests),
+        attn_wait_s=attn_wait,
         tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
         drain_timeout_s=drain_timeout,
     )
@@ -77,6 +81,9 @@ def attn(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
+    hedge_after: o.HedgeAfterOption = None,
+    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
     threads: o.ThreadsOption = None,
     tls_cert: o.TlsCertOption = None,
     tls_key: o.TlsKeyOption = None,
@@ -94,7 +101,15 @@ def attn(
 
     _configure_logging("attn", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    settings = settings_from(context, AttnSettings, tls=tls, drain_timeout_s=drain_timeout)
+    settings = settings_from(
+        context,
+        AttnSettings,
+        expert_wait_s=expert_wait,
+        hedge_after_s=hedge_after,
+        orphan_grace_s=orphan_grace,
+        tls=tls,
+        drain_timeout_s=drain_timeout,
+    )
     raise typer.Exit(main(settings))
 
 

@@ -94,6 +94,13 @@ class Registry:
             target=self._target,
         )
 
+    @property
+    def accepted(self) -> ParallelConfig:
+        """The sizes that ranks may have: those in force, and those that the tiers grow to."""
+        if self._target is None:
+            return self.parallel
+        return self.parallel.covering(self._target.attn_devices, self._target.expert_devices)
+
     async def newer_than(self, version: int) -> ClusterState:
         """Waits for a state whose version is above `version`; without a deadline, since a
         cluster may stay as it is for ever."""

@@ -59,7 +59,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         closing = asyncio.create_task(self._closing.wait(), name="closing")
         leases = asyncio.create_task(self._check_leases(key), name="leases")
         try:
-            parallel = parallel_to_pb(self._registry.parallel)
+            parallel = parallel_to_pb(self._registry.accepted)
             yield pb.RegisterResponse(assigned=pb.Assigned(rank=key.rank, parallel=parallel))
             version = 0
             while (state := await self._next_state(version, reports, closing)) is not None:

@@ -1,4 +1,4 @@
-"""A process that is stopped in mid-request: its requests end, named, and nobody else's do."""
+"""A process that is stopped in mid-request: it is noticed, and what can go on does."""
 
 import asyncio
 import os
@@ -52,18 +52,16 @@ async def outcome(outputs: AsyncIterator[Output]) -> str:
         return str(error)
 
 
-async def test_a_frozen_attention_process_fails_its_requests_only_and_comes_back_when_it_thaws(
+async def test_requests_of_a_frozen_process_go_on_elsewhere_and_it_comes_back_when_it_thaws(
     target: str,
 ) -> None:
     async with EpserveClient(target) as client:
         requests = [await begun(client) for _ in range(2)]  # one on each DP group
         frozen = stop(target, Role.ATTN, 1)
         async with asyncio.timeout(NOTICED_S):
-            with pytest.raises(UnavailableError, match=r"attention group dp_rank=1 at .* was lost"):
-                _ = [output async for output in requests[1]]
             while len(state_of(target).tier(Role.ATTN)) == 2:
                 await asyncio.sleep(0.1)
-        assert await outcome(requests[0]) == "length"
+        assert [await outcome(outputs) for outputs in requests] == ["length"] * 2
     os.kill(frozen.pid, signal.SIGCONT)
     async with asyncio.timeout(DEADLINE_S):
         while not is_back(frozen, target):
