@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,12 @@ from moe_core.cluster import LinkStats, MemberState
 
 
 class Parts:
-    """A duty, links, a membership and spans in one; notes what is asked of a closed link."""
+    """A duty, links, placements and a membership in one; notes what is asked of a closed link."""
 
     load = metrics = expert_load = None
     missing: tuple[str, ...] = ()
-    state = None
-    rank = 0
+    state = SimpleNamespace(placement=None)
+    rank = oldest_in_use = 0
 
     def __init__(self) -> None:
         self.reconciled = 0
@@ -34,9 +35,18 @@ class Parts:
     async def drain(self) -> None:
         """At once."""
 
-    async def reconcile(self, state: object) -> None:
+    async def reconcile(self, state: object) -> bool:
         assert not self.closed
         self.reconciled += 1
+        return False
+
+    def add(self, placement: object) -> None:
+        """It knows them all."""
+
+    forget_before = add
+
+    def can_serve(self, placement: object) -> bool:
+        return True
 
     def stats(self, source: str) -> tuple[LinkStats, ...]:
         return ()
@@ -56,7 +66,7 @@ async def test_nothing_looks_at_the_links_once_a_drain_closes_them(
     monkeypatch.setattr(attention, "TICK_S", 0.01)
     parts: Any = Parts()
     process = AttentionProcess(AttnSettings("127.0.0.1:1", Path("model"), device="cpu"))
-    process._duty = process._links = process._membership = parts
+    process._duty = process._links = process._placements = process._membership = parts
     serving = asyncio.create_task(process.serve())
     async with asyncio.timeout(10):
         while not parts.reconciled:
