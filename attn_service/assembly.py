@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from attn_service.duties import Duty, Following, Leading
-from attn_service.engine import Engine, EngineObserver
+from attn_service.engine import Engine, EngineObserver, StepRunner
 from attn_service.expert_client import ExpertClient
 from attn_service.expert_counts import CountedExperts
 from attn_service.expert_links import ExpertLinks
@@ -113,19 +113,24 @@ def make_duty(
 ) -> Duty:
     """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
     `terms` are the group's, or a single process's own; `microbatches` is for whoever leads."""
+
+    def placed(runner: StepRunner) -> PlacedRunner:
+        return PlacedRunner(runner, site.placements)
+
     if group is None:
         counted = CountedExperts(experts, site.model, site.device)
-        runner = _model_runner(site, weights, counted, NoTensorParallel(), terms)
-        return Leading(_engine(site, runner, terms, microbatches, observer), None, counted)
+        single = placed(_model_runner(site, weights, counted, NoTensorParallel(), terms))
+        return Leading(_engine(site, single, terms, microbatches, observer), None, counted)
     group_experts = GroupExperts(experts, group.tensor_parallel)
     if followers is not None:
         counted = CountedExperts(group_experts, site.model, site.device)
         runner = _model_runner(site, weights, counted, group.tensor_parallel, terms)
-        leading = GroupRunner(runner, group_experts, followers.publish)
+        # Around the whole group's step: it is under way from when its plan is sent.
+        leading = placed(GroupRunner(runner, group_experts, followers.publish))
         engine = _engine(site, leading, terms, microbatches, observer)
         return Leading(engine, followers, counted)
     runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
-    following = GroupRunner(runner, group_experts, None, observer)
+    following = GroupRunner(placed(runner), group_experts, None, observer)
     return Following(group.leader.address, group.rank, terms, following, site.tls)
 
 
@@ -146,7 +151,7 @@ def _model_runner(
     experts: Experts,
     tensor_parallel: TensorParallel,
     terms: GroupTerms,
-) -> PlacedRunner:
+) -> ModelRunner:
     enable_mla = bool(site.parallel.enable_mla)
     cache = KvCache.allocate(
         site.model,
@@ -158,12 +163,12 @@ def _model_runner(
         site.device,
     )
     decoder = Decoder(site.model, weights, enable_mla, tensor_parallel)
-    return PlacedRunner(ModelRunner(decoder, cache, experts, site.device), site.placements)
+    return ModelRunner(decoder, cache, experts, site.device)
 
 
 def _engine(
     site: Site,
-    runner: PlacedRunner | GroupRunner,
+    runner: PlacedRunner,
     terms: GroupTerms,
     microbatches: MicrobatchRule,
     observer: EngineObserver | None,

@@ -27,6 +27,7 @@ class Placements:
         self._by_epoch = {first.epoch: first}
         self._tables: dict[Standing, dict[tuple[int, int], LayerTables]] = {ALL_USUAL: {}}
         self._in_use: Counter[int] = Counter()
+        self._last_named = first.epoch
         self.newest = first
 
     def add(self, placement: ExpertPlacement) -> None:
@@ -42,6 +43,7 @@ class Placements:
     def in_use(self, epoch: int) -> Iterator[None]:
         """A step of this epoch is under way."""
         self._in_use[epoch] += 1
+        self._last_named = epoch
         try:
             yield
         finally:
@@ -49,7 +51,7 @@ class Placements:
 
     @property
     def oldest_in_use(self) -> int:
-        """No step uses an older one, now or later."""
+        """No step that is planned here uses an older one, now or later."""
         return min(+self._in_use, default=self.newest.epoch)
 
     def at(self, epoch: int) -> ExpertPlacement:
@@ -82,6 +84,12 @@ class Placements:
             oldest = next(each for each in self._tables if each != ALL_USUAL)
             del self._tables[oldest]
         return self._tables.setdefault(standing, {})
+
+    def forget_unused(self) -> None:
+        """Plans come in the order of their epochs, so none names an older one than the last has.
+        A newer one is no reason: the leader of a group may adopt it later than a rank that
+        follows, and plans with the one before until then."""
+        self.forget_before(min(self._last_named, self.oldest_in_use))
 
     def forget_before(self, epoch: int) -> None:
         """No step uses an older one any more. The newest always stays."""

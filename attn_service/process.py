@@ -299,7 +299,7 @@ class AttentionProcess:
         assert self._links is not None
         if not isinstance(self._duty, Leading) or self._links.can_serve(latest):
             placements.add(latest)
-        placements.forget_before(placements.oldest_in_use)
+        placements.forget_unused()
         self._used_epoch = placements.oldest_in_use
 
     def _report(self, membership: Membership) -> None:

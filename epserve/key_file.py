@@ -14,9 +14,9 @@ from gateway.api_keys import hash_of, parse_keys
 PRIVATE = 0o600
 
 
-def entry_text(name: str, key: str) -> str:
+def entry_text(name: str, key: str, *, admin: bool = False) -> str:
     """The YAML entry to paste."""
-    dumped: str = yaml.safe_dump([{"name": name, "hash": hash_of(key)}], sort_keys=False)
+    dumped: str = yaml.safe_dump([_entry(name, key, admin)], sort_keys=False)
     return dumped
 
 
@@ -25,7 +25,7 @@ def check_entry(name: str, key: str) -> None:
     parse_keys(Path("the new entry"), entry_text(name, key))
 
 
-def append_entry(path: Path, name: str, key: str) -> None:
+def append_entry(path: Path, name: str, key: str, *, admin: bool = False) -> None:
     """Add an entry to the file, which is made if it is not there; comments stay. The file is
     replaced in one step, so that no reader sees half of it. Raises ConfigError, with the file as
     it was, where the result would be none."""
@@ -33,10 +33,14 @@ def append_entry(path: Path, name: str, key: str) -> None:
     if old.lstrip().startswith("["):
         parse_keys(path, old)
         entries = yaml.safe_load(old)
-        entries.append({"name": name, "hash": hash_of(key)})
+        entries.append(_entry(name, key, admin))
         new = json.dumps(entries, indent=2) + "\n"
     else:
-        new = old + ("\n" if old and not old.endswith("\n") else "") + entry_text(name, key)
+        new = (
+            old
+            + ("\n" if old and not old.endswith("\n") else "")
+            + entry_text(name, key, admin=admin)
+        )
     parse_keys(path, new)
     mode = path.stat().st_mode & 0o777 if path.exists() else PRIVATE
     draft = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -47,3 +51,8 @@ def append_entry(path: Path, name: str, key: str) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _entry(name: str, key: str, admin: bool) -> dict[str, object]:
+    entry: dict[str, object] = {"name": name, "hash": hash_of(key)}
+    return entry | {"admin": True} if admin else entry

@@ -63,6 +63,9 @@ def new(
     file: Annotated[
         Path | None, typer.Option(help="Add the entry to this key file, which may be new.")
     ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may also scale, rebalance and drain the cluster.")
+    ] = False,
     debug: o.DebugOption = False,
 ) -> None:
     """Make a key; it is printed once and kept nowhere."""
@@ -72,10 +75,10 @@ def new(
     key = new_key()
     check_entry(name, key)
     if file is not None:
-        append_entry(file, name, key)
+        append_entry(file, name, key, admin=admin)
     typer.echo(key)
     if file is not None:
         typer.echo(f"added {name} to {file}; a running gateway knows it within a second", err=True)
     else:
         typer.echo("to let it in, add this to the file of --api-keys:", err=True)
-        typer.echo(entry_text(name, key), nl=False, err=True)
+        typer.echo(entry_text(name, key, admin=admin), nl=False, err=True)

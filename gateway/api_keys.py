@@ -32,7 +32,7 @@ HASH_PREFIX = "sha256:"
 MAX_FILE_BYTES = 1 << 20
 MAX_NAME = 64
 RECHECK_S = 1.0
-FIELDS = ("name", "hash", "weight", "max_concurrent_requests", "max_tokens_per_minute")
+FIELDS = ("name", "hash", "weight", "max_concurrent_requests", "max_tokens_per_minute", "admin")
 REFUSAL = "needs a valid API key: authorization: Bearer KEY"
 
 
@@ -155,6 +155,7 @@ def _parse_entry(path: Path, number: int, entry: object) -> ApiKey:
         weight=_weight(path, f"{where} ({name})", entry),
         max_concurrent_requests=_limit(path, where, entry, "max_concurrent_requests"),
         max_tokens_per_minute=_limit(path, where, entry, "max_tokens_per_minute"),
+        admin=_admin(path, where, entry),
     )
     return ApiKey(digest, caller)
 
@@ -169,6 +170,13 @@ def _weight(path: Path, where: str, entry: Mapping[str, Any]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
         raise _refused(path, f"{where}: weight={value!r} must be a number above 0, at most 1e6")
     return float(value)
+
+
+def _admin(path: Path, where: str, entry: Mapping[str, Any]) -> bool:
+    value = entry.get("admin", False)
+    if not isinstance(value, bool):
+        raise _refused(path, f"{where}: admin={value!r} must be true or false")
+    return value
 
 
 def _limit(path: Path, where: str, entry: Mapping[str, Any], field: str) -> int | None:

@@ -14,12 +14,18 @@ TAG_LENGTH = 16
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`weight` is a share against other callers'; None is no limit. max_tokens_per_minute counts
-    prompt and output tokens."""
+    prompt and output tokens. `admin` may also change the cluster."""
 
     name: str
     weight: float = 1.0
     max_concurrent_requests: int | None = None
     max_tokens_per_minute: int | None = None
+    admin: bool = False
+
+    @property
+    def anonymous(self) -> bool:
+        """Nobody is asked for a key."""
+        return self == ANONYMOUS
 
     @property
     def tag(self) -> str:

@@ -94,7 +94,8 @@ class Rebalancer:
             state = self._registry.state
             if load is None:
                 return Rebalanced(0, 0, 1.0, 1.0, state.placement.epoch, NOTHING_SEEN)
-            changes = self._changes(state, load)
+            # Most of a second for the largest models, in which streams must not stand still.
+            changes = await asyncio.to_thread(self._changes, state, load)
             wanted = [each for each in changes if _is_worth_it(each, force)]
             if not dry_run:
                 for change in wanted:
@@ -178,7 +179,9 @@ def _num_nodes(state: ClusterState) -> int:
     etp_size = state.parallel.etp_size
     hosts = [member.host_id for member in state.tier(Role.EXPERT)][::etp_size]
     hosts = hosts[: state.placement.ep_size]
-    per_node = hosts.count(hosts[0]) if hosts else 1
+    if not hosts:
+        return 1
+    per_node = hosts.count(hosts[0])
     nodes = [set(hosts[i : i + per_node]) for i in range(0, len(hosts), per_node)]
     alike = len(hosts) % per_node == 0 and all(len(node) == 1 for node in nodes)
-    return len(nodes) if alike and len(set.union(*nodes, set())) == len(nodes) else 1
+    return len(nodes) if alike and len(set.union(*nodes)) == len(nodes) else 1

@@ -8,12 +8,23 @@ method has its service's rule.
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from moe_core.errors import AccessError
 from moe_core.service.peer_roles import PeerRole, in_words, shown_roles
 
-Authenticate = Callable[[str | None], object]
+
+class Authenticated(Protocol):
+    """Who has shown a good key, or anybody where none is asked for (`anonymous`)."""
+
+    @property
+    def admin(self) -> bool: ...
+
+    @property
+    def anonymous(self) -> bool: ...
+
+
+Authenticate = Callable[[str | None], Authenticated]
 """From the `authorization` metadata to who that is; raises AuthenticationError."""
 
 AUTHORIZATION = "authorization"
@@ -23,10 +34,12 @@ AUTHORIZATION = "authorization"
 class Rule:
     """`roles`: over TLS, the certificates of which one is needed; None: no certificate is.
     `key`: an API key, on a server that has keys; one that has none wants an administrator's
-    certificate instead."""
+    certificate instead. `admin`: an administrator's certificate or key; nothing in the clear on a
+    server that asks nobody for a key."""
 
     roles: frozenset[PeerRole] | None = None
     key: bool = False
+    admin: bool = False
 
 
 def _only(*roles: PeerRole) -> Rule:
@@ -35,7 +48,7 @@ def _only(*roles: PeerRole) -> Rule:
 
 EVERYBODY = Rule()
 KEY = Rule(key=True)
-ADMINISTRATORS = Rule(frozenset({PeerRole.ADMIN}), key=True)
+ADMINISTRATORS = Rule(admin=True)
 WORKERS = _only(PeerRole.ATTN, PeerRole.EXPERT, PeerRole.GATEWAY)
 
 RULES: Mapping[str, Rule] = {
@@ -75,6 +88,8 @@ class AccessCheck:
     def check(self, path: str, context: Any) -> None:  # noqa: ANN401 - grpc.aio's context
         """Before `path` (/SERVICE/METHOD) runs. Raises AccessError or AuthenticationError."""
         rule = RULES.get(path) or RULES[path.split("/")[1]]
+        if rule.admin:
+            self._check_administrator(path, context)
         roles = rule.roles
         if rule.key and self._authenticate is None:
             roles = frozenset({PeerRole.ADMIN})
@@ -82,6 +97,19 @@ class AccessCheck:
             self._check_roles(path, roles, context)
         if rule.key and self._authenticate is not None:
             _caller.set(self._authenticate(authorization(context)))
+
+    def _check_administrator(self, path: str, context: Any) -> None:  # noqa: ANN401
+        shown = shown_roles(context)
+        if shown is not None and PeerRole.ADMIN in shown:
+            return
+        needs = f"{path} needs a certificate with {PeerRole.ADMIN.uri}"
+        if self._authenticate is None:
+            if shown is not None:
+                raise AccessError(f"{needs}; {in_words(shown)}")
+            return
+        caller = self._authenticate(authorization(context))
+        if not (caller.admin or (shown is None and caller.anonymous)):
+            raise AccessError(f"{needs}, or an API key that is an administrator's (admin: true)")
 
     def _check_roles(self, path: str, roles: frozenset[PeerRole], context: Any) -> None:  # noqa: ANN401
         shown = shown_roles(context)

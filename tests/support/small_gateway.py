@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 
+from gateway.admin_servicer import AdminServicer
 from gateway.admission import ServedModel
 from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
@@ -18,6 +19,9 @@ from gateway.entrance import QueueLimits
 from gateway.generation import Generator
 from gateway.leases import Clock
 from gateway.observers import RequestObserver
+from gateway.placement_leader import PlacementLeader
+from gateway.rebalancing import Rebalancer
+from gateway.scaling import Scaling
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
@@ -79,6 +83,9 @@ class SmallGateway:
 
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
+        leader = PlacementLeader(self.registry)
+        scaling = Scaling(self.registry, leader, MODEL)
+        AdminServicer(self.registry, scaling, Rebalancer(self.registry, leader)).add_to(self._host)
         GatewayServicer(self.generator, self.registry).add_to(self._host)
         VllmServicer(self.generator, self.registry, MODEL_DIRECTORY).add_to(self._host)
         cluster_port = None if self._tls is None else 0

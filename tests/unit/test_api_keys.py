@@ -107,7 +107,8 @@ def test_the_launcher_has_a_key_that_is_in_no_file(path: Path) -> None:
         (f"[{{name: '', hash: '{HASH}'}}]", "name must be"),
         (f"[{{name: anonymous, hash: '{HASH}'}}]", "for callers without a key"),
         (f"[{{name: a, hash: {KEY}}}]", r"entry 1 \(a\): hash must be"),
-        (f"[{{name: a, hash: '{HASH}', admin: 1}}]", "unknown field 'admin'"),
+        (f"[{{name: a, hash: '{HASH}', root: 1}}]", "unknown field 'root'"),
+        (f"[{{name: a, hash: '{HASH}', admin: 1}}]", "admin=1 must be true or false"),
         (f"[{{name: a, hash: '{HASH}', weight: 0}}]", "weight=0"),
         (f"[{{name: a, hash: '{HASH}', weight: .nan}}]", "weight=nan"),
         (f"[{{name: a, hash: '{HASH}', max_concurrent_requests: 0}}]", "max_concurrent_requests=0"),
@@ -142,6 +143,16 @@ def test_keys_new_prints_a_key_and_the_entry_that_lets_it_in(
     path.write_text(said.err.partition("\n")[2])
     assert ApiKeys(path).authenticate(f"Bearer {said.out.strip()}").name == "somebody"
     assert said.out.strip() not in said.err
+
+
+def test_only_keys_made_for_it_are_an_administrators(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    assert cli.run(["keys", "new", "operator", "--admin", "--file", str(path)]) == 0
+    assert cli.run(["keys", "new", "somebody", "--file", str(path)]) == 0
+    assert {key.caller.name: key.caller.admin for key in read_keys(path)} == {
+        "operator": True,
+        "somebody": False,
+    }
 
 
 @pytest.mark.parametrize("old", [None, "# ours\n- {name: old, hash: 'HASH'}", "[]", ""])

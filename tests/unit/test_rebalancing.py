@@ -1,13 +1,17 @@
 """Rebalancing: what gains enough is moved, layer by layer, and the rest is left alone."""
 
+import asyncio
+import time
+from typing import Any
+
 import pytest
 
 import gateway.rebalancing as rebalancing
 from gateway.placement_leader import PlacementLeader
 from gateway.rebalancing import NOTHING_SEEN, Rebalancer, check_rebalance_interval
-from moe_core.cluster import ExpertLoad
+from moe_core.cluster import ExpertLoad, Role
 from moe_core.config.parallel import ParallelConfig
-from moe_core.eplb import imbalance
+from moe_core.eplb import Held, imbalance
 from moe_core.errors import ConfigError, UnavailableError
 from support.obedient_cluster import ObedientCluster, obedient
 
@@ -100,3 +104,32 @@ async def test_failure_keeps_the_layers_before_it(monkeypatch: pytest.MonkeyPatc
 def test_interval_that_is_no_time_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="rebalance_interval"):
         check_rebalance_interval(seconds)
+
+
+async def test_streams_go_on_while_a_large_model_is_balanced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = rebalancing.balanced
+
+    def slow(*args: Any, **kwargs: Any) -> Held:  # noqa: ANN401
+        time.sleep(0.02)
+        return quick(*args, **kwargs)
+
+    monkeypatch.setattr(rebalancing, "balanced", slow)
+    async with obedient(PARALLEL) as cluster:
+        cluster.route(0, loads(cluster, HOT))
+        work = asyncio.create_task(rebalancer(cluster).rebalance(dry_run=True))
+        turns = 0
+        while not work.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        assert turns > 5
+
+
+async def test_tier_without_a_process_is_no_crash() -> None:
+    async with obedient(PARALLEL) as cluster:
+        cluster.route(0, loads(cluster, HOT))
+        for rank in range(4):
+            cluster.kill(Role.EXPERT, rank)
+        done = await rebalancer(cluster).rebalance(dry_run=True)
+        assert done.layers_changed == 1
