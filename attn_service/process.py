@@ -41,6 +41,7 @@ from moe_core.service.addresses import (
 from moe_core.service.binding import keep_libraries_on
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.leaving import told_to_leave
 from moe_core.service.lifecycle import run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
@@ -125,6 +126,10 @@ class AttentionProcess:
             self._keep_up(self._membership),
             _report_expert_load(self._duty, self._membership),
         )
+
+    async def asked_to_leave(self) -> None:
+        assert self._membership is not None
+        await told_to_leave(self._membership, Role.ATTN)
 
     async def drain(self) -> None:
         self._draining = True

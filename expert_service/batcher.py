@@ -1,6 +1,7 @@
 """Joins what many attention processes want of one layer into one grouped run.
 
 Knows queued dispatches, their order and their replies. Knows no transport and no weights.
+Dispatches of several placements join: what they ask for are places in the same weights.
 
 Invariants: the oldest dispatch is never overtaken by another layer's; what joins it is in
 order of arrival; every accepted dispatch is answered exactly once. No torch work happens inside
@@ -10,7 +11,7 @@ reads and writes between two of them.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from expert_service.expert_runner import ExpertRunner
 from moe_core.errors import EpserveError, ProtocolError
+from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import Dispatch, Reply
 
 
@@ -68,6 +70,16 @@ class Batcher:
             return
         self._queue.append(_Queued(dispatch, reply, local_ids, time.perf_counter()))
         self._schedule()
+
+    def retain(self, placements: Collection[ExpertPlacement]) -> bool:
+        """Serve and hold what `placements` need and nothing more (see `ExpertRunner.retain`).
+        False, with nothing changed, while a dispatch of another placement waits."""
+        served = self._runner.served
+        epochs = {placement.epoch for placement in placements if placement in served}
+        if any(each.dispatch.key.placement_epoch not in epochs for each in self._queue):
+            return False
+        self._runner.retain(placements)
+        return True
 
     async def idle(self, timeout_s: float) -> None:
         """Returns when nothing is queued, or after `timeout_s` seconds."""

@@ -6,8 +6,6 @@ wire; expert_runner.py, batcher.py and moe_core/transport do.
 
 import asyncio
 import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -15,61 +13,42 @@ import torch
 
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
+from expert_service.expert_sources import DiskSource
+from expert_service.preparation import Preparation, still_needed
 from expert_service.servicer import ExchangeGate
+from expert_service.settings import ExpertSettings
 from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.checkpoint.expert_loader import load_expert_weights
+from moe_core.checkpoint.expert_loader import ExpertShard, load_expert_weights
 from moe_core.checkpoint.progress import shown_progress
 from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.exchange import link_spec
 from moe_core.model.linear import packing_pays
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
-from moe_core.service.binding import keep_libraries_on, require_safe_bind
+from moe_core.service.binding import keep_libraries_on
 from moe_core.service.certificates import Certificates
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.leaving import told_to_leave
 from moe_core.service.lifecycle import run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
 from moe_core.service.own_thread import in_own_thread
 from moe_core.service.peer_roles import PeerRole
-from moe_core.service.tls_files import TlsFiles
-from moe_core.service.trace_option import check_traces_endpoint, open_spans
+from moe_core.service.trace_option import open_spans
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.servicer import ExchangeServicer
 
 if TYPE_CHECKING:
     from moe_core.service.tracing import Spans
 
+__all__ = ["ExpertProcess", "ExpertSettings", "main"]
+
 log = structlog.get_logger(__name__)
 
 JOIN_TIMEOUT_S = 60.0
 STOP_GRACE_S = 1.0
 IDLE_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSettings:
-    """host and port are listened on (port 0: any free one); `rank` None asks the gateway for
-    the lowest free one; `threads` None leaves torch's own choice of intra-op threads. `insecure`
-    allows a host that others reach without `tls`."""
-
-    gateway: str
-    model: Path
-    host: str = "127.0.0.1"
-    port: int = 0
-    advertise_address: str | None = None
-    rank: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    transport: str = "auto"
-    threads: int | None = None
-    tls: TlsFiles | None = None
-    insecure: bool = False
-    otlp_traces_endpoint: str | None = None
-
-    def __post_init__(self) -> None:
-        require_safe_bind("host", self.host, self.tls, self.insecure)
-        check_traces_endpoint(self.otlp_traces_endpoint)
+UNNEEDED_TIMEOUT_S = 10.0
 
 
 class ExpertProcess:
@@ -87,42 +66,92 @@ class ExpertProcess:
         self._host = GrpcHost(self._tls)
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None
+        self._preparation: Preparation | None = None
         self._spans: Spans | None = None
-        self.weight_bytes_read = 0  # of the checkpoint's tensors
+        self._draining = False
+        self._checkpoint: Checkpoint | None = None
+
+    @property
+    def weight_bytes_read(self) -> int:
+        """Of the checkpoint's tensors, since the process began."""
+        return 0 if self._checkpoint is None else self._checkpoint.bytes_read
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError or UnavailableError."""
         keep_libraries_on(self._settings.host)
         set_threads(self._settings.threads)
         checkpoint = await asyncio.to_thread(Checkpoint.open, self._settings.model)
+        self._checkpoint = checkpoint
         fingerprint = await asyncio.to_thread(checkpoint.fingerprint)
         dtype = resolve_dtype(self._settings.dtype, checkpoint.config.dtype)
         self._gate.add_to(self._host)
         port = await self._host.start(self._settings.host, self._settings.port)
         membership = await self._join(port, fingerprint, dtype)
-        runner = await self._load(membership, checkpoint, dtype)
+        shard = await self._shard(membership, dtype)
+        runner = await self._load(membership, checkpoint, shard)
         self._batcher = self._make_batcher(runner, membership.rank)
         self._gate.open(self._servicer(membership, checkpoint, fingerprint, dtype, self._batcher))
+        self._preparation = Preparation(
+            membership,
+            runner,
+            self._batcher,
+            DiskSource(checkpoint, shard),
+            self._report,
+            self._settings.spare_expert_slots,
+        )
         self._host.set_ready(True)
-        membership.report(MemberState.READY)
+        self._report()
 
     async def serve(self) -> None:
-        """Until the gateway is lost or a run of experts has failed."""
+        """Until the gateway is lost, a run of experts has failed, or the placement in use cannot be
+        served."""
         assert self._membership is not None
         assert self._batcher is not None
-        lost = asyncio.create_task(self._membership.lost(), name="membership lost")
+        assert self._preparation is not None
+        jobs = [
+            asyncio.create_task(self._membership.lost(), name="membership lost"),
+            asyncio.create_task(self._preparation.run(), name="preparation"),
+        ]
+        failed = self._batcher.failed
         try:
-            await asyncio.wait({lost, self._batcher.failed}, return_when=asyncio.FIRST_COMPLETED)
-            for ended in (self._batcher.failed, lost):
+            await asyncio.wait({*jobs, failed}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in (failed, *jobs):
                 if ended.done():
                     ended.result()
         finally:
-            lost.cancel()
-            await asyncio.wait({lost})
+            for job in jobs:
+                job.cancel()
+            await asyncio.wait(jobs)
+
+    async def asked_to_leave(self) -> None:
+        """Returns once nobody needs this process any more, or has needed it for long enough."""
+        membership = self._membership
+        assert membership is not None
+        await told_to_leave(membership, Role.EXPERT)
+        ep_rank, _ = self._ranks(membership)
+        try:
+            async with asyncio.timeout(UNNEEDED_TIMEOUT_S):
+                state = membership.state
+                while still_needed(state, ep_rank):
+                    state = await membership.next_state(state)
+        except TimeoutError:
+            log.warning("leaving, although steps may still need this process", ep_rank=ep_rank)
+
+    def _report(self) -> None:
+        assert self._membership is not None
+        assert self._preparation is not None
+        self._membership.report(
+            MemberState.DRAINING if self._draining else MemberState.READY,
+            detail=self._preparation.refusal,
+            prepared_epoch=self._preparation.prepared_epoch,
+        )
 
     async def drain(self) -> None:
+        self._draining = True
         self._host.set_ready(False)
-        if self._membership is not None:
+        if self._preparation is not None:
+            self._report()
+        elif self._membership is not None:
             self._membership.report(MemberState.DRAINING)
         if self._batcher is not None:
             await self._batcher.idle(IDLE_TIMEOUT_S)
@@ -154,34 +183,43 @@ class ExpertProcess:
         bind_rank(self._membership.rank)
         return self._membership
 
+    @staticmethod
+    def _ranks(membership: Membership) -> tuple[int, int]:
+        """(ep_rank, etp_rank), also of a rank that the tier only grows to."""
+        return divmod(membership.rank, membership.parallel.etp_size)
+
+    async def _shard(self, membership: Membership, dtype: torch.dtype) -> ExpertShard:
+        packed = await in_own_thread(packing_pays, dtype, self._device)
+        _, etp_rank = self._ranks(membership)
+        return ExpertShard(etp_rank, membership.parallel.etp_size, dtype, self._device, packed)
+
     async def _load(
-        self, membership: Membership, checkpoint: Checkpoint, dtype: torch.dtype
+        self, membership: Membership, checkpoint: Checkpoint, shard: ExpertShard
     ) -> ExpertRunner:
-        """Loads this rank's experts off the loop."""
+        """Loads this rank's experts off the loop; none where the placement gives it none yet."""
         parallel = membership.parallel.with_model(checkpoint.config)
         placement = membership.state.placement
-        ep_rank, etp_rank = parallel.expert_ranks(membership.rank)
+        ep_rank, _ = self._ranks(membership)
         membership.report(MemberState.LOADING)
-        packed = await in_own_thread(packing_pays, dtype, self._device)
         with shown_progress(f"expert {membership.rank}: loading experts", "layer") as progress:
             weights = await in_own_thread(
                 load_expert_weights,
                 checkpoint,
                 placement=placement,
                 ep_rank=ep_rank,
-                etp_rank=etp_rank,
-                etp_size=parallel.etp_size,
+                etp_rank=shard.etp_rank,
+                etp_size=shard.etp_size,
                 shared_expert=parallel.shared_on_experts,
-                dtype=dtype,
+                dtype=shard.dtype,
                 device=self._device,
-                packed=packed,
+                packed=shard.packed,
                 progress=progress,
             )
-        self.weight_bytes_read = checkpoint.bytes_read
         log.info(
             "experts loaded",
             rank=membership.rank,
-            packed=packed,
+            packed=shard.packed,
+            placement_epoch=placement.epoch,
             experts_per_layer=placement.num_local_experts(ep_rank),
             bytes_read=checkpoint.bytes_read,
         )
@@ -217,7 +255,7 @@ class ExpertProcess:
             spec,
             identity,
             self._options,
-            attention_world=lambda: membership.state.size(Role.ATTN),
+            attention_world=lambda: membership.state.room(Role.ATTN),
         )
 
 

@@ -8,7 +8,7 @@ A load or a link total changes all the time and concerns only this process, so i
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from moe_core.cluster import (
@@ -49,6 +49,7 @@ class Registry:
     ) -> None:
         self._parallel = parallel
         self._placement = placement
+        self._next_placement: ExpertPlacement | None = None
         self._fingerprint = fingerprint
         self._gateway = gateway
         self._members: dict[tuple[Role, int], Member] = {}
@@ -66,7 +67,13 @@ class Registry:
     def state(self) -> ClusterState:
         gateway = replace(self._gateway, queued_requests=self.queued_requests)
         members = (gateway, *(self._shown(place) for place in self._members))
-        return ClusterState(self._version, self._parallel, members, self._placement)
+        return ClusterState(
+            self._version,
+            self._parallel,
+            members,
+            self._placement,
+            next_placement=self._next_placement,
+        )
 
     async def newer_than(self, version: int) -> ClusterState:
         """Waits for a state whose version is above `version`; without a deadline, since a
@@ -99,6 +106,8 @@ class Registry:
             attention_load=report.attention_load,
             engine_metrics=report.engine_metrics,
             links=report.links,
+            prepared_epoch=report.prepared_epoch,
+            used_epoch=report.used_epoch,
         )
         self._members[key.role, key.rank] = new
         if _visible(old) != _visible(new):
@@ -137,6 +146,26 @@ class Registry:
         self._stalled.discard(place)
         self._publish()
 
+    def set_next(self, placement: ExpertPlacement | None) -> None:
+        """What expert processes are to prepare for; None: nothing any more."""
+        self._next_placement = placement
+        self._count_experts()
+        self._publish()
+
+    def set_placement(self, placement: ExpertPlacement, parallel: ParallelConfig) -> None:
+        """What is used from now on, and the sizes that go with it."""
+        self._placement, self._parallel, self._next_placement = placement, parallel, None
+        self._count_experts()
+        self._publish()
+
+    def set_leaving(self, role: Role, ranks: Iterable[int], leaving: bool = True) -> None:
+        """Ask members to drain and to leave, or no longer; without effect on ranks that are not
+        joined."""
+        for place in [(role, rank) for rank in ranks]:
+            if place in self._members:
+                self._members[place] = replace(self._members[place], leaving=leaving)
+        self._publish()
+
     def set_address(self, address: str) -> None:
         """Where this gateway listens, once its port is bound."""
         self._gateway = replace(self._gateway, address=address)
@@ -147,6 +176,18 @@ class Registry:
         if (self._gateway.state, self._gateway.detail) != (state, detail):
             self._gateway = replace(self._gateway, state=state, detail=detail)
             self._publish()
+
+    def _count_experts(self) -> None:
+        """Where the placement has changed, so has what expert processes hold."""
+        for place, member in self._members.items():
+            if member.ep_rank is not None:
+                self._members[place] = replace(member, experts=self._num_experts(member.ep_rank))
+
+    def _num_experts(self, ep_rank: int) -> int:
+        """The most that one layer needs there, in what is used and in what is prepared."""
+        placements = filter(None, (self._placement, self._next_placement))
+        held = max(placement.num_local_experts(ep_rank) for placement in placements)
+        return held + self._parallel.shared_on_experts
 
     def _publish(self) -> None:
         self._version += 1
@@ -215,14 +256,15 @@ class Registry:
             dp_rank, tp_rank = self._parallel.attention_ranks(rank)
             return replace(member, dp_rank=dp_rank, tp_rank=tp_rank)
         ep_rank, etp_rank = self._parallel.expert_ranks(rank)
-        experts = self._placement.num_local_experts(ep_rank) + self._parallel.shared_on_experts
+        experts = self._num_experts(ep_rank)
         return replace(member, ep_rank=ep_rank, etp_rank=etp_rank, experts=experts)
 
 
-def _visible(member: Member) -> tuple[MemberState, str, str, bool]:
+def _visible(member: Member) -> tuple[object, ...]:
     """What of a report others act upon: of a load, only that there is one."""
     has_load = member.attention_load is not None
-    return member.state, member.detail, member.store_address, has_load
+    epochs = member.prepared_epoch, member.used_epoch
+    return member.state, member.detail, member.store_address, has_load, epochs
 
 
 def attention_groups(state: ClusterState) -> Iterator[tuple[int, tuple[Member, ...]]]:

@@ -166,6 +166,10 @@ class TierSizes:
     attn_devices: int
     expert_devices: int
 
+    @property
+    def by_role(self) -> dict[Role, int]:
+        return {Role.ATTN: self.attn_devices, Role.EXPERT: self.expert_devices}
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
@@ -192,6 +196,11 @@ class ClusterState:
         """How many members of this role the configuration asks for."""
         sizes = {Role.ATTN: self.parallel.attn_devices, Role.EXPERT: self.parallel.expert_devices}
         return sizes.get(role, 1)
+
+    def room(self, role: Role) -> int:
+        """How many members of this role may join: the larger size, while the tier changes."""
+        sizes = {} if self.target is None else self.target.by_role
+        return max(self.size(role), sizes.get(role, 0))
 
     def missing(self, role: Role) -> tuple[str, ...]:
         """One phrase for every rank of `role` that is not READY, e.g. "expert 2: not joined"."""

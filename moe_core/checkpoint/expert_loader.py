@@ -1,9 +1,12 @@
 """Loads what one process of the expert tier holds: its slice of its own experts.
 
 Knows which experts a placement gives to an EP group and which rows and columns an expert TP
-rank computes with; knows neither files nor arithmetic. A layer's stacked tensors are allocated
-once and each expert's slice is copied in, so that nothing is held twice but one tensor.
+rank computes with; knows neither files nor arithmetic. Every expert has tensors of its own, so that
+one can be let go without the others; they are allocated once and each slice is copied in, so that
+nothing is held twice but one slice.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -14,12 +17,24 @@ from moe_core.checkpoint.names import MoeNames, moe_names
 from moe_core.checkpoint.progress import Progress, no_progress
 from moe_core.checkpoint.source import Cut, TensorSource, even_cut
 from moe_core.errors import ConfigError
-from moe_core.model.packing import packed_experts
-from moe_core.model.weights import ExpertLayerWeights, MlpWeights
+from moe_core.model.packing import packed_expert, packed_mlp
+from moe_core.model.weights import ExpertLayerWeights, ExpertWeights, MlpWeights
 from moe_core.placement import ExpertPlacement
 
 Tensor = torch.Tensor
 _WHAT = "expert tensor-parallel"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShard:
+    """How one process holds each of its experts: which expert TP part of it, in which type, where,
+    and `packed` (see moe_core/model/linear.py) or as it is stored."""
+
+    etp_rank: int
+    etp_size: int
+    dtype: torch.dtype
+    device: torch.device
+    packed: bool = False
 
 
 def load_expert_weights(
@@ -35,8 +50,8 @@ def load_expert_weights(
     packed: bool = False,
     progress: Progress = no_progress,
 ) -> dict[int, ExpertLayerWeights]:
-    """By layer: the experts that `placement` gives to `ep_rank`, in slot order, `packed` (see
-    moe_core/model/linear.py) or as they are stored.
+    """By layer: the experts that `placement` gives to `ep_rank`, in slot order; none for an
+    `ep_rank` beyond its ep_size.
 
     Progress counts layers. Raises CheckpointError naming the tensor that cannot be used and
     ConfigError where `etp_size` does not divide the experts' width or the placement is of
@@ -49,38 +64,55 @@ def load_expert_weights(
         value = f"{placement.num_logical_experts} experts on layers {placed}"
         raise ConfigError("placement", value, rule)
     loaded: dict[int, ExpertLayerWeights] = {}
+    shard = ExpertShard(etp_rank, etp_size, dtype, device, packed)
     with checkpoint.reader() as reader:
-        source = TensorSource(checkpoint, reader, dtype, device)
-        loader = _ExpertLoader(checkpoint, source, etp_rank, etp_size)
+        loader = _ExpertLoader(checkpoint, TensorSource(checkpoint, reader, dtype, device), shard)
         for layer in placement.layers:
             experts = layer.logical_experts(ep_rank)
-            weights = loader.layer(layer.layer_id, experts, shared_expert)
-            loaded[layer.layer_id] = packed_experts(weights) if packed else weights
+            loaded[layer.layer_id] = loader.layer(layer.layer_id, experts, shared_expert)
             progress(len(loaded), len(placement.layers))
     return loaded
 
 
+def load_expert(
+    checkpoint: Checkpoint, shard: ExpertShard, layer_id: int, expert: int
+) -> ExpertWeights:
+    """One logical expert of one layer. Raises as `load_expert_weights`."""
+    with checkpoint.reader() as reader:
+        source = TensorSource(checkpoint, reader, shard.dtype, shard.device)
+        return _ExpertLoader(checkpoint, source, shard).expert(layer_id, expert)
+
+
 class _ExpertLoader:
-    def __init__(self, checkpoint: Checkpoint, source: TensorSource, rank: int, size: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, source: TensorSource, shard: ExpertShard) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._source = source
-        self._rank = rank
-        self._size = size
+        self._packed = shard.packed
+        self._rank, self._size = shard.etp_rank, shard.etp_size
         intermediate = self._config.moe.moe_intermediate_size
-        self._rows = even_cut(ROWS, intermediate, rank, size, _WHAT)
-        self._columns = even_cut(COLUMNS, intermediate, rank, size, _WHAT)
+        self._rows = even_cut(ROWS, intermediate, self._rank, self._size, _WHAT)
+        self._columns = even_cut(COLUMNS, intermediate, self._rank, self._size, _WHAT)
 
     def layer(
         self, layer_id: int, experts: tuple[int, ...], shared_expert: bool
     ) -> ExpertLayerWeights:
-        names = moe_names(self._config, layer_id, self._checkpoint.tensors)
+        held = [self.expert(layer_id, expert) for expert in experts]
+        shared = self._shared(layer_id) if shared_expert else None
+        return ExpertLayerWeights(
+            tuple(each.w13 for each in held), tuple(each.w2 for each in held), shared
+        )
+
+    def expert(self, layer_id: int, expert: int) -> ExpertWeights:
+        names = self._names(layer_id)
         hidden, part = self._config.hidden_size, self._rows.stop - self._rows.start
-        w13 = self._empty(len(experts), 2 * part, hidden)
-        w2 = self._empty(len(experts), hidden, part)
-        for local, expert in enumerate(experts):
-            self._copy_expert(names, expert, w13[local], w2[local])
-        return ExpertLayerWeights(w13, w2, self._shared(names) if shared_expert else None)
+        w13, w2 = self._empty(2 * part, hidden), self._empty(hidden, part)
+        self._copy_expert(names, expert, w13, w2)
+        weights = ExpertWeights(w13, w2)
+        return packed_expert(weights) if self._packed else weights
+
+    def _names(self, layer_id: int) -> MoeNames:
+        return moe_names(self._config, layer_id, self._checkpoint.tensors)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._source.dtype, device=self._source.device)
@@ -107,11 +139,10 @@ class _ExpertLoader:
         gate.copy_(self._source.load(names.fused_gate_up, self._rows, expert=expert))
         up.copy_(self._source.load(names.fused_gate_up, up_rows, expert=expert))
 
-    def _shared(self, names: MoeNames) -> MlpWeights | None:
+    def _shared(self, layer_id: int) -> MlpWeights | None:
         moe = self._config.moe
         if not moe.n_shared_experts:
             return None
-        intermediate = moe.shared_intermediate_size
-        return load_gated_mlp(
-            self._source, names.shared, intermediate, self._rank, self._size, _WHAT
-        )
+        names, intermediate = self._names(layer_id).shared, moe.shared_intermediate_size
+        mlp = load_gated_mlp(self._source, names, intermediate, self._rank, self._size, _WHAT)
+        return packed_mlp(mlp) if self._packed else mlp

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_core.model.linear import linear
+from moe_core.model.linear import Matrix, linear
 from moe_core.model.weights import ExpertLayerWeights
 
 NO_EXPERT = -1
@@ -42,17 +42,17 @@ def run_experts(
     if any(counts[held:]):
         raise ValueError(f"local ids up to {experts[-1].item()} of {num_experts} local experts")
     rows = hidden[tokens]  # [num_pairs, hidden_size]
-    if not isinstance(weights.w13, Tensor):  # packed matrices compute in float32 anyhow
-        rows = rows.float()
-    outputs = _run_grouped(weights, rows, counts)  # [num_pairs, hidden_size]
+    outputs = _run_grouped(weights, rows, counts, total.dtype)  # [num_pairs, hidden_size]
     scale = topk_weights[tokens, columns].to(total.dtype)
-    total.index_add_(0, tokens, outputs.to(total.dtype).mul_(scale[:, None]))
+    total.index_add_(0, tokens, outputs.mul_(scale[:, None]))
     return total.to(hidden.dtype)
 
 
-def _run_grouped(weights: ExpertLayerWeights, rows: Tensor, counts: list[int]) -> Tensor:
-    """Outputs of `rows` [num_pairs, hidden_size], which are ordered by expert."""
-    outputs = torch.empty_like(rows)
+def _run_grouped(
+    weights: ExpertLayerWeights, rows: Tensor, counts: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Outputs of `rows` [num_pairs, hidden_size], which are ordered by expert, in `dtype`."""
+    outputs = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     start = 0
     for expert, count in enumerate(counts):
         if count:
@@ -65,14 +65,24 @@ def _run_grouped(weights: ExpertLayerWeights, rows: Tensor, counts: list[int]) -
 def _run_one(weights: ExpertLayerWeights, expert: int, rows: Tensor) -> Tensor:
     """One expert over `rows` [num_rows, hidden_size]."""
     if expert < len(weights.w13):
-        gate, up = linear(rows, weights.w13[expert]).chunk(2, dim=-1)
-        return linear(functional.silu(gate).mul_(up), weights.w2[expert])
+        w13, w2 = weights.w13[expert], weights.w2[expert]
+        if w13 is None or w2 is None:
+            raise ValueError(f"local id {expert} is not held")
+        rows = _rows_for(w13, rows)
+        gate, up = linear(rows, w13).chunk(2, dim=-1)
+        return linear(_rows_for(w2, functional.silu(gate).mul_(up)), w2)
     shared = weights.shared
     if shared is None:
         raise ValueError(f"local id {expert} of {len(weights.w13)} local experts")
+    rows = _rows_for(shared.gate_proj, rows)
     gate = linear(rows, shared.gate_proj)
     up = linear(rows, shared.up_proj)
     return linear(functional.silu(gate).mul_(up), shared.down_proj)
+
+
+def _rows_for(matrix: Matrix, rows: Tensor) -> Tensor:
+    """Packed matrices compute in float32 anyhow; a plain one wants its own dtype."""
+    return rows.to(matrix.dtype) if isinstance(matrix, Tensor) else rows.float()
 
 
 def run_experts_by_loop(

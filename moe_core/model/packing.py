@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_core.model.linear import Matrix, pack
 from moe_core.model.weights import (
-    ExpertLayerWeights,
+    ExpertWeights,
     GqaWeights,
     LayerWeights,
     MlaWeights,
@@ -22,32 +22,21 @@ def packed_layer(layer: LayerWeights) -> LayerWeights:
     return replace(
         layer,
         attention=_attention(layer.attention),
-        mlp=_mlp(layer.mlp),
-        shared_expert=_mlp(layer.shared_expert),
+        mlp=layer.mlp and packed_mlp(layer.mlp),
+        shared_expert=layer.shared_expert and packed_mlp(layer.shared_expert),
     )
 
 
-def packed_experts(layer: ExpertLayerWeights) -> ExpertLayerWeights:
-    return ExpertLayerWeights(
-        w13=tuple(_of_its_own(_pack(matrix)) for matrix in layer.w13),
-        w2=tuple(_of_its_own(_pack(matrix)) for matrix in layer.w2),
-        shared=_mlp(layer.shared),
-    )
+def packed_expert(expert: ExpertWeights) -> ExpertWeights:
+    return ExpertWeights(_pack(expert.w13), _pack(expert.w2))
+
+
+def packed_mlp(mlp: MlpWeights) -> MlpWeights:
+    return MlpWeights(_pack(mlp.gate_proj), _pack(mlp.up_proj), _pack(mlp.down_proj))
 
 
 def _pack(matrix: Matrix) -> Matrix:
     return pack(matrix) if isinstance(matrix, Tensor) else matrix
-
-
-def _of_its_own(matrix: Matrix) -> Matrix:
-    """A slice of a stack that stayed plain would hold on to the whole of it."""
-    return matrix.clone() if isinstance(matrix, Tensor) else matrix
-
-
-def _mlp(mlp: MlpWeights | None) -> MlpWeights | None:
-    if mlp is None:
-        return None
-    return MlpWeights(_pack(mlp.gate_proj), _pack(mlp.up_proj), _pack(mlp.down_proj))
 
 
 def _attention(weights: MlaWeights | GqaWeights) -> MlaWeights | GqaWeights:

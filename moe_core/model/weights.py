@@ -92,10 +92,19 @@ class AttentionTierWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One routed expert of one layer, as one expert process holds it."""
+
+    w13: Matrix  # [2 · moe_intermediate/etp, hidden], gate rows then up rows
+    w2: Matrix  # [hidden, moe_intermediate/etp]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertLayerWeights:
-    """The physical experts of one MoE layer that one expert process holds, in slot order."""
+    """The routed experts of one MoE layer that one expert process holds, by local id; None stands
+    where a local id is not held."""
 
     # [num_local_experts, 2 · moe_intermediate/etp, hidden], gate rows then up rows
-    w13: Tensor | Sequence[Matrix]
-    w2: Tensor | Sequence[Matrix]  # [num_local_experts, hidden, moe_intermediate/etp]
+    w13: Tensor | Sequence[Matrix | None]
+    w2: Tensor | Sequence[Matrix | None]  # [num_local_experts, hidden, moe_intermediate/etp]
     shared: MlpWeights | None  # only where the expert tier runs the shared expert; cut by etp

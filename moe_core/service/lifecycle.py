@@ -3,8 +3,9 @@
 Knows signals, the event loop and deadlines. Knows nothing of what a service does.
 
 One signal drains: `drain` runs while `serve` still does, so that what has begun can end, and is
-bounded by a deadline. A second signal leaves at once. `drain` is called exactly once, whatever
-happened before, so it is also where a service closes what `startup` opened.
+bounded by a deadline. So does being asked to leave. A second signal leaves at once. `drain` is
+called exactly once, whatever happened before, so it is also where a service closes what `startup`
+opened.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import structlog
 import uvloop
@@ -48,6 +49,14 @@ class Service(Protocol):
     async def drain(self) -> None: ...
 
 
+@runtime_checkable
+class Leavable(Service, Protocol):
+    """A service that others may ask to leave."""
+
+    async def asked_to_leave(self) -> None:
+        """Returns when it is to drain, as after a signal. Runs beside `serve`, until cancelled."""
+
+
 def run(service: Service, *, drain_timeout_s: float = DRAIN_TIMEOUT_S) -> int:
     """Run `service` to its end on a new event loop. Returns the exit status: 0 when it ended or
     was drained by a signal, 2 for a setting that was refused, here or by the gateway, 1 for
@@ -77,20 +86,25 @@ async def _live(service: Service, drain_timeout_s: float) -> None:
 
 
 async def _live_until(service: Service, stop: asyncio.Event, drain_timeout_s: float) -> None:
-    stopped = asyncio.create_task(stop.wait(), name="signals")
+    stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait(), name="signals")
     working = asyncio.create_task(service.startup(), name="startup")
+    reasons = [stopped]
     await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
         await _cancel(working)
     elif not working.cancelled() and working.exception() is None:
         working = asyncio.create_task(service.serve(), name="serve")
-        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if isinstance(service, Leavable):
+            reasons.append(asyncio.create_task(service.asked_to_leave(), name="asked to leave"))
+        await asyncio.wait({working, *reasons}, return_when=asyncio.FIRST_COMPLETED)
     in_order = await _drain(service, drain_timeout_s)
-    await _cancel(working)
-    await _cancel(stopped)
-    if not working.cancelled():
-        working.result()
-    elif not stop.is_set():
+    tasks = [working, *reasons]
+    for task in tasks:
+        await _cancel(task)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()
+    if all(task.cancelled() for task in tasks):
         raise EpserveError("internal error: its work was cancelled from within")
     if not in_order:
         raise UnavailableError(f"the drain did not end in order within {drain_timeout_s:g} s")

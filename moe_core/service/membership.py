@@ -105,11 +105,20 @@ class Membership:
         attention_load: AttentionLoad | None = None,
         links: Sequence[LinkStats] = (),
         engine_metrics: EngineMetrics | None = None,
+        prepared_epoch: int | None = None,
+        used_epoch: int | None = None,
     ) -> None:
         """Tell the gateway, and so everybody, how this worker is. Replaces the last report; of
         several that wait to be sent only the newest is."""
         self._unsent = StatusReport(
-            state, detail, store_address, attention_load, tuple(links), engine_metrics
+            state,
+            detail,
+            store_address,
+            attention_load,
+            tuple(links),
+            engine_metrics,
+            prepared_epoch,
+            used_epoch,
         )
         self._reported.set()
 
@@ -135,6 +144,18 @@ class Membership:
             raise UnavailableError(
                 f"waited {timeout_s:g} s for {what}; not ready: {'; '.join(missing) or 'nobody'}"
             ) from None
+        if self._error is not None:
+            raise self._error
+        return self.state
+
+    async def next_state(self, seen: ClusterState) -> ClusterState:
+        """The first that is another one than `seen`, however long that takes; ends as `lost`."""
+
+        def settled() -> bool:
+            return self._error is not None or self._state is not seen
+
+        async with self._changed:
+            await self._changed.wait_for(settled)
         if self._error is not None:
             raise self._error
         return self.state

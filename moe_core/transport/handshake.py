@@ -1,7 +1,8 @@
 """What the two ends of a link tell each other first, and when they refuse each other.
 
 Knows Hello, Welcome and the rules of DESIGN section 4. Knows no stream and no memory: a grant of
-memory is passed through as it is.
+memory is passed through as it is. Tiers grow and shrink while they serve, so how many processes the
+other end believes there to be is no ground to refuse it; its rank is.
 """
 
 from collections.abc import Iterable, Sequence
@@ -63,7 +64,11 @@ def accept_hello(
     """
     version = common_version(hello.protocol_versions)
     differences = list(_differences(hello, spec, identity))
-    if attention_world is not None and hello.attn_rank >= attention_world:
+    if attention_world is None and hello.attn_rank >= hello.attn_world:
+        differences.append(
+            f"attention rank {hello.attn_rank} is not below its world {hello.attn_world}"
+        )
+    elif attention_world is not None and hello.attn_rank >= attention_world:
         differences.append(
             f"attention rank {hello.attn_rank} is not below the {attention_world} attention "
             "processes that the gateway has told the expert side of"
@@ -93,13 +98,10 @@ def _differences(hello: pb.Hello, spec: LinkSpec, identity: Identity) -> Iterabl
         ("slot_count", hello.slot_count, spec.slot_count),
         ("slot_tokens", hello.slot_tokens, spec.slot_tokens),
         ("expert rank", hello.expert_rank, identity.rank),
-        ("expert world", hello.expert_world, identity.world),
     )
     for name, theirs, ours in pairs:
         if theirs != ours:
             yield f"{name} is {theirs!r} on the attention side, {ours!r} on the expert side"
-    if hello.attn_rank >= hello.attn_world:
-        yield f"attention rank {hello.attn_rank} is not below its world {hello.attn_world}"
 
 
 def _choose(offered: tuple[str, ...], supported: dict[str, str]) -> tuple[str, str]:

@@ -32,7 +32,7 @@ def step(
     token_ids: Sequence[int],
 ) -> Tensor:
     """Logits of every slice's last token, [num_slices, vocab]."""
-    device = experts[min(experts)].w13.device
+    device = experts[min(experts)].w13[0].device
     batch = AttentionBatch.build(slices, cache.block_size, device)
     hidden = decoder.embed(torch.tensor(token_ids, device=device))
     for layer in decoder.layers:

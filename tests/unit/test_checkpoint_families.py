@@ -91,8 +91,8 @@ def named(
             found[f"{stem}.mlp.gate.weight"] = layer.router.weight
             bias = layer.router.e_score_correction_bias
             found[f"{stem}.mlp.gate.e_score_correction_bias"] = bias
-            found[f"{stem}.mlp.experts.gate_up_proj"] = experts[layer_id].w13
-            found[f"{stem}.mlp.experts.down_proj"] = experts[layer_id].w2
+            found[f"{stem}.mlp.experts.gate_up_proj"] = torch.stack(experts[layer_id].w13)
+            found[f"{stem}.mlp.experts.down_proj"] = torch.stack(experts[layer_id].w2)
     return found
 
 

@@ -14,8 +14,8 @@ from moe_core.model.linear import (
     packing_pays,
     values_of,
 )
-from moe_core.model.packing import packed_experts
-from moe_core.model.weights import ExpertLayerWeights, MlpWeights
+from moe_core.model.packing import packed_expert
+from moe_core.model.weights import ExpertWeights
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -67,18 +67,13 @@ def test_a_packed_product_is_the_float32_product(num_rows: int, shape: tuple[int
     torch.testing.assert_close(product, wanted.to(torch.bfloat16) + bias, rtol=1e-2, atol=1e-3)
 
 
-def test_packing_a_stack_of_experts_leaves_nothing_of_the_stack_behind():
-    weights = ExpertLayerWeights(
-        drawn(3, 2 * 8, 16), drawn(3, 16, 8), MlpWeights(drawn(8, 16), drawn(8, 16), drawn(16, 8))
-    )
-    weights.w13[1, 0, 0] = 1e-20  # one that stays plain
-    packed = packed_experts(weights)
-    for stack, matrices in ((weights.w13, packed.w13), (weights.w2, packed.w2)):
-        for plain, matrix in zip(stack, matrices, strict=True):
-            assert torch.equal(values_of(matrix).float(), plain.float())
-    plain = packed.w13[1]
-    assert isinstance(plain, torch.Tensor)
-    assert plain.untyped_storage().nbytes() == plain.nbytes
+def test_packing_an_expert_keeps_its_values():
+    expert = ExpertWeights(drawn(2 * 8, 16), drawn(16, 8))
+    expert.w13[0, 0] = 1e-20  # one that stays plain
+    packed = packed_expert(expert)
+    assert packed.w13 is expert.w13
+    assert isinstance(packed.w2, PackedMatrix)
+    assert torch.equal(values_of(packed.w2), expert.w2.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
