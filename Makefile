@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := .venv-clients/.installed
 # The suites that need only Python, git and make.
 SUITES := tests/unit tests/equivalence tests/contract tests/service tests/e2e
 
-.PHONY: help install demo test test-system lint format protos clean
+# Of random faults.
+SOAK_SECONDS ?= 1800
+
+.PHONY: help install demo test test-system soak lint format protos clean
 
 help:
 	@echo "make demo         bundled tiny model, both tiers on this machine"
 	@echo "make test         lint, then every suite that needs only Python, git and make"
 	@echo "make test-system  the suites that need root and system packages, and the full equality product"
+	@echo "make soak         random faults under load for SOAK_SECONDS (1800)"
 	@echo "make lint         ruff, mypy, import-linter, freshness of the generated code"
 	@echo "make format       ruff format and its safe fixes"
 	@echo "make protos       regenerate moe_core/pb from proto/"
@@ -30,8 +35,14 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python -m pytest $(SUITES)
 
-test-system: $(INSTALLED)
+$(CLIENTS): tests/system/clients.txt tests/system/make_clients.sh $(INSTALLED)
+	tests/system/make_clients.sh $(PYTHON)
+
+test-system: $(INSTALLED) $(CLIENTS)
 	$(BIN)/python -m pytest tests/system
+
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest tests/system/test_soak.py --soak $(SOAK_SECONDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -48,4 +59,4 @@ protos: $(INSTALLED)
 	$(BIN)/python tools/regenerate_protos.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-clients build dist *.egg-info

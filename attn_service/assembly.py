@@ -4,7 +4,7 @@ Knows every part's constructor, and what one process is (`Site`). Knows no order
 nothing that waits; process.py does.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.kv_blocks import BlockPool
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.placed_runner import PlacedRunner
 from attn_service.placements import Placements
 from attn_service.rendezvous import Group
 from attn_service.settings import AttnSettings
@@ -34,7 +35,7 @@ from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.model.weights import AttentionTierWeights
 from moe_core.service.addresses import host_id
 from moe_core.service.certificates import Certificates
-from moe_core.transport.base import ExpertLink, Identity, TransportOptions
+from moe_core.transport.base import ANY_WORLD, ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.endpoint import NixlEndpoint
 
@@ -67,12 +68,7 @@ class Site:
         return Identity(self.rank, self.parallel.attn_devices, self.instance_epoch)
 
 
-def make_links(
-    site: Site,
-    tensor_parallel: TensorParallel,
-    options: TransportOptions,
-    endpoint: NixlEndpoint | None,
-) -> ExpertLinks:
+def make_links(site: Site, options: TransportOptions, endpoint: NixlEndpoint | None) -> ExpertLinks:
     """Links to all expert processes, over one `endpoint` (None: grpc); none is connected yet."""
     if endpoint is None:
         options = replace(options, transport="grpc")
@@ -85,22 +81,24 @@ def make_links(
     )
 
     async def connect(member: Member) -> ExpertLink:
-        peer = Identity(member.rank, site.parallel.expert_devices, member.instance_epoch)
+        peer = Identity(member.rank, ANY_WORLD, member.instance_epoch)
         return await connect_link(
             member.address, spec, site.identity, peer, options, endpoint, site.tls
         )
 
-    def make_experts(links: Sequence[ExpertLink]) -> Experts:
-        return ExpertClient(
-            links,
-            site.parallel,
-            site.placements,
-            tensor_parallel,
-            expert_wait_s=site.settings.expert_wait_s,
-            turn_offset=site.group_rank.dp_rank,
-        )
+    return ExpertLinks(site.parallel.etp_size, connect)
 
-    return ExpertLinks(site.parallel.expert_devices, connect, make_experts)
+
+def make_experts(site: Site, links: ExpertLinks, tensor_parallel: TensorParallel) -> Experts:
+    return ExpertClient(
+        links.peers,
+        site.parallel,
+        site.placements,
+        tensor_parallel,
+        expert_wait_s=site.settings.expert_wait_s,
+        hedge_after_s=site.settings.hedge_after_s,
+        turn_offset=site.group_rank.dp_rank,
+    )
 
 
 def make_duty(
@@ -148,7 +146,7 @@ def _model_runner(
     experts: Experts,
     tensor_parallel: TensorParallel,
     terms: GroupTerms,
-) -> ModelRunner:
+) -> PlacedRunner:
     enable_mla = bool(site.parallel.enable_mla)
     cache = KvCache.allocate(
         site.model,
@@ -160,12 +158,12 @@ def _model_runner(
         site.device,
     )
     decoder = Decoder(site.model, weights, enable_mla, tensor_parallel)
-    return ModelRunner(decoder, cache, experts, site.device)
+    return PlacedRunner(ModelRunner(decoder, cache, experts, site.device), site.placements)
 
 
 def _engine(
     site: Site,
-    runner: ModelRunner | GroupRunner,
+    runner: PlacedRunner | GroupRunner,
     terms: GroupTerms,
     microbatches: MicrobatchRule,
     observer: EngineObserver | None,
@@ -176,6 +174,8 @@ def _engine(
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
         placement_epoch=lambda: site.placements.newest.epoch,
+        expert_wait_s=site.settings.expert_wait_s,
         microbatches=microbatches,
         observer=observer,
+        orphan_grace_s=site.settings.orphan_grace_s,
     )

@@ -1,12 +1,13 @@
 """Which rows go to which EP group, as which physical experts.
 
-Pure functions of a layer's routing and its placement. Knows levels of expert parallelism,
-replicas and the shared expert's column; knows no links, no weights' values and no tensors of
-hidden states.
+Pure functions of a layer's routing and its tables. Knows levels of expert parallelism and the
+shared expert's column; knows no links, no weights' values and no tensors of hidden states, and
+leaves the choice among copies to replica_choice.py.
 
 Invariants, for every level: each (token, chosen expert) pair is in exactly one group's ids,
 once; with the shared expert on the expert tier so is each token's shared column; a token is in
-a group's rows at most once. At Level 2 a group's rows are exactly those that have an id there.
+a group's rows at most once. At Level 2, and wherever something is planned again, a group's rows
+are exactly those that have an id there.
 """
 
 from dataclasses import dataclass
@@ -14,44 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_core.placement import LayerPlacement
-
-TARGETED_LEVEL = 2  # below it every EP group gets every row
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTables:
-    """One layer's placement as tensors on the attention side's device.
-
-    replicas:      [num_logical, max_copies] int32; row e repeats the physical slots of expert e.
-    replica_count: [num_logical] int64.
-    holder:        [num_physical + ep_size] int64, the EP group of every physical id, the shared
-                   expert's copies included.
-    """
-
-    num_physical: int
-    ep_size: int
-    replicas: Tensor
-    replica_count: Tensor
-    holder: Tensor
-
-    @classmethod
-    def build(cls, layer: LayerPlacement, ep_size: int, device: torch.device) -> "LayerTables":
-        copies = layer.logical_to_physical
-        widest = max(map(len, copies))
-        return cls(
-            num_physical=layer.num_physical,
-            ep_size=ep_size,
-            replicas=torch.tensor(
-                [[slots[i % len(slots)] for i in range(widest)] for slots in copies],
-                dtype=torch.int32,
-                device=device,
-            ),
-            replica_count=torch.tensor([len(slots) for slots in copies], device=device),
-            holder=torch.tensor(
-                [*layer.physical_to_ep_rank, *range(ep_size)], dtype=torch.int64, device=device
-            ),
-        )
+from attn_service.replica_choice import (
+    TARGETED_LEVEL,
+    LayerTables,
+    choose_physical,
+    shared_column,
+    shared_turns,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +36,16 @@ class GroupDispatch:
     rows: Tensor | None
     physical_ids: Tensor
 
+    def only(self, positions: Tensor) -> "GroupDispatch":
+        """Those of its rows that are at `positions` [n] int64."""
+        rows = positions if self.rows is None else self.rows[positions]
+        return GroupDispatch(self.ep_rank, rows, self.physical_ids[positions])
 
-def choose_physical(tables: LayerTables, topk_ids: Tensor, first_token: int) -> Tensor:
-    """Physical ids [num_tokens, top_k] int32 for logical ones; copies are taken in turn by
-    token index, counted from `first_token`."""
-    topk_ids = topk_ids.long()
-    if tables.replicas.shape[1] == 1:
-        return tables.replicas[:, 0][topk_ids]
-    turn = torch.arange(first_token, first_token + topk_ids.shape[0], device=topk_ids.device)
-    copy = turn[:, None] % tables.replica_count[topk_ids]  # [num_tokens, top_k]
-    return tables.replicas[topk_ids, copy]
-
-
-def shared_column(
-    tables: LayerTables, physical_ids: Tensor, level: int, first_token: int
-) -> Tensor:
-    """The shared expert's physical id for every token, [num_tokens, 1] int32.
-
-    Groups take turns by token index; at Level 2 only those that receive the token anyway.
-    """
-    num_tokens, top_k = physical_ids.shape
-    turn = torch.arange(first_token, first_token + num_tokens, device=physical_ids.device)
-    if level == TARGETED_LEVEL:
-        column = (turn % top_k)[:, None]  # [num_tokens, 1]
-        group = tables.holder[physical_ids.gather(1, column).long()]
-    else:
-        group = (turn % tables.ep_size)[:, None]
-    return (group + tables.num_physical).int()
+    def within(self, rows: Tensor) -> "GroupDispatch":
+        """The same, where this one's rows count those that `rows` names."""
+        return GroupDispatch(
+            self.ep_rank, rows if self.rows is None else rows[self.rows], self.physical_ids
+        )
 
 
 def plan_dispatch(
@@ -100,8 +53,8 @@ def plan_dispatch(
 ) -> list[GroupDispatch]:
     """The messages of one layer, by ascending EP rank; groups that get no row are left out.
 
-    topk_ids: [num_tokens, top_k] int, logical experts. first_token: where taking turns starts;
-    equal routing with an equal first_token gives an equal plan.
+    topk_ids: [num_tokens, top_k] int, logical experts, none of them lost. first_token: where
+    taking turns starts; equal routing with an equal first_token gives an equal plan.
     """
     if topk_ids.shape[0] == 0:
         return []
@@ -111,12 +64,67 @@ def plan_dispatch(
         physical_ids = torch.cat((physical_ids, shared), dim=1)  # [num_tokens, num_columns]
     if tables.ep_size == 1:
         return [GroupDispatch(0, None, physical_ids)]
+    group_ids, mine = _by_group(tables, physical_ids)
+    if level == TARGETED_LEVEL:
+        return _targeted(group_ids, mine)
+    return [
+        GroupDispatch(rank, None, ids)
+        for rank, ids in enumerate(group_ids)
+        if rank not in tables.spared or bool(mine[rank].any())
+    ]
+
+
+def plan_again(
+    tables: LayerTables, failed: GroupDispatch, num_tokens: int, first_token: int
+) -> tuple[list[GroupDispatch], Tensor]:
+    """Who else computes what `failed` was to compute, by ascending EP rank, and which of its rows
+    (as positions in it, int64) nobody can.
+
+    tables: in which the group that failed is DOWN. num_tokens: as many as `rows` None stands for.
+    A row in which `failed` had nothing to compute is in neither.
+    """
+    ids = failed.physical_ids
+    logical = tables.logical[ids.long()]  # [num_rows, num_columns], -1 where there was nothing
+    needed = logical >= 0
+    within = needed.any(dim=1)
+    beyond = torch.zeros_like(within)
+    if tables.lost is not None:
+        beyond = (tables.lost[logical] & needed).any(dim=1)
+    covered = (within & ~beyond).nonzero()[:, 0]
+    uncovered = beyond.nonzero()[:, 0]
+    if covered.numel() == 0:
+        return [], uncovered
+    physical_ids = _other_copies(tables, logical[covered], first_token)
+    group_ids, mine = _by_group(tables, physical_ids)
+    rows = failed.rows
+    if rows is None:
+        rows = torch.arange(num_tokens, device=ids.device)
+    groups = _targeted(group_ids, mine & (physical_ids >= 0))
+    return [group.within(rows[covered]) for group in groups], uncovered
+
+
+def _other_copies(tables: LayerTables, logical: Tensor, first_token: int) -> Tensor:
+    """Physical ids [n, num_columns] int32 of logical ones, of which -1 stays -1."""
+    num_logical = tables.replicas.shape[0]
+    chosen = choose_physical(tables, logical.clamp(0, num_logical - 1), first_token)
+    routed = (logical >= 0) & (logical < num_logical)
+    physical_ids = torch.where(routed, chosen, -1)
+    shared = logical == num_logical
+    if bool(shared.any()):
+        turn = torch.arange(first_token, first_token + logical.shape[0], device=logical.device)
+        # With one of the token's routed experts, where there is one: it costs no further row.
+        first = physical_ids.max(dim=1).values.long()
+        group = torch.where(first >= 0, tables.holder[first], shared_turns(tables, turn))
+        copies = (group + tables.num_physical).int()[:, None]
+        physical_ids = torch.where(shared, copies, physical_ids)
+    return physical_ids
+
+
+def _by_group(tables: LayerTables, physical_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each group's ids [ep_size, num_tokens, num_columns], -1 where not its own, and which are."""
     groups = torch.arange(tables.ep_size, device=physical_ids.device)[:, None, None]
-    mine = tables.holder[physical_ids.long()] == groups  # [ep_size, num_tokens, num_columns]
-    group_ids = torch.where(mine, physical_ids, -1)
-    if level != TARGETED_LEVEL:
-        return [GroupDispatch(rank, None, ids) for rank, ids in enumerate(group_ids)]
-    return _targeted(group_ids, mine)
+    mine = tables.holder[physical_ids.long()] == groups
+    return torch.where(mine, physical_ids, -1), mine
 
 
 def _targeted(group_ids: Tensor, mine: Tensor) -> list[GroupDispatch]:

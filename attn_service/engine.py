@@ -1,8 +1,9 @@
 """The loop that turns requests into tokens, one step after the other.
 
 Knows streams of requesters, the scheduler, the sampler, and one `StepRunner` that computes a
-step. Knows no tensors beyond the logits that pass through, no experts and no wire: a step that
-the experts fail ends that step's sequences, and the loop goes on.
+step. Knows no tensors beyond the logits that pass through, no experts and no wire: what a step
+could not compute for want of an expert is tried again for a while (blocked.py), a step that failed
+as a whole ends its sequences, and the loop goes on.
 
 Everything happens on one event loop. Between two steps the set of sequences is consistent;
 while a step is under way, a sequence that is no longer wanted is only noted, and leaves
@@ -12,16 +13,19 @@ when the step is over, since the step still writes to its KV blocks.
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 import structlog
 import torch
 
+from attn_service.blocked import advanced, block, rows_of_advanced
 from attn_service.counters import EngineCounters
-from attn_service.engine_stream import EngineStream
+from attn_service.ended_sequences import EndedSequences
+from attn_service.engine_stream import EngineStream, KnownSequence
 from attn_service.kv_blocks import BlockPool
 from attn_service.logprobs import token_logprobs
 from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
@@ -34,27 +38,42 @@ from attn_service.sequence import (
     SequenceOutput,
     SequenceRequest,
     StepPlan,
+    TokenLogprobs,
 )
-from attn_service.sequence_step import error_output, next_output, row_of, slice_of
+from attn_service.sequence_step import (
+    error_output,
+    next_output,
+    prompt_output,
+    row_of,
+    slice_of,
+    take_told,
+)
 from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import EpserveError, TransportError, UnavailableError
 
 log = structlog.get_logger(__name__)
+
+DEFAULT_ORPHAN_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
-    plan's order. times: without step_s and sampling_s."""
+    plan's order. times: without step_s and sampling_s. lost: indices of slices that could not be
+    computed, and for want of which expert; what the others say of them means nothing. told: of
+    slices that ask for logprobs, by their index in the plan, one for each token they name."""
 
     logits: torch.Tensor
     times: StepTimes
+    lost: Mapping[int, str] = field(default_factory=dict)
+    told: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 class StepRunner(Protocol):
     async def execute(self, plan: StepPlan) -> StepResult:
-        """Raises TransportError when the experts fail the step."""
+        """Raises TransportError when the experts fail the whole step."""
 
 
 class EngineObserver(Protocol):
@@ -71,7 +90,9 @@ class EngineObserver(Protocol):
 class Engine:
     """`run` must be running for anything to happen; `open_stream` is how work comes in.
 
-    placement_epoch: the one that the next step is to use.
+    placement_epoch: the one that the next step is to use. expert_wait_s: how long a sequence may be
+    unable to advance for want of an expert. orphan_grace_s: for how long the sequences of a lost
+    stream run on, and those that have ended are remembered.
     """
 
     def __init__(
@@ -82,14 +103,19 @@ class Engine:
         *,
         vocab_size: int,
         placement_epoch: Callable[[], int],
+        expert_wait_s: float = DEFAULT_EXPERT_WAIT_S,
         microbatches: MicrobatchRule = ALWAYS_ONE,
         observer: EngineObserver | None = None,
+        orphan_grace_s: float = DEFAULT_ORPHAN_GRACE_S,
     ) -> None:
+        self.orphan_grace_s = orphan_grace_s
+        self._ended = EndedSequences(orphan_grace_s)
         self._runner = runner
         self._pool = pool
         self._scheduler = Scheduler(config, pool)
         self._vocab_size = vocab_size
         self._placement_epoch = placement_epoch
+        self._expert_wait_s = expert_wait_s
         self._microbatches = microbatches
         self._observer = observer
         self._streams: set[EngineStream] = set()
@@ -181,7 +207,8 @@ class Engine:
         self._accepting = False
         self.failure = UnavailableError(f"the engine has stopped: {cause}")
         self._drop_discarded()
-        self._finish_with(cause.code, str(cause), self._scheduler.sequences())
+        everybody = self._scheduler.sequences()
+        self._finish_with(cause.code, str(cause), everybody, go_elsewhere=True)
         self._close_streams()
         self._idle.set()
 
@@ -199,6 +226,7 @@ class Engine:
         check_request(request, self._vocab_size)
         sequence = Sequence(request)
         self._scheduler.add(sequence)
+        self._ended.forget(request.sequence_id)
         self._owner[sequence] = stream
         self._idle.clear()
         self._changed.set()
@@ -208,6 +236,19 @@ class Engine:
         """Called by a stream: nobody wants this sequence any more."""
         self._discarded.add(sequence)
         self._changed.set()
+
+    def find(self, sequence_id: str) -> KnownSequence | None:
+        """The sequence of that id which runs, or has ended within `orphan_grace_s`."""
+        for stream in self._streams:
+            sequence = stream.sequence(sequence_id)
+            if sequence is not None:
+                return KnownSequence(sequence, stream, None)
+        ended = self._ended.find(sequence_id)
+        return None if ended is None else KnownSequence(ended[0], None, ended[1])
+
+    def hand_over(self, sequence: Sequence, stream: EngineStream) -> None:
+        """Called by a stream that takes a running sequence over."""
+        self._owner[sequence] = stream
 
     def _close_streams(self) -> None:
         for stream in tuple(self._streams):
@@ -232,9 +273,18 @@ class Engine:
         self._scheduler.remove(sequence, reusable=reusable)
         del self._owner[sequence]
 
+    def wake(self) -> None:
+        """An expert process may be there again: try what is blocked at once."""
+        for sequence in self._scheduler.sequences():
+            sequence.retry_at = 0.0
+        self._changed.set()
+
     async def _run_step(self) -> None:
         started = time.perf_counter()
-        scheduled = self._scheduler.schedule()
+        scheduled = self._scheduler.schedule(started)
+        if not scheduled:
+            await self._wait_for_change(self._scheduler.next_retry - started)
+            return
         for item in scheduled:
             item.sequence.started_s = item.sequence.started_s or started
         plan = self._plan(scheduled)
@@ -244,12 +294,40 @@ class Engine:
             log.warning("the experts failed a step", step=self.step, error=str(error))
             self._finish_with(error.code, str(error), [s.sequence for s in scheduled])
         else:
-            sampling_s = self._advance(scheduled, result.logits)
+            self._end_blocked(scheduled, result.lost, started)
+            kept = advanced(scheduled, result.lost)
+            sampling_s = self._advance(kept, self._without_lost(scheduled, result))
             step_s = time.perf_counter() - started
             times = replace(result.times, step_s=step_s, sampling_s=sampling_s)
             self.times += times
             if self._observer is not None:
-                self._observer.stepped(self.step, [each.sequence for each in scheduled], times)
+                self._observer.stepped(self.step, [each.sequence for each in kept], times)
+
+    def _end_blocked(
+        self, scheduled: Many[Scheduled], lost: Mapping[int, str], started: float
+    ) -> None:
+        """What a step could not compute is tried again, or ends where it has waited too long."""
+        now = time.perf_counter()
+        for sequence, reason in block(scheduled, lost, started, now, self._expert_wait_s):
+            self._finish_with(UnavailableError.code, reason, [sequence])
+
+    @staticmethod
+    def _without_lost(scheduled: Many[Scheduled], result: StepResult) -> StepResult:
+        """The outcome of those that the step has computed, as if there had been no others."""
+        if not result.lost:
+            return result
+        rows = rows_of_advanced(scheduled, result.lost)
+        logits = result.logits[torch.tensor(rows, dtype=torch.int64)]
+        kept = [index for index in range(len(scheduled)) if index not in result.lost]
+        told = {new: result.told[old] for new, old in enumerate(kept) if old in result.told}
+        return StepResult(logits, result.times, told=told)
+
+    async def _wait_for_change(self, timeout_s: float) -> None:
+        """All there is is blocked."""
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, timeout_s)):
+                await self._changed.wait()
 
     def _plan(self, scheduled: Many[Scheduled]) -> StepPlan:
         self.step += 1
@@ -257,12 +335,16 @@ class Engine:
         count = self._microbatches.count(slices)
         return StepPlan(self.step, self._placement_epoch(), slices, count)
 
-    def _advance(self, scheduled: Many[Scheduled], logits: torch.Tensor) -> float:
+    def _advance(self, scheduled: Many[Scheduled], result: StepResult) -> float:
         """Count what was computed, sample where a sequence has caught up, and put it out. Returns
         the seconds that sampling took."""
-        ready = [s.sequence for s in scheduled if s.catches_up]
+        ready = [s.sequence for s in scheduled if s.needs_logits]
+        ended = [s.sequence for s in scheduled if s.catches_up and not s.needs_logits]
+        for index, told in result.told.items():
+            take_told(scheduled[index].sequence, told)
         for item in scheduled:
             self._scheduler.computed(item)
+        logits = result.logits
         rows = [row_of(sequence) for sequence in ready]
         started = time.perf_counter()
         tokens = sample(logits, rows) if rows else []
@@ -271,7 +353,9 @@ class Engine:
         new = zip(ready, tokens, logprobs, strict=True)
         wanted = [each for each in new if each[0] not in self._discarded]
         self._output_tokens += len(wanted)
-        self._put_out([(s, next_output(s, token, told)) for s, token, told in wanted])
+        outputs = [(s, next_output(s, token, told)) for s, token, told in wanted]
+        outputs += [(s, prompt_output(s)) for s in ended if s not in self._discarded]
+        self._put_out(outputs)
         return sampling_s
 
     def _put_out(self, results: Many[tuple[Sequence, SequenceOutput]]) -> None:
@@ -280,11 +364,17 @@ class Engine:
             by_stream[self._owner[sequence]].append(output)
             if output.finish_reason is not None:
                 self._count(sequence, output.finish_reason)
+                if output.finish_reason is not FinishReason.ERROR:
+                    self._ended.put(sequence, output.finish_reason)
                 self._remove(sequence, reusable=output.finish_reason is not FinishReason.ERROR)
         for stream, outputs in by_stream.items():
             stream.deliver(self.step, outputs)
 
-    def _finish_with(self, code: str, message: str, sequences: Many[Sequence]) -> None:
+    def _finish_with(
+        self, code: str, message: str, sequences: Many[Sequence], *, go_elsewhere: bool = False
+    ) -> None:
         """End those of `sequences` that are still wanted with an error."""
         wanted = [s for s in sequences if s not in self._discarded]
-        self._put_out([(s, error_output(s, code, message)) for s in wanted])
+        self._put_out(
+            [(s, error_output(s, code, message, go_elsewhere=go_elsewhere)) for s in wanted]
+        )

@@ -1,86 +1,76 @@
 """The attention side of the exchange: one layer's tokens out to the expert tier, one sum back.
 
-Implements `Experts` over one `ExpertLink` per expert process. Knows the placements and the
-attention TP group; knows no wire (moe_core/transport does) and no model.
+Implements `Experts` over the links to the expert processes. Knows the placements and the
+attention TP group; knows no wire (moe_core/transport does) and no model, and leaves what fails or
+is late to failover.py.
 
 Invariants:
 * A layer's dispatches are all posted, and their bytes gone, before any combine is awaited.
 * Partials are summed in ascending rank order, in fp32 (fp64 for float64), and only when every
-  one is there; a token's sum is complete or the layer raises.
+  one is there; a token's sum is complete or the token is among the lost rows.
 * Every dispatch that was posted is released, whatever became of it, so no slot stays taken by
   a layer that failed.
 
 Weights travel as float32, as every transport carries them, whatever the model's dtype.
 
-With attention TP each rank exchanges only its share of the rows and `combine` all-gathers. A
-rank whose exchange failed raises and leaves that collective out; the others find it missing
-when the collective's own deadline ends.
+With attention TP each rank exchanges only its share of the rows and `combine` all-gathers. Rows
+that a rank has lost are zeros in what is gathered; which they are the ranks tell each other once
+a step (group_experts.py).
 """
 
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from attn_service.dispatch_plan import (
-    GroupDispatch,
-    plan_dispatch,
-    with_shared_weight,
-)
-from attn_service.experts import Combined, ExpertTimes, StepKey
+from attn_service import exchange_words
+from attn_service.dispatch_plan import GroupDispatch, plan_dispatch, with_shared_weight
+from attn_service.experts import Combined, ExpertTimes, LostRows, StepKey
+from attn_service.failover import LayerExchange
+from attn_service.peers import Peers
 from attn_service.placements import Placements
+from attn_service.replica_choice import LayerTables
+from attn_service.sends import Send
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import PeerFailedError, TransportError
 from moe_core.model.experts import accumulation_dtype
 from moe_core.model.tensor_parallel import TensorParallel
-from moe_core.transport.base import Combine, Dispatch, DispatchKey, ExpertLink, PendingCombine
+from moe_core.placement import LayerPlacement
+from moe_core.transport.base import DispatchKey
 
-_MAX_EXPERTS_IN_ERRORS = 16
-
-
-@dataclass(slots=True)
-class _Sent:
-    """What one expert process is sent of a layer, and the answer to come once it is on its way."""
-
-    link: ExpertLink
-    group: GroupDispatch
-    dispatch: Dispatch
-    answer: PendingCombine | None = None
-
-    def release(self) -> None:
-        if self.answer is not None:
-            self.answer.release()
+# Of expert_wait_s, where no time is set: leaves as much for those who are asked then.
+DEFAULT_PATIENCE = 0.5
 
 
 class ExpertClient:
     """Computes MoE layers on the expert tier.
 
-    links: one per expert process, in rank order. turn_offset: where this process starts taking
-    turns among copies, so that processes with small batches do not all pick the same; equal on
-    all ranks of a TP group or not, the sums are the same. expert_wait_s: the longest one layer
-    may take from its dispatch to its last combine.
+    turn_offset: where this process starts taking turns among copies, so that processes with small
+    batches do not all pick the same; equal on all ranks of a TP group or not, the sums are the
+    same. expert_wait_s: the longest one layer may take from its dispatch to its last combine.
+    hedge_after_s: how long a process may take before others are asked for the same; None for half
+    of expert_wait_s.
     """
 
     def __init__(
         self,
-        links: Sequence[ExpertLink],
+        peers: Peers,
         parallel: ParallelConfig,
         placements: Placements,
         tensor_parallel: TensorParallel,
         *,
         expert_wait_s: float,
+        hedge_after_s: float | None = None,
         turn_offset: int = 0,
     ) -> None:
-        if len(links) != parallel.expert_devices:
-            raise ValueError(f"{len(links)} links for {parallel.expert_devices} expert processes")
-        self._links = tuple(links)
+        self._peers = peers
         self._parallel = parallel
         self._placements = placements
         self._tensor_parallel = tensor_parallel
         self._expert_wait_s = expert_wait_s
+        self._patience_s = hedge_after_s or DEFAULT_PATIENCE * expert_wait_s
         self._turn_offset = turn_offset
 
     async def dispatch(
@@ -90,153 +80,156 @@ class ExpertClient:
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
+        rows: Tensor | None = None,
     ) -> "PendingLayer":
-        """See `Experts.dispatch`; a TransportError names peer, layer and experts."""
-        tensor_parallel = self._tensor_parallel
-        sizes = even_parts(hidden_states.shape[0], tensor_parallel.size)
-        start = sum(sizes[: tensor_parallel.rank])
-        own = slice(start, start + sizes[tensor_parallel.rank])
-        deadline = asyncio.get_running_loop().time() + self._expert_wait_s
-        groups = plan_dispatch(
-            self._placements.tables(key.placement_epoch, layer_id),
-            topk_ids[own],
-            self._parallel.degree,
-            self._parallel.shared_on_experts,
-            first_token=start + layer_id + self._turn_offset,
+        """See `Experts.dispatch`. Raises ProtocolError for a placement epoch that is unknown."""
+        sizes, own = self._shares(hidden_states.shape[0])
+        now = asyncio.get_running_loop().time()
+        placement = self._placements.at(key.placement_epoch)
+        layer = placement.layer(layer_id)
+        tables_of = partial(self._placements.tables, key.placement_epoch, layer_id)
+        tables = tables_of(self._peers.standing(placement.ep_size, now))
+        first_token = own.start + layer_id + self._turn_offset
+        hidden, routing = hidden_states[own], topk_ids[own]
+        lost: tuple[LostRows, ...] = ()
+        if rows is not None or tables.lost is not None:
+            rows = _rows_within(rows, own, routing.device)
+            rows, lost = self._without_lost(tables, layer, routing, rows)
+        groups = self._plan(tables, routing, rows, first_token)
+        shared_on_experts = self._parallel.shared_on_experts
+        exchange = LayerExchange(
+            self._peers,
+            layer,
+            tables_of,
+            placement.ep_size,
+            DispatchKey(key.placement_epoch, key.step, layer_id, key.microbatch),
+            hidden,
+            with_shared_weight(topk_weights[own].float(), shared_on_experts),
+            first_token,
+            self._patience_s,
+            now + self._expert_wait_s,
         )
-        wire_key = DispatchKey(key.placement_epoch, key.step, layer_id, key.microbatch)
-        hidden = hidden_states[own]
-        weights = with_shared_weight(topk_weights[own].float(), self._parallel.shared_on_experts)
-        sent = await self._post(wire_key, hidden, weights, groups, deadline)
-        return PendingLayer(self, hidden, sizes, sent, deadline)
+        await exchange.post(groups)
+        return PendingLayer(self, exchange, hidden, sizes, lost)
 
-    async def _post(
+    def _shares(self, num_rows: int) -> tuple[list[int], slice]:
+        """How many rows each rank of the TP group exchanges, and which this one does."""
+        rank, size = self._tensor_parallel.rank, self._tensor_parallel.size
+        sizes = even_parts(num_rows, size)
+        start = sum(sizes[:rank])
+        return sizes, slice(start, start + sizes[rank])
+
+    def _plan(
+        self, tables: LayerTables, routing: Tensor, rows: Tensor | None, first_token: int
+    ) -> list[GroupDispatch]:
+        """Who is sent what of `rows` (None: all)."""
+        level, shared_on_experts = self._parallel.degree, self._parallel.shared_on_experts
+        if rows is None:
+            return plan_dispatch(tables, routing, level, shared_on_experts, first_token)
+        groups = plan_dispatch(tables, routing[rows], level, shared_on_experts, first_token)
+        return [group.within(rows) for group in groups]
+
+    def _without_lost(
         self,
-        key: DispatchKey,
-        hidden: Tensor,
-        weights: Tensor,
-        groups: Sequence[GroupDispatch],
-        deadline: float,
-    ) -> list[_Sent]:
-        """Post all dispatches of a layer; when one fails, give up those that went out."""
-        sent = [
-            _Sent(link, group, dispatch)
-            for group in groups
-            for dispatch in [_dispatch_of(key, hidden, weights, group)]
-            for link in self._group_links(group.ep_rank)
-        ]
-        try:
-            for each in sent:
-                each.answer = each.link.try_dispatch(each.dispatch)
-            # Those that have to wait for a slot wait together.
-            slow = [each for each in sent if each.answer is None]
-            if slow:
-                await _all([asyncio.create_task(self._depart(each, deadline)) for each in slow])
-            for each in sent:
-                await self._depart(each, deadline)
-        except BaseException:
-            for each in sent:
-                each.release()
-            raise
-        return sent
-
-    async def _depart(self, sent: _Sent, deadline: float) -> None:
-        """Until its bytes have left."""
-        timeout_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        try:
-            if sent.answer is None:
-                sent.answer = await sent.link.dispatch(sent.dispatch, timeout_s)
-            else:
-                await sent.answer.left(timeout_s)
-        except TransportError as error:
-            raise self.explain(error, sent) from error
-
-    def _group_links(self, ep_rank: int) -> tuple[ExpertLink, ...]:
-        """The links to one EP group's processes; its TP shards all get the same rows."""
-        etp_size = self._parallel.etp_size
-        return self._links[ep_rank * etp_size : (ep_rank + 1) * etp_size]
-
-    def explain(self, error: TransportError, sent: _Sent) -> TransportError:
-        """The same error, saying also which experts were needed from that peer."""
-        key, physical_ids = sent.dispatch.key, sent.group.physical_ids
-        placement = self._placements.at(key.placement_epoch).layer(key.layer_id)
-        physical = torch.unique(physical_ids[physical_ids >= 0]).tolist()
-        logical = placement.physical_to_logical
-        names = [str(logical[p]) if p < placement.num_physical else "shared" for p in physical]
-        shown = ", ".join(dict.fromkeys(names[:_MAX_EXPERTS_IN_ERRORS]))
-        more = ", …" if len(names) > _MAX_EXPERTS_IN_ERRORS else ""
-        text = f"{error} (for layer {key.layer_id}, experts {shown}{more})"
-        if isinstance(error, PeerFailedError):
-            return PeerFailedError(text, error.code)
-        return type(error)(text)
+        tables: LayerTables,
+        layer: LayerPlacement,
+        routing: Tensor,
+        rows: Tensor,
+    ) -> tuple[Tensor, tuple[LostRows, ...]]:
+        """Those of this rank's `rows` whose experts can all be asked, and the others."""
+        if tables.lost is None:
+            return rows, ()
+        lost = tables.lost[routing[rows].long()]  # [n, top_k]
+        beyond = lost.any(dim=1)
+        if not bool(beyond.any()):
+            return rows, ()
+        missing: list[int] = torch.unique(routing[rows][lost]).tolist()
+        holders = {
+            layer.physical_to_ep_rank[slot] for each in missing for slot in layer.replicas(each)
+        }
+        reasons = map(self._peers.why_down, sorted(holders))
+        reason = exchange_words.nobody_holds(layer, missing, reasons)
+        return rows[~beyond], (LostRows(rows[beyond], reason),)
 
     def gather_rows(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         return self._tensor_parallel.all_gather(rows, sizes)
 
+    def in_all_rows(self, lost: Sequence[LostRows], sizes: Sequence[int]) -> tuple[LostRows, ...]:
+        """Rows of this rank's share as rows of the whole."""
+        start = sum(sizes[: self._tensor_parallel.rank])
+        return tuple(LostRows(each.rows + start, each.reason) for each in lost)
+
+    def note_times(self, sends: Sequence[Send]) -> tuple[int, int]:
+        """Queue and compute microseconds of the process that took longest."""
+        slowest = (0, 0)
+        for send in sends:
+            for part in send.parts:
+                if part.combine is not None:
+                    queue_us, compute_us = part.combine.queue_us, part.combine.compute_us
+                    self._peers.answered(send.ep_rank, queue_us)
+                    slowest = max(slowest, (queue_us, compute_us), key=sum)
+        return slowest
+
 
 class PendingLayer:
-    """One layer's dispatches of which the bytes have left."""
+    """One layer's dispatches of which the bytes have left. lost: rows of this rank's share that
+    were not sent."""
 
     def __init__(
         self,
         client: ExpertClient,
+        exchange: LayerExchange,
         hidden: Tensor,
         sizes: Sequence[int],
-        sent: Sequence[_Sent],
-        deadline: float,
+        lost: tuple[LostRows, ...],
     ) -> None:
         self._client = client
+        self._exchange = exchange
         self._like = hidden
         self._sizes = sizes
-        self._sent = sent
-        self._deadline = deadline
+        self._lost = lost
 
     async def combine(self) -> Combined:
         """See `PendingExperts.combine`."""
         started = time.perf_counter()
         try:
-            answers = [await self._answer(sent) for sent in self._sent]
+            await self._exchange.complete()
             complete = time.perf_counter()
-            total = self._sum([answer.partial for answer in answers])
+            sends = self._exchange.counted
+            lost = (*self._lost, *self._exchange.lost)
+            total = self._sum(sends, lost)
         finally:
             self.release()
         hidden = self._client.gather_rows(total, self._sizes)
-        queue_us, compute_us = _of_the_slowest(answers)
+        queue_us, compute_us = self._client.note_times(sends)
         times = ExpertTimes(
             wait_s=complete - started,
             queue_s=queue_us * 1e-6,
             compute_s=compute_us * 1e-6,
             combine_s=time.perf_counter() - complete,
         )
-        return Combined(hidden, times)
+        if lost:
+            lost = self._client.in_all_rows(lost, self._sizes)
+        return Combined(hidden, times, lost)
 
     def release(self) -> None:
         """See `PendingExperts.release`."""
-        for sent in self._sent:
-            sent.release()
+        self._exchange.release()
 
-    async def _answer(self, sent: _Sent) -> Combine:
-        """Its partial is valid until `sent` is released."""
-        assert sent.answer is not None
-        timeout_s = max(0.0, self._deadline - asyncio.get_running_loop().time())
-        started = time.perf_counter()
-        try:
-            return await sent.answer.wait(timeout_s)
-        except TransportError as error:
-            raise self._client.explain(error, sent) from error
-        finally:  # answers are awaited one after the other, so no second counts twice
-            sent.link.counters.wait_s += time.perf_counter() - started
-
-    def _sum(self, partials: Sequence[Tensor]) -> Tensor:
-        """In the order of dispatch, which is ascending rank."""
+    def _sum(self, sends: Sequence[Send], lost: Sequence[LostRows]) -> Tensor:
+        """In the order of `sends`, which is ascending rank."""
         like = self._like
         total = like.new_zeros(like.shape, dtype=accumulation_dtype(like.dtype))
-        for sent, partial in zip(self._sent, partials, strict=True):
-            rows, partial = sent.group.rows, partial.to(like.device)
-            if rows is None:
-                total += partial
-            else:  # a row is there once, so the order of additions inside is no matter
-                total.index_add_(0, rows, partial.to(total.dtype))
+        for send in sends:
+            rows, partials = send.partials()
+            for each in partials:
+                partial_sum = each.to(like.device)
+                if rows is None:
+                    total += partial_sum
+                else:  # a row is there once, so the order of additions inside is no matter
+                    total.index_add_(0, rows, partial_sum.to(total.dtype))
+        for rows_lost in lost:
+            total[rows_lost.rows] = 0
         return total.to(like.dtype)
 
 
@@ -245,30 +238,9 @@ def even_parts(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
 
 
-def _dispatch_of(
-    key: DispatchKey, hidden: Tensor, weights: Tensor, group: GroupDispatch
-) -> Dispatch:
-    if group.rows is None:
-        return Dispatch(key, hidden, group.physical_ids, weights)
-    return Dispatch(key, hidden[group.rows], group.physical_ids, weights[group.rows])
-
-
-def _of_the_slowest(answers: Sequence[Combine]) -> tuple[int, int]:
-    """Queue and compute microseconds of the process that took longest."""
-    times = ((answer.queue_us, answer.compute_us) for answer in answers)
-    return max(times, key=sum, default=(0, 0))
-
-
-async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Until all have ended; raises what the first of them (by rank) raised. A cancelled caller
-    leaves none of them running."""
-    try:
-        await asyncio.wait(tasks)
-    except asyncio.CancelledError:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        raise
-    failures = [error for error in (task.exception() for task in tasks) if error is not None]
-    if failures:
-        raise failures[0]
+def _rows_within(rows: Tensor | None, own: slice, device: torch.device) -> Tensor:
+    """Those of `rows` (None: all) that are in `own`, counted from its start."""
+    if rows is None:
+        return torch.arange(own.stop - own.start, device=device)
+    inside = (rows >= own.start) & (rows < own.stop)
+    return rows[inside].sub(own.start)

@@ -31,12 +31,15 @@ class CountedExperts:
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
+        rows: Tensor | None = None,
     ) -> PendingExperts:
         """See `Experts.dispatch`."""
-        chosen = topk_ids.flatten()  # [num_tokens * top_k]
+        chosen = (topk_ids if rows is None else topk_ids[rows]).flatten()  # [n * top_k]
         # Not bincount, which on CUDA waits for the largest id.
         self._of_layer[layer_id].scatter_add_(0, chosen, self._one.expand(chosen.shape))
-        return await self._experts.dispatch(key, layer_id, hidden_states, topk_ids, topk_weights)
+        return await self._experts.dispatch(
+            key, layer_id, hidden_states, topk_ids, topk_weights, rows
+        )
 
     @property
     def load(self) -> ExpertLoad:

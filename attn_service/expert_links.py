@@ -1,65 +1,70 @@
-"""This attention process's links to all expert processes, kept as the cluster state says.
+"""This attention process's links to the expert processes, kept as the cluster state says.
 
 Knows members, their starts (`instance_epoch`) and when a link is to be made anew. Knows no
-wire and no model: how to connect and how links become `Experts` are its arguments.
+wire and no model: how to connect is its argument, and who uses the links finds them in `Peers`.
 
-A link that is lost stays in use until its successor is there, so that what needs it fails with
-the name of the peer that is gone.
+A link that is lost stays until its successor is there, so that what needs it fails with the name
+of the peer that is gone. Ranks are followed as they appear: a placement may use more or fewer
+processes than the cluster was configured with.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable
 
 import structlog
-from torch import Tensor
 
-from attn_service.experts import Experts, PendingExperts, StepKey
+from attn_service.peers import Peers
 from moe_core.cluster import ClusterState, LinkStats, Member, MemberState, Role
-from moe_core.errors import PeerLostError, PeerTimeoutError
+from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError
+from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import ExpertLink
 
 log = structlog.get_logger(__name__)
 
 Connect = Callable[[Member], Awaitable[ExpertLink]]
-MakeExperts = Callable[[Sequence[ExpertLink]], Experts]
+# A process that does not answer must not keep the others waiting.
+PATIENCE_S = 1.0
 
 
 class ExpertLinks:
-    """Is an `Experts` itself, once `reconcile` has connected every expert process."""
+    """etp_size: processes of one EP group."""
 
-    def __init__(self, size: int, connect: Connect, make_experts: MakeExperts) -> None:
-        self._size = size
+    def __init__(self, etp_size: int, connect: Connect) -> None:
+        self.peers = Peers(etp_size)
+        self._etp_size = etp_size
         self._connect = connect
-        self._make_experts = make_experts
-        self._links: dict[int, ExpertLink] = {}
         self._epochs: dict[int, int] = {}
-        self._experts: Experts | None = None
+        self._connecting: dict[int, asyncio.Task[None]] = {}
+        self._problems: dict[int, str] = {}
         self.missing: tuple[str, ...] = ("no expert process has been connected yet",)
 
-    async def dispatch(
-        self,
-        key: StepKey,
-        layer_id: int,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-    ) -> PendingExperts:
-        """See `Experts.dispatch`."""
-        if self._experts is None:
-            raise PeerLostError(f"layer {layer_id} cannot be computed: {'; '.join(self.missing)}")
-        return await self._experts.dispatch(key, layer_id, hidden_states, topk_ids, topk_weights)
-
-    async def reconcile(self, state: ClusterState) -> None:
+    async def reconcile(self, state: ClusterState) -> bool:
         """Connect every READY expert process that has no link, a lost one, or one to an earlier
-        start of it. What cannot be reached now is in `missing`, and is tried again by the next
-        call. Raises ProtocolError for a peer that does not fit this process."""
+        start of it. What has no link after that is in `missing`, and is tried again by the next
+        call. Returns whether there is a new link. Raises ProtocolError for a peer that does not
+        fit this process, while there is none that does."""
         ready = {m.rank: m for m in state.tier(Role.EXPERT) if m.state is MemberState.READY}
-        problems = [await self._connect_if_needed(member) for member in ready.values()]
-        absent = [
-            f"expert {rank}: {self._lost(rank) or 'not ready'}"
-            for rank in range(self._size)
-            if rank not in ready and (rank not in self._links or self._lost(rank))
-        ]
-        self.missing = (*filter(None, problems), *absent)
+        for member in ready.values():
+            if member.rank not in self._connecting and self._wants_link(member):
+                task = asyncio.create_task(self._make_link(member))
+                self._connecting[member.rank] = task
+        if self._connecting:
+            await asyncio.wait(self._connecting.values(), timeout=PATIENCE_S)
+        made = [rank for rank, task in self._connecting.items() if task.done()]
+        for rank in made:
+            self._connecting.pop(rank).result()
+        needed = range(state.placement.ep_size * self._etp_size)
+        await self._forget_unused(needed, ready)
+        reasons = {rank: self._why_missing(rank, ready) for rank in needed}
+        absent = {rank: reason for rank, reason in reasons.items() if reason is not None}
+        self.peers.explain_absent(absent)
+        self.missing = tuple(f"expert {rank}: {reason}" for rank, reason in absent.items())
+        return any(rank not in self._problems for rank in made)
+
+    def can_serve(self, placement: ExpertPlacement) -> bool:
+        """Every expert is on some process, or group of them, that is connected."""
+        groups = range(placement.ep_size)
+        return placement.is_covered_by({rank for rank in groups if self.peers.group(rank)})
 
     def stats(self, source: str) -> tuple[LinkStats, ...]:
         """Every link's totals since it was made, by rank."""
@@ -76,35 +81,51 @@ class ExpertLinks:
                 doorbells=link.counters.doorbells,
                 wait_s=link.counters.wait_s,
             )
-            for rank, link in sorted(self._links.items())
+            for rank, link in sorted(self.peers.links.items())
         )
 
     async def close(self) -> None:
-        for link in self._links.values():
+        for task in self._connecting.values():
+            task.cancel()
+        await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+        for link in self.peers.links.values():
             await link.close()
 
     def _lost(self, rank: int) -> str | None:
-        link = self._links.get(rank)
+        link = self.peers.links.get(rank)
         return None if link is None else link.lost_because
 
-    async def _connect_if_needed(self, member: Member) -> str | None:
-        """Why `member` has no working link now, or None."""
+    def _wants_link(self, member: Member) -> bool:
         same_start = self._epochs.get(member.rank) == member.instance_epoch
-        if same_start and self._lost(member.rank) is None:
-            return None
+        return not same_start or self._lost(member.rank) is not None
+
+    async def _make_link(self, member: Member) -> None:
         try:
             link = await self._connect(member)
-        except (PeerLostError, PeerTimeoutError) as error:
-            log.warning("an expert process cannot be reached", reason=str(error))
-            return f"expert {member.rank}: {error}"
-        await self._replace(member, link)
-        return None
-
-    async def _replace(self, member: Member, link: ExpertLink) -> None:
-        old = self._links.get(member.rank)
-        self._links[member.rank] = link
+        except (PeerLostError, PeerTimeoutError, ProtocolError) as error:
+            if isinstance(error, ProtocolError) and not self.peers.links:
+                raise
+            self._problems[member.rank] = str(error)
+            log.warning("an expert process cannot be used", reason=str(error))
+            return
+        self._problems.pop(member.rank, None)
         self._epochs[member.rank] = member.instance_epoch
-        if len(self._links) == self._size:
-            self._experts = self._make_experts([self._links[r] for r in range(self._size)])
+        old = self.peers.put(member.rank, link)
         if old is not None:
             await old.close()
+
+    async def _forget_unused(self, needed: range, ready: dict[int, Member]) -> None:
+        """Lost links to processes that have left and that nothing is placed on."""
+        for rank in tuple(self.peers.links):
+            if rank not in needed and rank not in ready and self._lost(rank) is not None:
+                self._epochs.pop(rank, None)
+                link = self.peers.drop(rank)
+                if link is not None:
+                    await link.close()
+
+    def _why_missing(self, rank: int, ready: dict[int, Member]) -> str | None:
+        if rank in self.peers.links and self._lost(rank) is None:
+            return None
+        problem = self._problems.get(rank) if rank in ready else None
+        waiting = "does not answer yet" if rank in self._connecting else "not ready"
+        return problem or self._lost(rank) or waiting

@@ -28,12 +28,22 @@ class ExpertTimes(NamedTuple):
     combine_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class LostRows:
+    """Rows [n] int64 that nobody could compute now, and why: layer, experts and process."""
+
+    rows: Tensor
+    reason: str
+
+
 class Combined(NamedTuple):
     """hidden_states: [num_tokens, hidden_size] in the model's dtype: the experts' outputs, summed
-    over expert processes in ascending rank order."""
+    over expert processes in ascending rank order. lost: of the rows that this rank exchanges, those
+    that have no sum; their values mean nothing."""
 
     hidden_states: Tensor
     times: ExpertTimes
+    lost: tuple[LostRows, ...] = ()
 
 
 class PendingExperts(Protocol):
@@ -54,10 +64,13 @@ class Experts(Protocol):
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
+        rows: Tensor | None = None,
     ) -> PendingExperts:
-        """Send one MoE layer's tokens. After it returns the tensors may be reused.
+        """Send one MoE layer's tokens. The tensors stay as they are until the answer has been
+        combined or released: what a process loses is sent again from them.
 
         hidden_states: [num_tokens, hidden_size], the model's dtype; equal on all attention TP
         ranks. topk_ids: [num_tokens, top_k] int, logical experts. topk_weights: [num_tokens,
-        top_k] float32 (float64 in float64). Raises TransportError.
+        top_k] float32 (float64 in float64). rows: [n] int64, ascending, those that are to be
+        computed (None: all); the others' outputs mean nothing. Raises TransportError.
         """

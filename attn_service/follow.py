@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from attn_service.sequence import SequenceSlice, StepPlan
+from attn_service.sequence import AskedLogprobs, SequenceSlice, StepPlan
 from attn_service.tensor_parallel import GroupLostError, GroupRank
 from moe_core.errors import EpserveError, ProtocolError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
@@ -182,6 +182,7 @@ def plan_to_pb(plan: StepPlan) -> Any:  # noqa: ANN401
                 num_computed_tokens=each.num_computed_tokens,
                 block_table=each.block_table,
                 needs_logits=each.needs_logits,
+                asked_logprobs=_asked_to_pb(each.asked_logprobs),
             )
             for each in plan.slices
         ],
@@ -199,7 +200,21 @@ def plan_from_pb(message: Any) -> StepPlan:  # noqa: ANN401
                 num_computed_tokens=each.num_computed_tokens,
                 block_table=tuple(each.block_table),
                 needs_logits=each.needs_logits,
+                asked_logprobs=_asked_from_pb(each),
             )
             for each in message.sequences
         ),
     )
+
+
+def _asked_to_pb(asked: AskedLogprobs | None) -> Any:  # noqa: ANN401
+    if asked is None:
+        return None
+    return pb.AskedLogprobs(token_ids=asked.token_ids, num_top=asked.num_top)
+
+
+def _asked_from_pb(message: Any) -> AskedLogprobs | None:  # noqa: ANN401
+    if not message.HasField("asked_logprobs"):
+        return None
+    asked = message.asked_logprobs
+    return AskedLogprobs(tuple(asked.token_ids), asked.num_top)

@@ -1,17 +1,19 @@
-"""The experts as an attention TP group uses them: a step fails on all ranks alike, or on none.
+"""The experts as an attention TP group uses them: a step fails on all ranks alike, or on none, and
+what is lost of it is lost on all.
 
 Knows the group's collectives and that each rank exchanges only its share of the rows. Knows no
 links and no layers.
 
 Invariant: from the first to the last layer of a step every rank calls the same collectives,
-even one whose exchange has failed: it puts in zeros for its rows and sends nothing more. What
-such a step has computed is worthless, so `settle`, called by every rank once the step is over,
-raises the first failure (by rank) on all of them before anybody uses the result.
+even one whose exchange has failed or has lost rows: it puts in zeros for them. `settle`, called by
+every rank once the step is over, makes one of all ranks' outcomes before anybody uses the result:
+what such a step has computed is worthless, so it raises the first failure (by rank); and a slice of
+which some rank has lost a row is lost.
 """
 
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 import structlog
@@ -22,7 +24,7 @@ from attn_service.engine import EngineObserver, StepResult, StepRunner
 from attn_service.expert_client import even_parts
 from attn_service.experts import Combined, Experts, ExpertTimes, PendingExperts, StepKey
 from attn_service.sequence import StepPlan
-from moe_core.errors import TransportError
+from moe_core.errors import PeerLostError, TransportError
 from moe_core.model.tensor_parallel import TensorParallel
 
 log = structlog.get_logger(__name__)
@@ -54,6 +56,7 @@ class GroupExperts:
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
+        rows: Tensor | None = None,
     ) -> PendingExperts:
         """See `Experts.dispatch`; raises no TransportError, `settle` does."""
         self._device = hidden_states.device
@@ -61,7 +64,7 @@ class GroupExperts:
         if self._failure is None:
             try:
                 inner = await self._experts.dispatch(
-                    key, layer_id, hidden_states, topk_ids, topk_weights
+                    key, layer_id, hidden_states, topk_ids, topk_weights, rows
                 )
             except TransportError as error:
                 self._failure = error
@@ -77,16 +80,29 @@ class GroupExperts:
         own = hidden_states.new_zeros((sizes[self._tensor_parallel.rank], *hidden_states.shape[1:]))
         return Combined(self._tensor_parallel.all_gather(own, sizes), ExpertTimes())
 
-    def settle(self) -> None:
-        """Once per step, on every rank. Raises AgreedTransportError on all or on none."""
+    def settle(self, lost: Mapping[int, str], num_slices: int) -> Mapping[int, str]:
+        """Once per step, on every rank: `lost` slices of this rank become those of all. The reason
+        is this rank's own, or the first of another. Raises AgreedTransportError on all or on
+        none."""
         failure, self._failure = self._failure, None
-        failed = torch.tensor([0.0 if failure is None else 1.0], device=self._device)  # [1]
-        if self._tensor_parallel.all_reduce(failed).item() == 0:
-            return
+        flags = torch.zeros(1 + num_slices, device=self._device)
+        flags[0] = failure is not None
+        for index in lost:
+            flags[1 + index] = 1.0
+        flags = self._tensor_parallel.all_reduce(flags)
+        if not flags.any().item():
+            return {}
+        failed = bool(flags[0].item())
+        told: TransportError | None = failure
+        if lost and not failed:
+            told = PeerLostError(next(iter(lost.values())))
         parts = self._tensor_parallel.all_gather(
-            _encode(failure).to(self._device), [1] * self._tensor_parallel.size
+            _encode(told).to(self._device), [1] * self._tensor_parallel.size
         )  # [tp_size, MESSAGE_BYTES]
-        raise next(error for error in map(_decode, parts) if error is not None)
+        first = next(error for error in map(_decode, parts) if error is not None)
+        if failed:
+            raise first
+        return {index: lost.get(index, str(first)) for index in flags[1:].nonzero()[:, 0].tolist()}
 
 
 class GroupRunner:
@@ -110,8 +126,8 @@ class GroupRunner:
         if self._publish is not None:
             await self._publish(plan)
         result = await self._runner.execute(plan)
-        self._experts.settle()
-        return result
+        lost = self._experts.settle(result.lost, len(plan.slices))
+        return replace(result, lost=lost) if lost else result
 
     async def follow(self, plan: StepPlan) -> None:
         """Execute one of the leader's plans. A step that the experts failed is the leader's to

@@ -1,10 +1,10 @@
-"""What the model itself thought of the tokens that were chosen, for rows that ask.
+"""What the model itself thought of the tokens that follow, for rows that ask.
 
 log_softmax in float32 of the logits as the model gave them: before logit_bias, penalties,
 min_tokens, temperature and filters (vLLM v1's "raw_logprobs").
 
-Knows logits and chosen tokens; nothing of how they were chosen. The sum in the denominator is
-one of whole numbers and equals are told in the order of their ids, so what a row is told does
+Knows logits and the tokens that follow; nothing of how they were chosen. The sum in the denominator
+is one of whole numbers and equals are told in the order of their ids, so what a row is told does
 not depend on the batch it was in.
 """
 
@@ -27,13 +27,17 @@ def token_logprobs(
     asking = [i for i, count in enumerate(wanted) if count is not None and token_ids[i] >= 0]
     if asking:
         counts = [wanted[i] or 0 for i in asking]
-        answers = _told(logits[asking].float(), counts, [token_ids[i] for i in asking])
+        answers = logprobs_of(logits[asking].float(), counts, [token_ids[i] for i in asking])
         for i, answer in zip(asking, answers, strict=True):
             told[i] = answer
     return told
 
 
-def _told(logits: Tensor, counts: Sequence[int], token_ids: Sequence[int]) -> list[TokenLogprobs]:
+def logprobs_of(
+    logits: Tensor, counts: Sequence[int], token_ids: Sequence[int]
+) -> list[TokenLogprobs]:
+    """logits [m, vocab_size] float32; of each row the token that follows, and how many of the
+    likeliest to tell beside it. Logits that are not finite give logprobs that are not."""
     best = logits.max(dim=-1, keepdim=True).values  # [m, 1]
     whole = fixed((logits - best).exp_()).sum(dim=-1, keepdim=True)
     log_total = best.double() + (whole.double() / ONE).log()  # [m, 1]

@@ -10,15 +10,18 @@ tokens: what one computes lies between another's dispatch and its combine.
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from attn_service.engine import StepResult
-from attn_service.experts import Experts, PendingExperts, StepKey
+from attn_service.experts import Experts, LostRows, PendingExperts, StepKey
 from attn_service.microbatches import split
-from attn_service.sequence import SequenceSlice, StepPlan
+from attn_service.prompt_logprobs import tell
+from attn_service.sequence import SequenceSlice, StepPlan, TokenLogprobs
 from attn_service.step_times import StepClock
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.batch import SequenceSlice as BatchSlice
@@ -40,8 +43,9 @@ class ModelRunner:
     async def execute(self, plan: StepPlan) -> StepResult:
         """See `engine.StepRunner`: logits [m, vocab_size] float32, or float64 in float64.
 
-        Writes the keys and values of the plan's tokens to their blocks. Raises TransportError, and
-        then nothing that the step has sent holds a slot any longer than its peer does.
+        Writes the keys and values of the plan's tokens to their blocks; those of slices that are
+        lost mean nothing. Raises TransportError, and then nothing that the step has sent holds a
+        slot any longer than its peer does.
         """
         clock = StepClock()
         parts = split(plan.slices, plan.num_microbatches)
@@ -62,7 +66,34 @@ class ModelRunner:
         order = _in_plan_order(plan, parts)
         if len(parts) > 1:
             rows = rows[torch.tensor(order, dtype=torch.int64, device=self._device)]
-        return StepResult(self._decoder.logits(rows), clock.times)
+        told = self._told(plan, parts, microbatches)
+        lost = {
+            part[index]: reason
+            for part, each in zip(parts, microbatches, strict=True)
+            for index, reason in each.lost.items()
+        }
+        return StepResult(self._decoder.logits(rows), clock.times, lost, told)
+
+    def _told(
+        self,
+        plan: StepPlan,
+        parts: Sequence[Sequence[int]],
+        microbatches: Sequence["_Microbatch"],
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """See `StepResult.told`."""
+        indices, asked, rows = [], [], []
+        for part, each in zip(parts, microbatches, strict=True):
+            for position, index in enumerate(part):
+                wanted = plan.slices[index].asked_logprobs
+                if wanted is not None:
+                    indices.append(index)
+                    asked.append(wanted)
+                    rows.append(each.first_rows(position, len(wanted.token_ids)))
+        if not asked:
+            return {}
+        decoder = self._decoder
+        told = tell(torch.cat(rows), asked, decoder.logits, decoder.config.vocab_size)
+        return dict(zip(indices, told, strict=True))
 
     def _microbatch(
         self, plan: StepPlan, number: int, part: Sequence[int], clock: StepClock
@@ -100,7 +131,9 @@ class _Microbatch:
     """Some of a step's sequences on their way through the layers.
 
     hidden: [n, hidden_size], the next layer's input; not up to date while `_away` says that experts
-    have the tokens. needs_logits: of each sequence of `batch`.
+    have the tokens. needs_logits: of each sequence of `batch`. lost: sequences of `batch` of which
+    some layer could not compute a row, and why; no later layer is asked for any row of theirs.
+    `_rows`: those that layers are asked for, None for all.
     """
 
     def __init__(
@@ -122,6 +155,8 @@ class _Microbatch:
         self._clock = clock
         self._away: _Away | None = None
         self._shared: Tensor | None = None
+        self._rows: Tensor | None = None
+        self.lost: dict[int, str] = {}
 
     async def compute(self, layer: DecoderLayer) -> None:
         """Everything of `layer` that needs no answer of its experts."""
@@ -135,7 +170,7 @@ class _Microbatch:
         topk_ids, topk_weights = layer.route(hidden)  # [n, top_k]
         started = time.perf_counter()
         pending = await self._experts.dispatch(
-            self._key, layer.layer_id, hidden, topk_ids, topk_weights
+            self._key, layer.layer_id, hidden, topk_ids, topk_weights, self._rows
         )
         self._clock.dispatch_s += time.perf_counter() - started
         self._away = _Away(layer, residual, pending)
@@ -146,10 +181,26 @@ class _Microbatch:
         if self._away is None:
             return
         layer, residual = self._away.layer, self._away.residual
-        routed, times = await self._away.pending.combine()
+        routed, times, lost = await self._away.pending.combine()
         self._away = None
         self._clock.add(times)
         self._hidden = layer.finish(residual, routed, self._shared)
+        if lost:
+            self._lose(lost)
+
+    def _lose(self, lost: Sequence[LostRows]) -> None:
+        """What is lost of a sequence takes all of it out of the step."""
+        starts = self._batch.query_start
+        for each in lost:
+            for row in each.rows.tolist():
+                self.lost.setdefault(bisect_right(starts, row) - 1, each.reason)
+        kept = [
+            row
+            for index, (start, end) in enumerate(pairwise(starts))
+            if index not in self.lost
+            for row in range(start, end)
+        ]
+        self._rows = torch.tensor(kept, dtype=torch.int64, device=self._hidden.device)
 
     def give_up(self) -> None:
         """The step has failed: the answer that is still to come is not wanted."""
@@ -161,6 +212,11 @@ class _Microbatch:
         ends = zip(self._batch.query_start[1:], self._needs_logits, strict=True)
         rows = [end - 1 for end, needed in ends if needed]
         return self._hidden[torch.tensor(rows, dtype=torch.int64, device=self._hidden.device)]
+
+    def first_rows(self, position: int, count: int) -> Tensor:
+        """[count, hidden_size]: of the sequence at `position` of `batch`."""
+        start = self._batch.query_start[position]
+        return self._hidden[start : start + count]
 
 
 def _in_plan_order(plan: StepPlan, parts: Sequence[Sequence[int]]) -> list[int]:

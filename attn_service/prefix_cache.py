@@ -66,7 +66,10 @@ class PrefixCache:
             self._pool.register(sequence.block_table[index], keys[index])
 
     def wanted_keys(self, sequence: Sequence) -> list[bytes]:
-        """The keys of the blocks that `sequence` could take from the cache."""
+        """The keys of the blocks that `sequence` could take from the cache. One that is to tell its
+        prompt's logprobs takes none: the cache knows no logits."""
+        if sequence.tells_prompt:
+            return []
         return self.keys(sequence)[: (sequence.num_tokens - 1) // self.block_size]
 
     def keys(self, sequence: Sequence) -> list[bytes]:

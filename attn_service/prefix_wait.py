@@ -10,7 +10,8 @@ that both begin with and that the cache does not hold.
 
 That ends: the other is running and served first, so it gets on with its prompt no later than the
 one held back would, and when it has computed what they share, or is preempted, or has ended,
-nothing is held back for it any more. And it idles nothing: a running sequence has work to do.
+or is blocked for want of an expert, nothing is held back for it any more. And it idles nothing: a
+running sequence has work to do.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ class PrefixWait:
         for other in running if found < len(keys) else ():
             if other.order > sequence.order:
                 break
-            if self._will_compute(other, found, keys[found]):
+            if _gets_on(other) and self._will_compute(other, found, keys[found]):
                 shared = _num_alike(keys, other.block_keys)
                 self._held[sequence] = other, shared * self._cache.block_size
                 return True
@@ -43,7 +44,7 @@ class PrefixWait:
     def still_held(self, sequence: Sequence) -> bool:
         """Whether what `sequence` was held back for is still to come; quick."""
         other, num_tokens = self._held.get(sequence, (None, 0))
-        if other is not None and other.is_running and other.num_computed_tokens < num_tokens:
+        if other is not None and _gets_on(other) and other.num_computed_tokens < num_tokens:
             return True
         self.forget(sequence)
         return False
@@ -57,6 +58,10 @@ class PrefixWait:
         keys = other.block_keys
         uncomputed = other.num_computed_tokens < (index + 1) * self._cache.block_size
         return uncomputed and index < len(keys) and keys[index] == key
+
+
+def _gets_on(sequence: Sequence) -> bool:
+    return sequence.is_running and sequence.blocked_since is None
 
 
 def _num_alike(keys: list[bytes], others: list[bytes]) -> int:

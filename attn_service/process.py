@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from attn_service.assembly import Site, make_duty, make_links, microbatch_rule
+from attn_service.assembly import Site, make_duty, make_experts, make_links, microbatch_rule
 from attn_service.duties import Duty, Leading, until_first
 from attn_service.engine import EngineObserver
 from attn_service.expert_links import ExpertLinks
@@ -30,8 +30,9 @@ from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.errors import UnavailableError
 from moe_core.model.linear import packing_pays
-from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
+from moe_core.model.tensor_parallel import NoTensorParallel
 from moe_core.model.weights import AttentionTierWeights
+from moe_core.placement import ExpertPlacement
 from moe_core.service.addresses import (
     advertised_address,
     host_id,
@@ -89,7 +90,12 @@ class AttentionProcess:
         self._followers: Followers | None = None
         self._duty: Duty | None = None
         self._spans: Spans | None = None
+        self._placements: Placements | None = None
+        self._used_epoch: int | None = None  # see StatusReport
         self._draining = False
+        self._closing = asyncio.Event()
+        self._served = asyncio.Event()
+        self._served.set()  # it has not begun
         self._last_report: object = None
 
     async def startup(self) -> None:
@@ -102,11 +108,14 @@ class AttentionProcess:
         tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
         weights = await in_own_thread(_load, checkpoint, site)
         terms = await self._settle_terms(site, group)
-        links = await self._connect(site, membership, tensor_parallel)
+        links = await self._connect(site, membership)
+        self._placements = site.placements
+        self._used_epoch = site.placements.newest.epoch
+        experts = make_experts(site, links, tensor_parallel)
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
         observer = self._observer(site)
-        duty = make_duty(site, weights, links, group, followers, terms, rule, observer)
+        duty = make_duty(site, weights, experts, group, followers, terms, rule, observer)
         if isinstance(duty, Leading):
             self._servicer.lead(duty.engine)
         else:
@@ -117,15 +126,26 @@ class AttentionProcess:
         self._report(membership)
 
     async def serve(self) -> None:
-        """Until the gateway or a rank of the group is lost, or the leader has ended."""
+        """Until the cluster or a rank of the group is lost, the leader has ended, or `drain` has
+        nothing left to do but to close."""
         assert self._membership is not None
         assert self._duty is not None
-        await until_first(
-            self._duty.run(),
-            self._membership.lost(),
-            self._keep_up(self._membership),
-            _report_expert_load(self._duty, self._membership),
-        )
+        assert self._placements is not None
+        self._served.clear()
+        try:
+            await until_first(
+                self._duty.run(),
+                self._membership.lost(),
+                self._keep_up(self._placements, self._membership),
+                _report_expert_load(self._duty, self._membership),
+                _wait(self._closing),
+            )
+        finally:
+            self._served.set()
+
+    async def asked_to_leave(self) -> None:
+        assert self._membership is not None
+        await told_to_leave(self._membership, Role.ATTN)
 
     async def asked_to_leave(self) -> None:
         assert self._membership is not None
@@ -137,6 +157,7 @@ class AttentionProcess:
             self._report(self._membership)
             await self._duty.drain()
         await self._host.stop(STOP_GRACE_S)
+        await self._end_serving()
         if self._links is not None:
             await self._links.close()
         if self._endpoint is not None:
@@ -146,6 +167,11 @@ class AttentionProcess:
         if self._spans is not None:
             await self._spans.close()
         dissolve()
+
+    async def _end_serving(self) -> None:
+        """Whatever kept links and reports up would take what is closed next for lost."""
+        self._closing.set()
+        await self._served.wait()
 
     async def _join(self, checkpoint: Checkpoint) -> tuple[Site, Membership]:
         """Listen, and take a place in the cluster."""
@@ -233,51 +259,62 @@ class AttentionProcess:
         self._followers = Followers(rank, terms, self._collective_timeout_s)
         self._servicer.accept(self._followers)
 
-    async def _connect(
-        self, site: Site, membership: Membership, tensor_parallel: TensorParallel
-    ) -> ExpertLinks:
-        """Links to all expert processes, once they are READY."""
+    async def _connect(self, site: Site, membership: Membership) -> ExpertLinks:
+        """Links to the expert processes, once they are enough to serve with. Raises
+        UnavailableError naming what is missing."""
         detail = "waiting for the expert processes"
         membership.report(MemberState.CONNECTING, detail=detail, store_address=self._store_address)
         self._endpoint, _ = open_endpoint(site.identity, self._options)
-        self._links = make_links(site, tensor_parallel, self._options, self._endpoint)
+        self._links = links = make_links(site, self._options, self._endpoint)
         deadline: float | None = None
-        while self._links.missing:
+        while True:
             state = await membership.wait_until(
-                lambda state: not state.missing(Role.EXPERT),
+                lambda state: state.holds_all_experts(state.placement),
                 ARRIVAL_TIMEOUT_S,
-                "all expert processes",
+                "the expert processes",
             )
-            await self._links.reconcile(state)
+            site.placements.add(state.placement)
+            await links.reconcile(state)
+            if links.can_serve(site.placements.newest):
+                return links
             now = asyncio.get_running_loop().time()
             deadline = deadline or now + CONNECT_TIMEOUT_S
-            if self._links.missing and now > deadline:
-                raise UnavailableError("; ".join(self._links.missing))
-            await asyncio.sleep(TICK_S if self._links.missing else 0)
-        return self._links
+            if now > deadline:
+                raise UnavailableError("; ".join(links.missing))
+            await asyncio.sleep(TICK_S)
 
     @property
     def _collective_timeout_s(self) -> float:
         return self._settings.expert_wait_s + COLLECTIVE_MARGIN_S
 
-    async def _keep_up(self, membership: Membership) -> None:
+    async def _keep_up(self, placements: Placements, membership: Membership) -> None:
         """Follow the cluster's state with the links, and tell the gateway how things are."""
         assert self._links is not None
         while True:
             await asyncio.sleep(TICK_S)
-            await self._links.reconcile(membership.state)
+            if await self._links.reconcile(membership.state) and isinstance(self._duty, Leading):
+                self._duty.engine.wake()
+            self._adopt(placements, membership.state.placement)
             self._report(membership)
+
+    def _adopt(self, placements: Placements, latest: ExpertPlacement) -> None:
+        """Steps that are planned from now on use it, once its experts can be reached. A rank that
+        follows knows it at once, since the leader may."""
+        assert self._links is not None
+        if not isinstance(self._duty, Leading) or self._links.can_serve(latest):
+            placements.add(latest)
+        placements.forget_before(placements.oldest_in_use)
+        self._used_epoch = placements.oldest_in_use
 
     def _report(self, membership: Membership) -> None:
         assert self._links is not None
         assert self._duty is not None
-        state = MemberState.CONNECTING if self._links.missing else MemberState.READY
-        if self._draining:
-            state = MemberState.DRAINING
+        # READY without some experts too: what needs them waits, what does not is served.
+        state = MemberState.DRAINING if self._draining else MemberState.READY
         detail = "; ".join(self._links.missing)
         load, metrics = self._duty.load, self._duty.metrics
         links = self._links.stats(f"{Role.ATTN} {membership.rank}")
-        if (report := (state, detail, load, metrics, links)) == self._last_report:
+        if (report := (state, detail, load, metrics, links, self._used_epoch)) == self._last_report:
             return
         self._last_report = report
         self._host.set_ready(state is MemberState.READY)
@@ -288,7 +325,12 @@ class AttentionProcess:
             attention_load=load,
             engine_metrics=metrics,
             links=links,
+            used_epoch=self._used_epoch,
         )
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 async def _report_expert_load(duty: Duty, membership: Membership) -> None:
@@ -327,4 +369,4 @@ def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
 
 def main(settings: AttnSettings) -> int:
     """Runs one attention process to its end and returns its exit status."""
-    return run(AttentionProcess(settings))
+    return run(AttentionProcess(settings), drain_timeout_s=settings.drain_timeout_s)

@@ -67,5 +67,7 @@ def _members(state: ClusterState, rank: GroupRank) -> list[Member]:
 
 
 def _is_there(state: ClusterState, rank: GroupRank) -> bool:
+    """A member that is past meeting is of a group that has lost a rank and is about to end."""
     members = _members(state, rank)
-    return len(members) == rank.tp_size and bool(members[0].store_address)
+    meeting = all(m.state in (MemberState.LOADING, MemberState.CONNECTING) for m in members)
+    return len(members) == rank.tp_size and meeting and bool(members[0].store_address)

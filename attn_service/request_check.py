@@ -28,8 +28,10 @@ def check_request(request: SequenceRequest, vocab_size: int) -> None:
             f"output_ids: {len(request.output_ids)} tokens have been generated already, "
             f"and max_tokens={sampling.max_tokens} leaves none to generate"
         )
-    if sampling.logprobs is not None and sampling.logprobs > MAX_TOP_LOGPROBS:
-        raise RequestError(f"logprobs={sampling.logprobs}: must be at most {MAX_TOP_LOGPROBS}")
+    for field in ("logprobs", "prompt_logprobs"):
+        count = getattr(sampling, field)
+        if count is not None and count > MAX_TOP_LOGPROBS:
+            raise RequestError(f"{field}={count}: must be at most {MAX_TOP_LOGPROBS}")
 
 
 def _check_tokens(field: str, token_ids: Iterable[int], vocab_size: int) -> None:

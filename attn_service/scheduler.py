@@ -28,6 +28,10 @@ Why every sequence ends (no livelock). The order is total and never changes for 
    there is none. So the running ones end, one after the other by 1, until it is admitted, at
    the latest into an empty pool.
 3. So, unless ever more come before it in the order, every sequence becomes the first, and ends.
+
+A sequence that is blocked for want of an expert is passed over until it is to be tried again. It
+keeps its place in the order, and while it runs its blocks; it is blocked for a bounded time, since
+the engine ends it after that.
 """
 
 import heapq
@@ -87,6 +91,11 @@ class Scheduled:
         """Whether the step computes the sequence's last token, so that the next can follow."""
         return self.num_new_tokens == self.sequence.num_pending_tokens
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next token is chosen after the step."""
+        return self.catches_up and self.sequence.request.sampling.max_tokens > 0
+
 
 @dataclass(slots=True)
 class _Step:
@@ -131,10 +140,8 @@ class Scheduler:
     def check(self, request: SequenceRequest) -> None:
         """Raises RequestError, with the numbers, for a request that can never run here."""
         prompt, outputs = len(request.prompt_ids), request.sampling.max_tokens
-        if prompt < 1 or outputs < 1:
-            raise RequestError(
-                f"prompt of {prompt} tokens and max_tokens={outputs}: both must be at least 1"
-            )
+        if prompt < 1:
+            raise RequestError("prompt of 0 tokens: must have at least 1")
         if prompt + outputs > self._config.max_model_len:
             raise RequestError(
                 f"prompt of {prompt} tokens and max_tokens={outputs} make {prompt + outputs} "
@@ -154,15 +161,24 @@ class Scheduler:
         sequence.arrival = next(self._arrivals)
         insort(self._waiting, sequence, key=_ORDER)
 
-    def schedule(self) -> tuple[Scheduled, ...]:
-        """The next step: at most max_step_tokens, and never empty while there is work."""
+    @property
+    def next_retry(self) -> float:
+        """When the first of the blocked sequences is to be tried again; at the latest then there
+        is something to schedule."""
+        return min((each.retry_at for each in self.sequences()), default=0.0)
+
+    def schedule(self, now: float = 0.0) -> tuple[Scheduled, ...]:
+        """The next step: at most max_step_tokens, and never empty while there is work, unless
+        what there is is blocked. now: in seconds of time.perf_counter."""
         config = self._config
         step = _Step(config.max_step_tokens, config.max_num_seqs - len(self._running))
         for sequence in tuple(self._running):
-            if sequence.is_running and sequence.num_pending_tokens == 1:
+            due = sequence.retry_at <= now
+            if due and sequence.is_running and sequence.num_pending_tokens == 1:
                 self._serve(sequence, step)
-        prompts = [each for each in self._running if each.num_pending_tokens > 1]
-        for sequence in heapq.merge(prompts, self._candidates(step), key=_ORDER):
+        behind = [each for each in self._running if each.num_pending_tokens > 1]
+        prompts = [each for each in behind if each.retry_at <= now]
+        for sequence in heapq.merge(prompts, self._candidates(step, now), key=_ORDER):
             if step.budget == 0:
                 break
             if sequence.is_running:
@@ -224,12 +240,13 @@ class Scheduler:
         self.num_preemptions += 1
         return True
 
-    def _candidates(self, step: _Step) -> Iterator[Sequence]:
+    def _candidates(self, step: _Step, now: float) -> Iterator[Sequence]:
         """The waiting sequences in order, for as long as the step has a seat for one."""
         for sequence in tuple(self._waiting):
             if step.seats < 1:
                 return
-            yield sequence
+            if sequence.retry_at <= now:
+                yield sequence
 
     def _admit(self, sequence: Sequence, step: _Step) -> None:
         """Let a waiting sequence run and serve it, or hold it back and keep its seat. If its

@@ -25,7 +25,8 @@ class Sampling:
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the penalties' defaults are off.
     `index` tells the choices of one request apart, so that they share a seed and still differ.
     `logprobs` is how many of the likeliest tokens are told beside the chosen one, None for no
-    logprobs at all.
+    logprobs at all; `prompt_logprobs` is the same of the prompt's tokens. max_tokens 0: only the
+    prompt is computed.
     """
 
     max_tokens: int
@@ -42,6 +43,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def penalises(self) -> bool:
@@ -58,7 +60,7 @@ class SequenceRequest:
     """`output_ids` were generated before, by another process: the sequence goes on after them,
     and every setting counts them as outputs. priority: lower is served first; equal ones are
     served in order of arrival. traceparent: the W3C header of the span that it belongs to, or
-    nothing."""
+    nothing. take_over: it may be here already, see `EngineStream.add`."""
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
@@ -66,11 +68,12 @@ class SequenceRequest:
     output_ids: tuple[int, ...] = ()
     priority: int = 0
     traceparent: str = ""
+    take_over: bool = False
 
     @property
     def max_computed_tokens(self) -> int:
         """Tokens whose keys and values are ever stored: the last output is never computed."""
-        return len(self.prompt_ids) + self.sampling.max_tokens - 1
+        return len(self.prompt_ids) + max(1, self.sampling.max_tokens) - 1
 
 
 @dataclass(eq=False, slots=True)
@@ -80,8 +83,12 @@ class Sequence:
 
     Between two steps it has blocks just if it is_running. arrival: its number among all
     sequences. block_keys: see prefix_cache.py. num_cached_tokens: those that were in the cache
-    when it was first admitted; None before. added_s, started_s, first_token_s: when it came, when
+    when it was first admitted; None before. told: what is known of the prompt's tokens, the first
+    excepted, until it is put out. added_s, started_s, first_token_s: when it came, when
     its first step began and when that token was there, in seconds of time.perf_counter.
+    blocked_since, retry_at: since when, in the same seconds, no step can compute it for want of an
+    expert (None: it can), and when to try again. logprobs: of the tokens that were generated here,
+    where they were asked for.
     """
 
     request: SequenceRequest
@@ -92,10 +99,14 @@ class Sequence:
     arrival: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    told: list["TokenLogprobs"] = field(default_factory=list)
     added_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None
     first_token_s: float | None = None
+    blocked_since: float | None = None
+    retry_at: float = 0.0
     token_counts: TokenCounts | None = field(init=False, default=None)
+    logprobs: list["TokenLogprobs"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         request, sampling = self.request, self.request.sampling
@@ -124,6 +135,10 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
+    def output_ids(self) -> tuple[int, ...]:
+        return tuple(self.token_ids[len(self.request.prompt_ids) :])
+
+    @property
     def num_cached_prompt_tokens(self) -> int:
         """Those of the prompt that were in the cache when it was first admitted."""
         return min(self.num_cached_tokens or 0, len(self.request.prompt_ids))
@@ -132,6 +147,12 @@ class Sequence:
     def queued_us(self) -> int | None:
         """From its coming to its first step; None before that."""
         return None if self.started_s is None else round((self.started_s - self.added_s) * 1e6)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the prompt's logprobs are still to be put out. Whoever has outputs has them."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and self.num_output_tokens == 0
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take the next token; the reason why it is the last one, if it is."""
@@ -146,13 +167,23 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
+class AskedLogprobs:
+    """What is told of the first rows of a slice: how likely each makes the one of token_ids that
+    follows it, and which num_top tokens are the likeliest."""
+
+    token_ids: tuple[int, ...]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """The tokens of one sequence that one step computes."""
+    """The tokens of one sequence that one step computes. needs_logits: of the last of them."""
 
     token_ids: tuple[int, ...]
     num_computed_tokens: int
     block_table: tuple[int, ...]
     needs_logits: bool
+    asked_logprobs: AskedLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +214,8 @@ class SequenceOutput:
     """New tokens of one sequence; `error_code` is a gRPC status name, set with ERROR only.
     `logprobs` has one entry per token where they were asked for, else none. num_cached_tokens,
     with the first token: those of the prompt that were not computed again. queued_us, with the
-    first token: from its coming to its first step."""
+    first token: from its coming to its first step. go_elsewhere, with ERROR: attention.proto.
+    prompt_logprobs, where asked for: with the first token, or with the end where there is none."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
@@ -193,6 +225,8 @@ class SequenceOutput:
     logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached_tokens: int = 0
     queued_us: int | None = None
+    go_elsewhere: bool = False
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

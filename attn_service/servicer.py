@@ -3,7 +3,8 @@
 Knows the messages of attention.proto and one Engine. Knows no scheduling and no model. The
 Follow half of the service is follow.py's.
 
-A stream that is lost aborts its sequences, so their blocks are free at the next step.
+A stream that its gateway ends (no more requests, then the last output) is over. One that breaks is
+lost: its sequences run on for a while, see engine_stream.py.
 """
 
 import asyncio
@@ -27,6 +28,7 @@ from moe_core.pb.epserve.v1 import attention_pb2_grpc as pb_grpc
 from moe_core.pb.epserve.v1 import logprobs_pb2
 
 SERVICE_NAME = "epserve.v1.AttentionService"
+MAX_FOUND = 64  # the most choices that a request has
 add_to_server = pb_grpc.add_AttentionServiceServicer_to_server
 
 
@@ -60,12 +62,33 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
         try:
             async for output in stream.outputs():
                 await context.write(output_to_pb(output))
+            if not stream.is_lost:
+                stream.close()
         finally:
-            stream.close()
+            stream.lose()
             reading.cancel()
             await asyncio.wait({reading})
         if not reading.cancelled():
             reading.result()
+
+    async def Find(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+        if self._engine is None:
+            raise self._otherwise
+        if len(request.sequence_ids) > MAX_FOUND:
+            raise RequestError(
+                f"sequence_ids: at most {MAX_FOUND} ids, not {len(request.sequence_ids)}"
+            )
+        known = map(self._engine.find, request.sequence_ids)
+        return pb.FindResponse(
+            sequences=[
+                pb.FoundSequence(
+                    sequence_id=each.sequence.request.sequence_id,
+                    seed=each.sequence.request.sampling.seed,
+                )
+                for each in known
+                if each is not None
+            ]
+        )
 
     async def Follow(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
         if self._followers is None:
@@ -77,8 +100,11 @@ async def _read(requests: AsyncIterator[Any], stream: EngineStream) -> None:
     try:
         async for request in requests:
             _take(request, stream)
+    except EpserveError:
+        stream.close()  # what is malformed ends now, not after its sequences
+        raise
     except BaseException:
-        stream.close()  # a malformed or broken stream ends now, not after its sequences
+        stream.lose()
         raise
     stream.end_of_requests()
 
@@ -98,7 +124,11 @@ def _take(request: Any, stream: EngineStream) -> None:  # noqa: ANN401
 
 def _refusal(sequence_id: str, error: EpserveError) -> SequenceOutput:
     return SequenceOutput(
-        sequence_id, finish_reason=FinishReason.ERROR, error_code=error.code, error=str(error)
+        sequence_id,
+        finish_reason=FinishReason.ERROR,
+        error_code=error.code,
+        error=str(error),
+        go_elsewhere=isinstance(error, UnavailableError),
     )
 
 
@@ -123,9 +153,13 @@ def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=tuple(sorted(sampling.logit_bias.items())),
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            prompt_logprobs=(
+                sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
+            ),
         ),
         priority=message.priority,
         traceparent=message.traceparent,
+        take_over=message.take_over,
     )
 
 
@@ -142,6 +176,8 @@ def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
                 logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
                 num_cached_tokens=each.num_cached_tokens,
                 queued_us=each.queued_us,
+                go_elsewhere=each.go_elsewhere,
+                prompt_logprobs=[_logprobs_to_pb(token) for token in each.prompt_logprobs],
             )
             for each in output.outputs
         ],

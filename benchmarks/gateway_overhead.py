@@ -3,9 +3,9 @@
     python benchmarks/gateway_overhead.py [--model DIR]
 
 A real `epserve gateway` process in front of benchmarks/paced_attention.py, which answers at once
-and then at a fixed pace. The same requests go straight to it and through the gateway, 32 at a time,
-in turns.
-Prints a table, and one JSON line.
+and then at a fixed pace. The same requests go straight to it and through the gateway, by gRPC and
+by HTTP, 32 at a time, in turns; and to benchmarks/bare_streams.py, servers that only write.
+Prints a table, and one JSON line, for each way.
 """
 
 import argparse
@@ -52,9 +52,9 @@ def straight(group: Group, pool: AttentionPool) -> Send:
         stream = pool.submit(group, [sequence])
         finish_reason = ""
         while not finish_reason:
-            _, delta = await stream.next()
-            finish_reason = delta.finish_reason
-            arrived(len(delta.token_ids))
+            for _, delta in await stream.next():
+                finish_reason = delta.finish_reason
+                arrived(len(delta.token_ids))
 
     return send
 
@@ -65,6 +65,26 @@ def through_grpc(client: EpserveClient) -> Send:
     async def send(prompt: list[int], arrived: Arrived) -> None:
         async for output in client.generate(prompt, sampling):
             arrived(len(output.token_ids))
+
+    return send
+
+
+def through_http(port: int) -> Send:
+    """A client that reads no more of a stream than its first and its last event."""
+
+    async def send(prompt: list[int], arrived: Arrived) -> None:
+        fields = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = json.dumps({"prompt": prompt, **fields})
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write((head + body).encode())
+        async for line in reader:
+            if line.startswith(b"data: ["):
+                arrived(NUM_TOKENS)  # some of them had no text, and so no event
+                break
+            if line.startswith(b"data: "):
+                arrived(0)
+        writer.close()
 
     return send
 
@@ -102,12 +122,34 @@ def cpu_s(pid: int) -> float:
 
 
 @asynccontextmanager
-async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, Group]]:
-    """The gateway's pid, a client of it, and the group behind it."""
-    with socket.socket() as probe:
+async def bare_servers() -> AsyncIterator[dict[str, tuple[int, Send]]]:
+    command = [sys.executable, str(HERE / "bare_streams.py"), "--step", str(STEP_S)]
+    process = subprocess.Popen(  # noqa: ASYNC220
+        [*command, "--num", str(NUM_TOKENS)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        ports = json.loads(process.stdout.readline())
+        async with EpserveClient(f"127.0.0.1:{ports['grpc']}") as client:
+            yield {
+                "bare grpc": (process.pid, through_grpc(client)),
+                "bare http": (process.pid, through_http(ports["http"])),
+            }
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@asynccontextmanager
+async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, int, Group]]:
+    """The gateway's pid, a client of it, its HTTP port, and the group behind it."""
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
         target = f"127.0.0.1:{probe.getsockname()[1]}"
-    arguments = ["gateway", "--model", str(model), "--grpc-port", target.rpartition(":")[2]]
+        http_port = other.getsockname()[1]
+    ports = ["--grpc-port", target.rpartition(":")[2], "--port", str(http_port)]
+    arguments = ["gateway", "--model", str(model), *ports]
     command = [sys.executable, "-m", "epserve", *arguments]
     checkpoint = Checkpoint.open(model)
     async with AsyncExitStack() as stack:
@@ -123,27 +165,33 @@ async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, 
         state = await wait_ready(client, ParallelConfig().with_model(checkpoint.config), 60)
         (leader,) = state.tier(Role.ATTN)
         assert leader.attention_load is not None
-        yield process.pid, client, Group(0, leader, leader.attention_load)
+        yield process.pid, client, http_port, Group(0, leader, leader.attention_load)
 
 
 async def measure(model: Path, rounds: int, window_s: float) -> None:
-    async with paced_cluster(model) as (pid, client, group):
+    """All ways take turns, so that a slow minute of the machine is everybody's."""
+    async with paced_cluster(model) as (pid, client, http_port, group), bare_servers() as bare:
         pool = AttentionPool()
-        straight_send, ways = straight(group, pool), {"grpc": through_grpc(client)}
-        await load(through_grpc(client), 2.0)
-        before = cpu_s(pid)
-        await asyncio.sleep(5.0)
-        idle = (cpu_s(pid) - before) / 5.0
-        for name, send in ways.items():
-            added, per_token = [], []
-            for _ in range(rounds):
-                direct, _ = await load(straight_send, window_s)
-                before, since = cpu_s(pid), time.perf_counter()
+        straight_send = straight(group, pool)
+        ways = {"grpc": (pid, through_grpc(client)), "http": (pid, through_http(http_port)), **bare}
+        idle: dict[str, float] = {}
+        for name, (process, send) in ways.items():
+            await load(send, 1.0)
+            before = cpu_s(process)
+            await asyncio.sleep(3.0)
+            idle[name] = (cpu_s(process) - before) / 3.0
+        added: dict[str, list[float]] = {name: [] for name in ways}
+        per_token: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            direct, _ = await load(straight_send, window_s)
+            for name, (process, send) in ways.items():
+                before, since = cpu_s(process), time.perf_counter()
                 firsts, num_tokens = await load(send, window_s)
-                used = cpu_s(pid) - before - idle * (time.perf_counter() - since)
-                added.append(1000 * (statistics.median(firsts) - statistics.median(direct)))
-                per_token.append(1e6 * used / num_tokens)
-            report(name, idle, added, per_token)
+                used = cpu_s(process) - before - idle[name] * (time.perf_counter() - since)
+                added[name].append(1000 * (statistics.median(firsts) - statistics.median(direct)))
+                per_token[name].append(1e6 * used / num_tokens)
+        for name in ways:
+            report(name, idle[name], added[name], per_token[name])
         await pool.close()
 
 

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import typer
 
+from epserve import admin_commands, process_commands, security_commands, trial_commands
 from epserve import generate_options as g
 from epserve import options as o
-from epserve import process_commands, security_commands
 from epserve.from_options import parallel_from, settings_from
 from epserve.parent_death import die_with_parent
 from epserve.settings_command import SettingsCommand
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import ConfigError, EpserveError
 from moe_core.service.tls_files import TlsFiles
 
@@ -75,7 +76,13 @@ def serve(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
+    hedge_after: o.HedgeAfterOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    rebalance_interval: o.RebalanceIntervalOption = 0.0,
+    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
+    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -93,8 +100,11 @@ def serve(
             model=model.absolute(),
             parallel=parallel_from(context),
             http_port=port,
+            drain_timeout_s=drain_timeout,
             tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
             api_keys=api_keys and api_keys.absolute(),
+            expert_wait_s=expert_wait,
+            hedge_after_s=hedge_after,
         )
     )
 
@@ -121,6 +131,7 @@ def generate(
     presence_penalty: g.PresencePenaltyOption = None,
     frequency_penalty: g.FrequencyPenaltyOption = None,
     logprobs: g.LogprobsOption = None,
+    prompt_logprobs: g.PromptLogprobsOption = None,
     logit_bias: g.LogitBiasOption = None,
     min_tokens: g.MinTokensOption = None,
     n: g.NumChoicesOption = None,
@@ -139,8 +150,9 @@ def generate(
 
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("prompt", prompt, "give exactly one of --prompt and --prompt-ids")
-    if logprobs is not None and not json:
-        raise ConfigError("logprobs", logprobs, "is shown with --json only; add it")
+    for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
+        if count is not None and not json:
+            raise ConfigError(name, count, "is shown with --json only; add it")
     sampling = Sampling(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -158,6 +170,7 @@ def generate(
         logit_bias=g.logit_bias(logit_bias or ()),
         min_tokens=min_tokens,
         n=n,
+        prompt_logprobs=prompt_logprobs,
     )
     ids = g.token_ids("prompt_ids", prompt_ids)
     gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
@@ -206,6 +219,10 @@ def top(
     run_top(Target(target, tls, api_key), once=once)
 
 
+app.command(cls=SettingsCommand)(trial_commands.chaos)
+app.add_typer(trial_commands.bench)
+
+
 @app.command(cls=SettingsCommand)
 def manifest(
     directory: Annotated[Path, typer.Argument(help="Model directory.")],
@@ -220,6 +237,8 @@ def manifest(
     typer.echo(f"wrote {path}")
 
 
+for admin_command in (admin_commands.scale, admin_commands.rebalance, admin_commands.drain):
+    app.command(cls=SettingsCommand)(admin_command)
 app.command(cls=SettingsCommand)(security_commands.certs)
 app.add_typer(security_commands.keys)
 

@@ -5,7 +5,7 @@ package sees only those. Knows nothing of how a request is served.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -44,6 +44,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int | None = None
     n: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class TokenLogprobs:
 class Output:
     """What one choice gained since its last output. `finish_reason` is empty while it runs, and
     `usage` is there on its last output only. `logprobs` has one entry per token where they were
-    asked for, else none."""
+    asked for, else none; `prompt_logprobs`, on the first output and where asked for, one for each
+    token of the prompt but the first."""
 
     request_id: str
     index: int
@@ -79,6 +81,7 @@ class Output:
     finish_reason: str
     usage: Usage | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,8 @@ class EpserveClient:
         if isinstance(target, str):
             target = Target(target)
         self.target = target.address
-        self._metadata = _metadata(target.api_key)
-        self._channel = open_channel(target.address, _server_check(target.tls))
+        self._metadata = metadata_of(target.api_key)
+        self._channel = open_channel(target.address, server_check(target.tls))
         self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def __aenter__(self) -> "EpserveClient":
@@ -132,14 +135,20 @@ class EpserveClient:
         *,
         model: str = "",
         request_id: str = "",
+        resume_from: Sequence[int] = (),
         idle_timeout_s: float = 120.0,
     ) -> AsyncIterator[Output]:
         """The outputs of all choices as they come. Closing the iterator cancels the request.
 
-        Raises PeerTimeoutError when nothing arrives for `idle_timeout_s` seconds.
+        `resume_from`, with the request_id of a request whose gateway was lost: how many tokens of
+        each choice came before; the outputs go on after them (see epserve.resuming). Raises
+        PeerTimeoutError when nothing arrives for `idle_timeout_s` seconds.
         """
         request = gateway_pb2.GenerateRequest(
-            request_id=request_id, model=model, sampling=_sampling_message(sampling or Sampling())
+            request_id=request_id,
+            model=model,
+            sampling=_sampling_message(sampling or Sampling()),
+            resume_from=resume_from,
         )
         if isinstance(prompt, str):
             request.text = _utf8(prompt)
@@ -186,8 +195,19 @@ class EpserveClient:
             raise error_from_rpc(error, f"get cluster at {self.target}") from error
         return cluster_from_pb(answer)
 
+    async def watch_cluster(self) -> AsyncGenerator[ClusterState, None]:
+        """The state now and whenever it has changed, until the gateway ends this in order."""
+        call = self._stub.WatchCluster(gateway_pb2.WatchClusterRequest(), metadata=self._metadata)
+        try:
+            async for answer in call:
+                yield cluster_from_pb(answer)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"watch cluster at {self.target}") from error
+        finally:
+            call.cancel()
 
-def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+
+def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
     if not api_key:
         return ()
     if not api_key.isascii() or not api_key.isprintable():
@@ -195,7 +215,7 @@ def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return ((AUTHORIZATION, f"Bearer {api_key}"),)
 
 
-def _server_check(tls: TlsFiles | None) -> ServerCheck | None:
+def server_check(tls: TlsFiles | None) -> ServerCheck | None:
     return None if tls is None else ServerCheck(Certificates(tls), PeerRole.GATEWAY)
 
 
@@ -254,6 +274,7 @@ def _output(response: gateway_pb2.GenerateResponse) -> Output:
         response.finish_reason,
         usage,
         tuple(map(_logprobs, response.logprobs)),
+        tuple(map(_logprobs, response.prompt_logprobs)),
     )
 
 

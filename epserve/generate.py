@@ -24,6 +24,7 @@ class Choice:
     finish_reason: str = ""
     usage: Usage | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, output: Output) -> None:
         self.token_ids += output.token_ids
@@ -31,8 +32,9 @@ class Choice:
         self.finish_reason = output.finish_reason
         self.usage = output.usage
         self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs
 
-    def as_json(self, *, with_logprobs: bool) -> str:
+    def as_json(self, sampling: Sampling) -> str:
         fields: dict[str, object] = {
             "request_id": self.request_id,
             "index": self.index,
@@ -41,8 +43,10 @@ class Choice:
             "finish_reason": self.finish_reason,
             "usage": asdict(self.usage or Usage(0, 0)),
         }
-        if with_logprobs:
+        if sampling.logprobs is not None:
             fields["logprobs"] = [_as_fields(token) for token in self.logprobs]
+        if sampling.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = [_as_fields(token) for token in self.prompt_logprobs]
         return json.dumps(fields)
 
 
@@ -88,7 +92,7 @@ async def _print_json(
     client: EpserveClient, prompt: str | Sequence[int], sampling: Sampling
 ) -> None:
     async for choice in _choices(client, prompt, sampling):
-        print(choice.as_json(with_logprobs=sampling.logprobs is not None), flush=True)
+        print(choice.as_json(sampling), flush=True)
 
 
 async def _print_choices(

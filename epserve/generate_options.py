@@ -71,6 +71,13 @@ LogprobsOption = Annotated[
         help="With --json: logprobs, and of so many likeliest tokens.", rich_help_panel=OUTPUT
     ),
 ]
+PromptLogprobsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="As --logprobs, of the prompt's tokens; --max-tokens 0 leaves it at that.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 LogitBiasOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from epserve.client import Target
-from epserve.layout import Place, derive_layout, spread_devices
+from epserve.layout import Place, derive_layout, device_of, spread_devices
 from epserve.options import LAUNCHER_KEY_HASH
 from epserve.supervisor import ChildSpec
 from gateway.api_keys import hash_of, new_key, read_keys
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import Role
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S, check_expert_wait
 from moe_core.config.kv_cache_size import check_kv_cache_size
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
@@ -27,6 +28,7 @@ from moe_core.errors import ConfigError
 from moe_core.service.addresses import bound_socket, join_address
 from moe_core.service.binding import require_safe_bind
 from moe_core.service.certificates import Certificates
+from moe_core.service.lifecycle import DRAIN_TIMEOUT_S
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
 from moe_core.service.trace_option import check_traces_endpoint
@@ -58,7 +60,13 @@ class ClusterSettings:
     block_size: int | None = None
     max_num_seqs: int | None = None
     microbatches: str | None = None
+    expert_wait_s: float = DEFAULT_EXPERT_WAIT_S
+    hedge_after_s: float | None = None
     max_queued_requests: int | None = None
+    rebalance_interval: float | None = None  # seconds
+    attn_wait: float | None = None  # seconds
+    orphan_grace: float | None = None  # seconds
+    drain_timeout_s: float = DRAIN_TIMEOUT_S
     otlp_traces_endpoint: str | None = None
     log_json: bool = False
     debug: bool = False
@@ -66,6 +74,7 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         check_traces_endpoint(self.otlp_traces_endpoint)
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
+        check_expert_wait(self.expert_wait_s, self.hedge_after_s)
         require_safe_bind("host", self.host, self.tls, self.insecure)
 
 
@@ -77,6 +86,7 @@ class LaunchPlan:
     model: ModelConfig
     parallel: ParallelConfig
     places: tuple[Place, ...]
+    num_cuda_devices: int = 0
     # With it serve watches a gateway that has API keys.
     launcher_key: str | None = field(default=None, repr=False)
 
@@ -103,14 +113,22 @@ class LaunchPlan:
         return join_address(host, port)
 
     def children(self) -> tuple[ChildSpec, ...]:
-        return tuple(
-            ChildSpec(
-                place.name,
-                (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
-                {**_environment(place, self.parallel), **self._secrets(place)},
-                _STOP_STAGES[place.role],
-            )
-            for place in self.places
+        return tuple(map(self._child, self.places))
+
+    def child(self, role: Role, rank: int) -> ChildSpec:
+        """One process, as it was planned, or of a rank that a tier has grown to since."""
+        for place in self.places:
+            if (place.role, place.rank) == (role, rank):
+                return self._child(place)
+        device = device_of(self.parallel, self.num_cuda_devices, role, rank)
+        return self._child(Place(role, rank, device, port=0))
+
+    def _child(self, place: Place) -> ChildSpec:
+        return ChildSpec(
+            place.name,
+            (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
+            {**_environment(place, self.parallel), **self._secrets(place)},
+            _STOP_STAGES[place.role],
         )
 
     def _arguments(self, place: Place) -> list[str]:
@@ -123,6 +141,7 @@ class LaunchPlan:
         if settings.log_json:
             arguments.append("--log-json")
         arguments += _given("--otlp-traces-endpoint", settings.otlp_traces_endpoint)
+        arguments += ["--drain-timeout", str(settings.drain_timeout_s)]
         if place.role is Role.GATEWAY:
             return arguments + self._gateway_arguments()
         gateway = self.target if settings.tls is None else self._local(settings.cluster_port)
@@ -136,6 +155,9 @@ class LaunchPlan:
             arguments += _given("--block-size", settings.block_size)
             arguments += _given("--max-num-seqs", settings.max_num_seqs)
             arguments += _given("--microbatches", settings.microbatches)
+            arguments += ["--expert-wait", str(settings.expert_wait_s)]
+            arguments += _given("--hedge-after", settings.hedge_after_s)
+            arguments += _given("--orphan-grace", settings.orphan_grace)
         return arguments
 
     def _gateway_arguments(self) -> list[str]:
@@ -148,6 +170,8 @@ class LaunchPlan:
             arguments.append("--insecure")
         arguments += _given("--api-keys", settings.api_keys)
         arguments += _given("--max-queued-requests", settings.max_queued_requests)
+        arguments += _given("--rebalance-interval", settings.rebalance_interval)
+        arguments += _given("--attn-wait", settings.attn_wait)
         return arguments + parallel_arguments(self.parallel)
 
     def _secrets(self, place: Place) -> Mapping[str, str]:
@@ -171,11 +195,12 @@ def make_plan(settings: ClusterSettings) -> LaunchPlan:
         read_keys(settings.api_keys)
         launcher_key = new_key()
     settings = _with_ports(settings)
-    devices = spread_devices(parallel, num_cuda_devices(settings.device))
+    num_devices = num_cuda_devices(settings.device)
+    devices = spread_devices(parallel, num_devices)
     places = derive_layout(
         parallel, model, *devices, gateway_ports=(settings.grpc_port, settings.http_port)
     )
-    return LaunchPlan(settings, model, parallel, places, launcher_key)
+    return LaunchPlan(settings, model, parallel, places, num_devices, launcher_key)
 
 
 def num_cuda_devices(device: str) -> int:
@@ -251,7 +276,9 @@ def _environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
         wanted["OMP_NUM_THREADS"] = str(num_threads)
         wanted["GOMP_SPINCOUNT"] = "5000"
         if num_threads > 1 and place.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            own = cores[place.rank * num_threads : (place.rank + 1) * num_threads]
+            # A rank that the tier has grown to shares the cores of one that was there before.
+            slot = place.rank % (len(cores) // num_threads)
+            own = cores[slot * num_threads : (slot + 1) * num_threads]
             # One thread a core: the kernel wakes a tier's threads on one core beside an idle one.
             wanted["OMP_PROC_BIND"] = "true"
             wanted["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in own)

@@ -47,27 +47,36 @@ class Place:
 
     @property
     def name(self) -> str:
-        """As errors and log lines call the process."""
-        return "gateway" if self.role is Role.GATEWAY else f"{self.role} {self.rank}"
+        return name_of(self.role, self.rank)
+
+
+def name_of(role: Role, rank: int) -> str:
+    """As errors and log lines call a process."""
+    return "gateway" if role is Role.GATEWAY else f"{role} {rank}"
+
+
+def device_of(parallel: ParallelConfig, num_cuda_devices: int, role: Role, rank: int) -> str:
+    """The device of an attention or expert rank, also of one beyond the tier's size.
+
+    Colocated, rank i of both tiers is on device i; otherwise the tiers follow one another. With
+    fewer devices than that takes, it starts again at the first. "cpu" with no CUDA device.
+    """
+    if num_cuda_devices == 0:
+        return "cpu"
+    first = 0 if role is Role.ATTN or parallel.colocated else parallel.attn_devices
+    return f"cuda:{(first + rank) % num_cuda_devices}"
 
 
 def spread_devices(
     parallel: ParallelConfig, num_cuda_devices: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The devices of the attention and of the expert ranks; "cpu" with no CUDA device.
-
-    Colocated, rank i of both tiers is on device i; otherwise the tiers follow one another. With
-    fewer devices than that takes, it starts again at the first.
-    """
-    if num_cuda_devices == 0:
-        return ("cpu",) * parallel.attn_devices, ("cpu",) * parallel.expert_devices
-    first_expert = 0 if parallel.colocated else parallel.attn_devices
-    names = [f"cuda:{index}" for index in range(num_cuda_devices)]
-    attn = (names[rank % num_cuda_devices] for rank in range(parallel.attn_devices))
-    expert = (
-        names[(first_expert + rank) % num_cuda_devices] for rank in range(parallel.expert_devices)
+    """The devices of the attention and of the expert ranks."""
+    sizes = ((Role.ATTN, parallel.attn_devices), (Role.EXPERT, parallel.expert_devices))
+    attn, expert = (
+        tuple(device_of(parallel, num_cuda_devices, role, rank) for rank in range(size))
+        for role, size in sizes
     )
-    return tuple(attn), tuple(expert)
+    return attn, expert
 
 
 def derive_layout(

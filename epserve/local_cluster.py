@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from epserve.client import EpserveClient
 from epserve.launch_plan import LaunchPlan
 from epserve.supervisor import LineSink, Supervisor
-from moe_core.cluster import ClusterState, Member, MemberState, Role
+from epserve.upkeep import Note, Upkeep
+from moe_core.cluster import ClusterState, Member, MemberState, Role, TierSizes
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
 
@@ -35,6 +36,13 @@ class LocalCluster:
     async def guard(self, work: Coroutine[None, None, _Result]) -> _Result:
         """The result of `work`; ProcessEndedError when a process ends before it is done."""
         return await self.supervisor.guard(work)
+
+    async def keep_up(self, note: Note) -> NoReturn:
+        """Start again what dies, and what the tiers grow by, until cancelled; `note` is told.
+        Raises ProcessEndedError for a process that cannot be kept up."""
+        parallel = self.plan.parallel
+        sizes = TierSizes(parallel.attn_devices, parallel.expert_devices)
+        await Upkeep(self.supervisor, self.plan.child, sizes, note).run(self.client)
 
 
 @asynccontextmanager

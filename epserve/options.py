@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -28,6 +28,10 @@ DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
+DEFAULT_ATTN_WAIT_S = 30.0
+DEFAULT_ORPHAN_GRACE_S = 5.0
+DEFAULT_DRAIN_TIMEOUT = 30.0
+MAX_DRAIN_TIMEOUT = 86_400
 MAX_PORT = 65_535
 # Set by serve for the gateway that it starts, so that it can watch it: a digest, not a key.
 LAUNCHER_KEY_HASH = "EPSERVE_LAUNCHER_KEY_HASH"
@@ -40,6 +44,7 @@ Dtype = Literal["auto", "float64", "float32", "bfloat16"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 SharedExpertsOn = Literal["attention", "expert"]
 Microbatches = Literal["auto", "1", "2", "3"]
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(slots=True)
@@ -63,16 +68,23 @@ def _read_config(context: typer.Context, config: Path | None) -> Path | None:
 
 def _at_least(
     least: int, most: float = math.inf
-) -> Callable[[typer.CallbackParam, int | None], int | None]:
+) -> Callable[[typer.CallbackParam, _Number | None], _Number | None]:
     """A check of an option's value, which is None where the option was not given."""
 
-    def check(parameter: typer.CallbackParam, value: int | None) -> int | None:
+    def check(parameter: typer.CallbackParam, value: _Number | None) -> _Number | None:
         if value is not None and not least <= value <= most:
             rule = f"must be at least {least}" + (f" and at most {most}" if most < math.inf else "")
             raise ConfigError(str(parameter.name), value, rule, (least if value < least else most,))
         return value
 
     return check
+
+
+def _seconds(parameter: typer.CallbackParam, value: float) -> float:
+    if not 0 <= value < math.inf:
+        rule = "must be a number of seconds of at least 0"
+        raise ConfigError(str(parameter.name), value, rule, (parameter.default,))
+    return value
 
 
 def _address(parameter: typer.CallbackParam, value: str) -> str:
@@ -325,6 +337,23 @@ MicrobatchesOption = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
+ExpertWaitOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long a step, and a request, wait for an expert process before they give up.",
+        rich_help_panel=CACHE,
+    ),
+]
+HedgeAfterOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="When an expert process has not answered for so long, ask those that hold the same "
+        "experts as well. Default: half of --expert-wait.",
+        rich_help_panel=CACHE,
+    ),
+]
 TargetOption = Annotated[
     str, typer.Option(callback=_address, help="HOST:PORT of a gateway.", rich_help_panel=NETWORK)
 ]
@@ -351,6 +380,42 @@ MaxQueuedRequestsOption = Annotated[
     typer.Option(
         callback=_at_least(0),
         help="Requests that may wait in the gateway for a place; what comes beyond is refused.",
+        rich_help_panel=CACHE,
+    ),
+]
+RebalanceIntervalOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="Place experts anew every so many seconds where much is gained; 0: only when asked "
+        "(epserve rebalance).",
+        rich_help_panel=PARALLEL,
+    ),
+]
+AttnWaitOption = Annotated[
+    float,
+    typer.Option(
+        callback=_seconds,
+        metavar="SECONDS",
+        help="How long requests wait for an attention group where none is left to go on with them.",
+        rich_help_panel=CACHE,
+    ),
+]
+OrphanGraceOption = Annotated[
+    float,
+    typer.Option(
+        callback=_seconds,
+        metavar="SECONDS",
+        help="How long the requests of a lost gateway run on, for their clients to resume them.",
+        rich_help_panel=CACHE,
+    ),
+]
+DrainTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        callback=_at_least(0, MAX_DRAIN_TIMEOUT),
+        metavar="SECONDS",
+        help="How long running requests get to end after a stop signal.",
         rich_help_panel=CACHE,
     ),
 ]

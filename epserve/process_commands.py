@@ -8,6 +8,7 @@ import typer
 
 from epserve import options as o
 from epserve.from_options import parallel_from, settings_from
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.service.tls_files import TlsFiles
 
 
@@ -25,6 +26,8 @@ def gateway(
     colocated: o.ColocatedOption = False,
     model_name: o.ModelNameOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
+    rebalance_interval: o.RebalanceIntervalOption = 0.0,
+    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
     host: o.HostOption = "127.0.0.1",
     port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
@@ -35,6 +38,7 @@ def gateway(
     insecure: o.InsecureOption = False,
     api_keys: o.ApiKeysOption = None,
     launcher_key_hash: o.LauncherKeyHashOption = None,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -53,7 +57,9 @@ def gateway(
         http_port=port,
         parallel=parallel_from(context),
         limits=QueueLimits(max_requests=max_queued_requests),
+        attn_wait_s=attn_wait,
         tls=TlsFiles.of_process(tls_cert, tls_key, tls_ca),
+        drain_timeout_s=drain_timeout,
     )
     raise typer.Exit(main(settings))
 
@@ -75,11 +81,15 @@ def attn(
     max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
     block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
     microbatches: o.MicrobatchesOption = "auto",
+    expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
+    hedge_after: o.HedgeAfterOption = None,
+    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
     threads: o.ThreadsOption = None,
     tls_cert: o.TlsCertOption = None,
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -91,7 +101,16 @@ def attn(
 
     _configure_logging("attn", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, AttnSettings, tls=tls)))
+    settings = settings_from(
+        context,
+        AttnSettings,
+        expert_wait_s=expert_wait,
+        hedge_after_s=hedge_after,
+        orphan_grace_s=orphan_grace,
+        tls=tls,
+        drain_timeout_s=drain_timeout,
+    )
+    raise typer.Exit(main(settings))
 
 
 def expert(
@@ -110,6 +129,7 @@ def expert(
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
     insecure: o.InsecureOption = False,
+    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
     otlp_traces_endpoint: o.TracesOption = None,
     log_json: o.LogJsonOption = False,
     config: o.ConfigOption = None,
@@ -121,7 +141,8 @@ def expert(
 
     _configure_logging("expert", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
-    raise typer.Exit(main(settings_from(context, ExpertSettings, tls=tls)))
+    settings = settings_from(context, ExpertSettings, tls=tls, drain_timeout_s=drain_timeout)
+    raise typer.Exit(main(settings))
 
 
 def _configure_logging(service: str, debug: bool, log_json: bool) -> None:

@@ -1,6 +1,7 @@
 """`epserve serve`: a whole cluster on this machine until it is told to stop.
 
-Knows what to print and when; how processes live and die is the supervisor's business.
+Knows what to print and when; how processes live, die and are started again is the business of
+supervisor.py and upkeep.py.
 """
 
 import asyncio
@@ -14,10 +15,9 @@ from epserve.layout import describe, layout_table
 from epserve.local_cluster import running_cluster
 from epserve.stop_signals import run_until_signalled
 from epserve.supervisor import LineSink
-from moe_core.service.lifecycle import DRAIN_TIMEOUT_S
 
-# Longer than a service's own drain, which ends by itself: killing is for those that hang.
-STOP_GRACE_S = 35.0
+# Beyond a service's own drain, which ends by itself: killing is for those that hang.
+STOP_MARGIN_S = 5.0
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 
 
@@ -33,7 +33,7 @@ def serve(settings: ClusterSettings) -> None:
 async def _serve(plan: LaunchPlan, out: Console, err: Console) -> None:
     def stopping() -> None:
         out.print(
-            f"stopping: running requests get {DRAIN_TIMEOUT_S:g} s to end; "
+            f"stopping: running requests get {plan.settings.drain_timeout_s:g} s to end; "
             "Ctrl-C again stops at once",
             soft_wrap=True,
         )
@@ -47,7 +47,12 @@ async def _stay_up(plan: LaunchPlan, out: Console, err: Console) -> None:
         out.print(f"waiting for: {escape(waiting_for)}", soft_wrap=True)
 
     sink = plain_lines(err) if plan.settings.log_json else prefixed_lines(err)
-    async with running_cluster(plan, sink, progress, grace_s=STOP_GRACE_S) as cluster:
+
+    def note(words: str) -> None:
+        out.print(escape(words), soft_wrap=True)
+
+    grace_s = plan.settings.drain_timeout_s + STOP_MARGIN_S
+    async with running_cluster(plan, sink, progress, grace_s=grace_s) as cluster:
         models = await cluster.client.list_models()
         prompt = "--prompt 'Once'" if models[0].has_tokenizer else "--prompt-ids 1,2,3"
         out.print(
@@ -58,7 +63,7 @@ async def _stay_up(plan: LaunchPlan, out: Console, err: Console) -> None:
         options = _client_options(plan.settings)
         command = f"epserve generate --target {plan.target}{options} {prompt}"
         out.print(f"try: {escape(command)}", soft_wrap=True)
-        await cluster.guard(asyncio.Event().wait())
+        await cluster.keep_up(note)
 
 
 def _client_options(settings: ClusterSettings) -> str:

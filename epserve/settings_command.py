@@ -15,7 +15,8 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from epserve.config_file import ConfigFile, Takes, key_of, read_config_file, shortened
-from epserve.environment import variable_of
+from epserve.environment import check_variables, misread_links, variable_of
+from epserve.parent_death import PARENT_PID_VARIABLE
 from moe_core.errors import ConfigError
 
 if TYPE_CHECKING:  # typer names these in the signatures that are overridden here
@@ -36,6 +37,8 @@ class SettingsCommand(TyperCommand):
                 option.secondary_opts = [f"--no-{key_of(option.name)}"]
 
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        if not (ctx.resilient_parsing or {*ctx.help_option_names} & {*args}):
+            _check_environment(ctx)
         with _origins_in_errors(ctx):
             return super().parse_args(ctx, args)
 
@@ -106,6 +109,28 @@ def _heading(parameter: "Parameter") -> str:
     return getattr(parameter, "rich_help_panel", None) or OTHER_OPTIONS
 
 
+def _check_environment(ctx: "Context") -> None:
+    """Raises ConfigError for an EPSERVE_ variable that no command reads, and drops those that only
+    have the name of one that is read."""
+    known = {PARENT_PID_VARIABLE, *_variables(ctx.find_root().command)}
+    check_variables(os.environ, known)
+    for name in misread_links(os.environ, known):
+        value = shortened(os.environ.pop(name))
+        typer.echo(
+            f"epserve: {name}={value} is left alone: Kubernetes sets it for a Service of that "
+            "name (enableServiceLinks: false ends that)",
+            err=True,
+        )
+
+
+def _variables(command: "Command") -> Iterator[str]:
+    """All that a command, or those below it, read."""
+    for option in command.params:
+        yield from _envvars(option)
+    for child in getattr(command, "commands", {}).values():
+        yield from _variables(child)
+
+
 @contextmanager
 def _origins_in_errors(ctx: "Context") -> Iterator[None]:
     """Adds notes to a refusal: who said so, for every setting in it that no argument set."""
@@ -133,10 +158,7 @@ def _note_origin(error: Exception, ctx: "Context", option: TyperOption) -> None:
         error.add_note(f"{ctx.default_map.place(option.name)}: {key_of(option.name)}={value}")
         return
     variable = _variable(option)
-    value = _quoted(option, os.environ[variable])
-    if "://" in value:
-        value += ", as Kubernetes sets for a Service of that name: see enableServiceLinks"
-    error.add_note(f"{variable}={value}")
+    error.add_note(f"{variable}={_quoted(option, os.environ[variable])}")
 
 
 def _quoted(option: TyperOption, value: str) -> str:
@@ -145,5 +167,9 @@ def _quoted(option: TyperOption, value: str) -> str:
 
 def _variable(option: TyperOption) -> str:
     """The variable that is set, of those that the option reads."""
-    names = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
+    names = _envvars(option)
     return next((name for name in names if os.environ.get(name)), names[0])
+
+
+def _envvars(option: "Parameter") -> list[str]:
+    return [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())

@@ -1,8 +1,9 @@
-"""Starts a set of processes, relays what they print, and stops them all together.
+"""Starts processes, relays what they print, and stops them all together.
 
 Knows commands, environments, exit statuses and output lines; knows nothing of tiers, ports or
-models. Two invariants: when the context is left no child is alive, and a child's end before
-that is an error that names the child, its exit status and its last lines.
+models, nor whether a child that has ended is to be started again. Two invariants: when the context
+is left no child is alive, and a child's end before that is told: its name, exit status and last
+lines.
 """
 
 import asyncio
@@ -37,6 +38,7 @@ class ProcessEndedError(EpserveError):
 
     def __init__(self, name: str, pid: int, status: int, tail: Sequence[str]) -> None:
         self.name = name
+        self.pid = pid
         self.status = status
         if status == 2:  # the child refused an argument that it was given through us
             self.code = "INVALID_ARGUMENT"
@@ -95,15 +97,17 @@ class Supervisor:
         self._sink = sink
         self._grace_s = grace_s
         self._children: list[_Child] = []
+        self._ends: asyncio.Queue[_Child] = asyncio.Queue()
 
     @property
     def pids(self) -> dict[str, int]:
+        """Of those that run, or have ended and are not forgotten, by name."""
         return {child.spec.name: child.process.pid for child in self._children}
 
     async def __aenter__(self) -> "Supervisor":
         try:
             for spec in self._specs:
-                self._children.append(await self._start(spec))
+                await self.start(spec)
         except BaseException:
             await self.stop()
             raise
@@ -136,6 +140,20 @@ class Supervisor:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    async def start(self, spec: ChildSpec) -> None:
+        """Start one more child, of a name that no child has now. Raises OSError."""
+        child = await self._start(spec)
+        self._children.append(child)
+        child.watcher.add_done_callback(lambda _: self._ends.put_nowait(child))
+
+    async def next_end(self) -> ProcessEndedError:
+        """Waits until a child has ended. It stays one of the children until `forget`."""
+        return self._ended(await self._ends.get())
+
+    def forget(self, end: ProcessEndedError) -> None:
+        """A child that has ended is no longer one: its name is free."""
+        self._children = [child for child in self._children if child.process.pid != end.pid]
 
     def kill(self) -> None:
         """End every child now."""

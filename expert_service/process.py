@@ -261,4 +261,4 @@ class ExpertProcess:
 
 def main(settings: ExpertSettings) -> int:
     """Runs one expert process to its end and returns its exit status."""
-    return run(ExpertProcess(settings))
+    return run(ExpertProcess(settings), drain_timeout_s=settings.drain_timeout_s)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_core.errors import ConfigError
 from moe_core.service.binding import require_safe_bind
+from moe_core.service.lifecycle import DRAIN_TIMEOUT_S
 from moe_core.service.tls_files import TlsFiles
 from moe_core.service.trace_option import check_traces_endpoint
 
@@ -31,6 +32,7 @@ class ExpertSettings:
     spare_expert_slots: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False
+    drain_timeout_s: float = DRAIN_TIMEOUT_S
     otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:

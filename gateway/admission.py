@@ -22,6 +22,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1_024
 MAX_CHOICES = 64
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 2**19  # numbers told of a prompt, of all choices together
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     _check_stop_strings(sampling.stop, model)
     prompt_ids = _prompt_ids(request.prompt, model)
     room = _room(len(prompt_ids), model, kv_tokens)
-    max_tokens = _max_tokens(sampling.max_tokens, len(prompt_ids), room)
+    max_tokens = _max_tokens(sampling, len(prompt_ids), room)
+    _check_prompt_logprobs(sampling, len(prompt_ids))
     for token_id in prompt_ids:
         _require_token("token_ids", token_id, model)
     return Sequence(
@@ -73,11 +75,18 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
         frequency_penalty=_or(sampling.frequency_penalty, 0.0),
         logit_bias=sampling.logit_bias,
         logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
 def check_sizes(
-    model: ServedModel, *, prompt_tokens: int, stop: int, stop_token_ids: int, logit_bias: int
+    model: ServedModel,
+    *,
+    prompt_tokens: int,
+    stop: int,
+    stop_token_ids: int,
+    logit_bias: int,
+    resume_from: int = 0,
 ) -> None:
     """The counts in a client's message, before any of it is copied: a message of 64 MiB may hold
     tens of millions. `admit` has the same limits. Raises RequestError."""
@@ -86,6 +95,7 @@ def check_sizes(
     _require_at_most("stop", stop, MAX_STOP_STRINGS, "strings")
     _require_at_most("stop_token_ids", stop_token_ids, MAX_STOP_TOKEN_IDS, "ids")
     _require_at_most("logit_bias", logit_bias, MAX_LOGIT_BIAS, "tokens")
+    _require_at_most("resume_from", resume_from, MAX_CHOICES, "counts")
 
 
 def _model_limit(model: ServedModel) -> str:
@@ -108,6 +118,7 @@ def _check_numbers(sampling: Sampling) -> None:
     _require_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
     _require_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
     _require_number("logprobs", sampling.logprobs, 0, MAX_TOP_LOGPROBS)
+    _require_number("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     _require_number("n", sampling.n, 1, MAX_CHOICES)
     if sampling.top_p == 0.0:
         raise RequestError("top_p=0: must be above 0 and at most 1; for greedy set temperature=0")
@@ -194,18 +205,30 @@ def _room(prompt_tokens: int, model: ServedModel, kv_tokens: int) -> tuple[int, 
     return min(limits)
 
 
-def _max_tokens(asked: int | None, prompt_tokens: int, room: tuple[int, str]) -> int:
-    left, limit = room
+def _max_tokens(sampling: Sampling, prompt_tokens: int, room: tuple[int, str]) -> int:
+    asked, (left, limit) = sampling.max_tokens, room
     if asked is None:
         return left
-    if asked == 0:
-        raise RequestError("max_tokens=0: must be at least 1")
+    if asked == 0 and sampling.prompt_logprobs is None:
+        raise RequestError("max_tokens=0: must be at least 1, unless prompt_logprobs are asked for")
     if asked > left:
         raise RequestError(
             f"max_tokens={asked}: with {prompt_tokens} prompt tokens it exceeds {limit}; "
             f"at most {left} fit"
         )
     return asked
+
+
+def _check_prompt_logprobs(sampling: Sampling, prompt_tokens: int) -> None:
+    """Before they are computed: they are held until the prompt is through."""
+    if sampling.prompt_logprobs is None:
+        return
+    numbers = (sampling.n or 1) * prompt_tokens * (1 + sampling.prompt_logprobs)
+    if numbers > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"prompt_logprobs={sampling.prompt_logprobs}: for {prompt_tokens} prompt tokens and "
+            f"n={sampling.n or 1} makes {numbers} numbers; at most {MAX_PROMPT_LOGPROBS} are told"
+        )
 
 
 def _min_tokens(asked: int | None, max_tokens: int) -> int:

@@ -1,12 +1,15 @@
 """The gateway's end of AttentionService.Serve: one stream per DP group, shared by its requests.
 
 Knows streams, and which answer belongs to which request. Knows no text, no client, and not why
-a group was chosen. When a stream ends, every request on it fails with UnavailableError naming
-the group and the cause; a request that its owner lets go of early is aborted on the engine.
+a group was chosen. When a stream ends, every request on it fails with GroupLostError naming the
+group and the cause; a request that its owner lets go of early is aborted on the engine.
+
+A gateway that ends says so for each sequence. One that is killed does not, and the engine keeps
+its sequences for a while: `find` asks for them, `submit` with `take_over` goes on with them.
 """
 
 import asyncio
-import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -17,48 +20,63 @@ import structlog
 
 from gateway.balancer import Group
 from gateway.requests import Sequence, TokenLogprobs
-from moe_core.cluster import ClusterState, Role
+from moe_core.cluster import ClusterState, MemberState, Role
 from moe_core.errors import EpserveError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
+from moe_core.pb.epserve.v1 import logprobs_pb2
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.service.certificates import Certificates, ServerCheck, expecting
-from moe_core.service.grpc_channel import error_from_status, open_channel
+from moe_core.service.grpc_channel import error_from_rpc, error_from_status, open_channel
 from moe_core.service.peer_roles import PeerRole
 
 log = structlog.get_logger(__name__)
 
 ABORTED = "abort"
+CLOSE_S = 1.0  # for a group to take the last aborts
+FIND_TIMEOUT_S = 3.0
+
+
+class GroupLostError(UnavailableError):
+    """This group cannot go on with a request, through no fault of the request: another group can.
+
+    So it is when the group's stream ends, with whatever status; when the group leaves; and with
+    what its engine marks go_elsewhere (attention.proto says which that is). Whatever else an engine
+    answers is the request's own end.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New tokens of one choice; finish_reason is empty while it runs. logprobs has one entry per
     token, or none. With the first token come cached_tokens, those of the prompt that were found in
-    the KV cache, and queued_s, the seconds until its first step."""
+    the KV cache, queued_s, the seconds until its first step, and prompt_logprobs, where asked for
+    one for each token of the prompt but the first."""
 
     token_ids: tuple[int, ...]
     finish_reason: str = ""
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0
     queued_s: float | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestStream:
     """The choices of one request on an engine, from their submission until each has finished or
     is let go of."""
 
-    def __init__(self, link: "_GroupLink", sequence_ids: Iterable[str]) -> None:
+    def __init__(self, link: "_GroupLink", sequence_ids: Mapping[int, str]) -> None:
+        """`sequence_ids`: by the choice's index."""
         self._link = link
-        self._sequence_ids = tuple(sequence_ids)
+        self._sequence_ids = dict(sequence_ids)
         self._dropped: set[int] = set()
         self._items: asyncio.Queue[tuple[int, Delta | EpserveError]] = asyncio.Queue()
         self._held: tuple[int, EpserveError] | None = None  # what follows a batch
 
     async def next(self) -> list[tuple[int, Delta]]:
         """All that has come of choices that were not dropped, in order, with their indices; waits
-        until there is something. Raises UnavailableError when the group is lost, or the error
-        with which the engine ended such a choice, once what came before it was given out. How
-        long to wait is the client's deadline: a lost group always ends the wait."""
+        until there is something. Raises GroupLostError when the group is lost, or the error with
+        which the engine ended such a choice, once what came before it was given out. How long to
+        wait is the client's deadline: a lost group always ends the wait."""
         found = [await self._next_one()]
         while self._held is None and not self._items.empty():
             index, item = self._items.get_nowait()
@@ -85,9 +103,15 @@ class RequestStream:
     def abort(self) -> None:
         """End the request now: the engine drops the choices that are still running, and `next`
         gives each of them a last, aborted delta."""
-        for index, sequence_id in enumerate(self._sequence_ids):
+        for index, sequence_id in self._sequence_ids.items():
             if self._link.forget(sequence_id):
                 self.put(index, Delta((), ABORTED))
+
+    def leave(self, reason: GroupLostError) -> None:
+        """Let go of all choices now; `next` raises `reason` where one was still running."""
+        for index, sequence_id in self._sequence_ids.items():
+            if self._link.forget(sequence_id):
+                self.put(index, reason)
 
     def drop(self, index: int) -> None:
         """Let go of one choice; the engine is told unless it has finished it itself."""
@@ -96,7 +120,7 @@ class RequestStream:
 
     def close(self) -> None:
         """Let go of all choices."""
-        for sequence_id in self._sequence_ids:
+        for sequence_id in self._sequence_ids.values():
             self._link.forget(sequence_id)
 
 
@@ -106,120 +130,170 @@ class AttentionPool:
     def __init__(self, tls: Certificates | None = None) -> None:
         self._security = expecting(tls, PeerRole.ATTN)
         self._links: dict[int, _GroupLink] = {}
-        self._serial = itertools.count()
         self._closing: set[asyncio.Task[None]] = set()
 
-    def submit(self, group: Group, choices: Many[Sequence]) -> RequestStream:
-        """Start a request's choices, in the order of their indices, on `group`; a failure
-        surfaces in the stream's `next`."""
-        link = self._links.get(group.dp_rank)
-        if link is None or not link.serves(group):
-            self._drop(group.dp_rank, "another process has taken its place")
-            link = self._links[group.dp_rank] = _GroupLink(group, self._security)
-        serial = next(self._serial)
-        ids = [f"{each.request_id}/{serial}/{each.index}" for each in choices]
-        return link.submit(dict(zip(ids, choices, strict=True)))
+    def submit(
+        self, group: Group, choices: Many[Sequence], *, take_over: bool = False
+    ) -> RequestStream:
+        """Start a request's choices, in the order of their indices, on `group`, each after its
+        output_ids; with `take_over` the group may have them already. A failure surfaces in the
+        stream's `next`."""
+        return self._link_to(group).submit(choices, take_over)
+
+    async def find(self, group: Group, sequence_ids: Many[str]) -> dict[str, int]:
+        """Which of these `group` has, and the seed of each. Raises EpserveError where it does not
+        say within FIND_TIMEOUT_S."""
+        return await self._link_to(group).find(sequence_ids)
 
     def reconcile(self, state: ClusterState) -> None:
-        """Close the streams to processes that are no longer members."""
-        epochs = {member.instance_epoch for member in state.tier(Role.ATTN)}
+        """Close the streams to processes that are no longer members, or have failed."""
+        members = state.tier(Role.ATTN)
+        epochs = {m.instance_epoch for m in members if m.state is not MemberState.FAILED}
         gone = [rank for rank, link in self._links.items() if link.instance_epoch not in epochs]
         for dp_rank in gone:
             self._drop(dp_rank, "the process has left the cluster")
 
     async def close(self) -> None:
+        """What still runs ends with UnavailableError, and no other group is asked."""
         for dp_rank in list(self._links):
-            self._drop(dp_rank, "this gateway is shutting down")
+            self._drop(dp_rank, "this gateway is shutting down", UnavailableError)
         await asyncio.gather(*self._closing)
 
-    def _drop(self, dp_rank: int, reason: str) -> None:
+    def _link_to(self, group: Group) -> "_GroupLink":
+        link = self._links.get(group.dp_rank)
+        if link is None or not link.serves(group):
+            self._drop(group.dp_rank, "another process has taken its place")
+            link = self._links[group.dp_rank] = _GroupLink(group, self._security)
+        return link
+
+    def _drop(
+        self, dp_rank: int, reason: str, kind: type[UnavailableError] = GroupLostError
+    ) -> None:
         link = self._links.pop(dp_rank, None)
         if link is not None:
-            closing = asyncio.create_task(link.close(reason), name="close group link")
+            link.fail_all(reason, kind)
+            closing = asyncio.create_task(link.close(), name="close group link")
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
 
 class _GroupLink:
+    """Invariant: each sequence that was added has one last output still to come for as long as it
+    is in `_streams` or counts in `_leaving`. An id may be used again at once, and what comes of it
+    until that last output is its predecessor's.
+    """
+
     def __init__(self, group: Group, security: ServerCheck | None) -> None:
         self.instance_epoch = group.leader.instance_epoch
-        self._name = f"attention group dp_rank={group.dp_rank} at {group.leader.address}"
+        self._name = group.name
         self._streams: dict[str, tuple[RequestStream, int]] = {}
-        self._outgoing: asyncio.Queue[pb.EngineRequest] = asyncio.Queue()
+        self._leaving: Counter[str] = Counter()
+        self._outgoing: asyncio.Queue[pb.EngineRequest | None] = asyncio.Queue()
         self._lost: UnavailableError | None = None
         self._channel = open_channel(group.leader.address, security)
-        stub: Any = AttentionServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
-        self._call = stub.Serve(self._requests())
+        self._stub: Any = AttentionServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._call = self._stub.Serve(self._requests())
         self._reading = asyncio.create_task(self._read(), name=self._name)
 
     def serves(self, group: Group) -> bool:
         return self._lost is None and self.instance_epoch == group.leader.instance_epoch
 
-    def submit(self, choices: Mapping[str, Sequence]) -> RequestStream:
-        stream = RequestStream(self, choices)
-        for sequence_id, sequence in choices.items():
-            self._streams[sequence_id] = stream, sequence.index
-            self._outgoing.put_nowait(pb.EngineRequest(add=_add(sequence_id, sequence)))
+    def submit(self, choices: Many[Sequence], take_over: bool) -> RequestStream:
+        stream = RequestStream(self, {each.index: each.sequence_id for each in choices})
+        for each in choices:
+            self._streams[each.sequence_id] = stream, each.index
+            self._outgoing.put_nowait(pb.EngineRequest(add=_add(each, take_over)))
         return stream
+
+    async def find(self, sequence_ids: Many[str]) -> dict[str, int]:
+        request = pb.FindRequest(sequence_ids=sequence_ids)
+        try:
+            answer = await self._stub.Find(request, timeout=FIND_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"find sequences at {self._name}") from error
+        except asyncio.CancelledError:
+            if self._lost is None:
+                raise
+            raise self._lost from None  # a channel that is closed cancels its calls
+        return {each.sequence_id: each.seed for each in answer.sequences}
 
     def forget(self, sequence_id: str) -> bool:
         """Whether the sequence was still running."""
         if self._streams.pop(sequence_id, None) is None:
             return False
+        self._leaving[sequence_id] += 1
         abort = pb.AbortSequence(sequence_id=sequence_id)
         self._outgoing.put_nowait(pb.EngineRequest(abort=abort))
         return True
 
-    async def close(self, reason: str) -> None:
-        self._fail_all(reason)
+    def fail_all(self, reason: str, kind: type[UnavailableError] = GroupLostError) -> None:
+        """The first reason counts: what follows a loss only says that it was lost."""
+        if self._lost is not None:
+            return
+        self._lost = kind(f"{self._name} was lost: {reason}")
+        log.info("a group's stream ended", group=self._name, reason=reason)
+        for sequence_id, (stream, index) in tuple(self._streams.items()):
+            self.forget(sequence_id)
+            stream.put(index, self._lost)
+
+    def _one_less(self, sequence_id: str) -> None:
+        self._leaving[sequence_id] -= 1
+        if not self._leaving[sequence_id]:
+            del self._leaving[sequence_id]
+
+    async def close(self) -> None:
+        """In order: the engine is told of each sequence that nobody wants any more, and then that
+        no request will come. What it does not take within CLOSE_S, it learns from the end of the
+        stream."""
+        self._outgoing.put_nowait(None)
+        await asyncio.wait({self._reading}, timeout=CLOSE_S)
         self._reading.cancel()
         await asyncio.wait({self._reading})
         await self._channel.close(None)
 
     async def _requests(self) -> AsyncIterator[pb.EngineRequest]:
-        while True:
-            yield await self._outgoing.get()
+        """Until `close`: gRPC waits for the next one for ever, also of a stream that is over."""
+        while (request := await self._outgoing.get()) is not None:
+            yield request
 
     async def _read(self) -> None:
         try:
             async for step in self._call:
                 for output in step.outputs:
                     self._deliver(output)
-            self._fail_all("the process ended the stream")
+            self.fail_all("the process ended the stream")
         except grpc.aio.AioRpcError as error:
-            self._fail_all(f"{error.code().name}: {error.details()}")
+            self.fail_all(f"{error.code().name}: {error.details()}")
         finally:
-            self._fail_all("this gateway stopped reading")
+            self.fail_all("this gateway stopped reading")
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""
         finished = bool(output.finish_reason)
+        if output.sequence_id in self._leaving:
+            if finished:
+                self._one_less(output.sequence_id)
+            return
         take = self._streams.pop if finished else self._streams.get
         stream, index = take(output.sequence_id, (None, 0))
         if stream is None:
             return
-        if output.finish_reason == "error":
+        if output.go_elsewhere:
+            stream.put(index, GroupLostError(f"{self._name} has ended it: {output.error}"))
+        elif output.finish_reason == "error":
             stream.put(index, error_from_status(output.error_code or "INTERNAL", output.error))
         else:
             stream.put(index, _delta(output))
 
-    def _fail_all(self, reason: str) -> None:
-        """The first reason counts: what follows a loss only says that it was lost."""
-        if self._lost is not None:
-            return
-        self._lost = UnavailableError(f"{self._name} was lost: {reason}")
-        log.info("a group's stream ended", group=self._name, reason=reason)
-        streams, self._streams = self._streams, {}
-        for stream, index in streams.values():
-            stream.put(index, self._lost)
 
-
-def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
+def _add(sequence: Sequence, take_over: bool) -> pb.AddSequence:
     return pb.AddSequence(
-        sequence_id=sequence_id,
+        sequence_id=sequence.sequence_id,
         prompt_ids=sequence.prompt_ids,
         priority=sequence.priority,
         traceparent=sequence.traceparent,
+        output_ids=sequence.output_ids,
+        take_over=take_over,
         sampling=pb.EngineSampling(
             max_tokens=sequence.max_tokens,
             temperature=sequence.temperature,
@@ -235,12 +309,24 @@ def _add(sequence_id: str, sequence: Sequence) -> pb.AddSequence:
             frequency_penalty=sequence.frequency_penalty,
             logit_bias=sequence.logit_bias,
             logprobs=sequence.logprobs,
+            prompt_logprobs=sequence.prompt_logprobs,
         ),
     )
 
 
 def _delta(output: pb.SequenceOutput) -> Delta:
-    logprobs = (
+    return Delta(
+        tuple(output.token_ids),
+        output.finish_reason,
+        _logprobs(output.logprobs),
+        output.num_cached_tokens,
+        output.queued_us * 1e-6 if output.HasField("queued_us") else None,
+        _logprobs(output.prompt_logprobs),
+    )
+
+
+def _logprobs(entries: Iterable[logprobs_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
         TokenLogprobs(
             each.token_id,
             each.logprob,
@@ -248,12 +334,5 @@ def _delta(output: pb.SequenceOutput) -> Delta:
             tuple(each.top_token_ids),
             tuple(each.top_logprobs),
         )
-        for each in output.logprobs
-    )
-    return Delta(
-        tuple(output.token_ids),
-        output.finish_reason,
-        tuple(logprobs),
-        output.num_cached_tokens,
-        output.queued_us * 1e-6 if output.HasField("queued_us") else None,
+        for each in entries
     )

@@ -6,10 +6,14 @@ and no request beyond the KV blocks it may need.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from gateway.cluster import attention_groups
 from moe_core.cluster import AttentionLoad, ClusterState, Member, MemberState, Role
 from moe_core.errors import UnavailableError
+
+GroupKey: TypeAlias = tuple[int, int]
+"""dp_rank and the leader's instance_epoch: a group that forms again is another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,14 @@ class Group:
     dp_rank: int
     leader: Member
     load: AttentionLoad
+
+    @property
+    def key(self) -> GroupKey:
+        return self.dp_rank, self.leader.instance_epoch
+
+    @property
+    def name(self) -> str:
+        return f"attention group dp_rank={self.dp_rank} at {self.leader.address}"
 
     @property
     def kv_tokens(self) -> int:
@@ -39,19 +51,46 @@ def usable_groups(state: ClusterState) -> tuple[Group, ...]:
     for dp_rank, members in attention_groups(state):
         whole = len(members) == state.parallel.tp_size
         ready = all(member.state is MemberState.READY for member in members)
-        if whole and ready and members[0].attention_load is not None:
+        if whole and ready and not _leaves(members) and members[0].attention_load is not None:
             groups.append(Group(dp_rank, members[0], members[0].attention_load))
     return tuple(groups)
+
+
+def known_groups(state: ClusterState) -> tuple[Group, ...]:
+    """The DP groups that can be asked what they have, whether or not they take requests."""
+    return tuple(
+        Group(dp_rank, members[0], members[0].attention_load)
+        for dp_rank, members in attention_groups(state)
+        if members and members[0].tp_rank == 0 and members[0].attention_load is not None
+    )
+
+
+def leaving_groups(state: ClusterState) -> frozenset[GroupKey]:
+    """The DP groups that drain, or are asked to."""
+    return frozenset(
+        (dp_rank, members[0].instance_epoch)
+        for dp_rank, members in attention_groups(state)
+        if members and _leaves(members)
+    )
+
+
+def _leaves(members: Iterable[Member]) -> bool:
+    return any(each.leaving or each.state is MemberState.DRAINING for each in members)
 
 
 def require_groups(state: ClusterState) -> tuple[Group, ...]:
     """The usable groups. Raises UnavailableError naming what is missing when there is none."""
     groups = usable_groups(state)
     if not groups:
-        missing = [*state.missing(Role.ATTN), *state.missing(Role.EXPERT)]
-        reason = "; ".join(missing) or "no load has been reported yet"
-        raise UnavailableError(f"no attention group can take a request: {reason}")
+        raise UnavailableError(f"no attention group can take a request: {why_unusable(state)}")
     return groups
+
+
+def why_unusable(state: ClusterState) -> str:
+    """What keeps attention groups from taking requests, member by member."""
+    missing = [*state.missing(Role.ATTN), *state.missing(Role.EXPERT)]
+    leaving = [f"attn {each.rank}: leaving" for each in state.tier(Role.ATTN) if each.leaving]
+    return "; ".join([*missing, *leaving]) or "no load has been reported yet"
 
 
 class Balancer:

@@ -1,16 +1,25 @@
 """Who is in the cluster: ranks are given out here, and every change makes a new ClusterState.
 
 Knows members, their reports and their leases. Knows no stream (cluster_servicer.py does) and no
-request. State is soft: it is what the workers that are joined now have said.
+request. State is soft: it is what the workers that are joined now have said, sizes and placement
+included (takeover.py).
+
+A member is removed when its stream ends. One whose leases do not come while its stream is
+formally up is shown as FAILED; from then on its rank may be taken, and the first word that it
+says again removes it: it has to join like everybody else.
 
 A load or a link total changes all the time and concerns only this process, so it shows in
 `state` at once but does not make a new version; whatever peers act upon does.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from gateway.admittance import Place, check_same_model, has_exited, new_member, rank_for
+from gateway.leases import Clock, LeaseClock
+from gateway.takeover import Layout, take_over
 from moe_core.cluster import (
     ClusterState,
     ExpertLoad,
@@ -19,11 +28,14 @@ from moe_core.cluster import (
     MemberState,
     Role,
     StatusReport,
+    TierSizes,
 )
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import NotFoundError, RequestError
 from moe_core.placement import ExpertPlacement
 
+LEASE_LOST_S = 3.0
+NO_LEASE = f"no lease for {LEASE_LOST_S:g} s"
 STALLED_MS = 5_000
 STALLED = f"event loop without progress for over {STALLED_MS // 1000} s"
 
@@ -46,22 +58,28 @@ class Registry:
         parallel: ParallelConfig,
         placement: ExpertPlacement,
         fingerprint: str,
+        clock: Clock = time.monotonic,
     ) -> None:
-        self._parallel = parallel
-        self._placement = placement
+        self._layout = Layout(parallel, placement)
         self._next_placement: ExpertPlacement | None = None
+        self._target: TierSizes | None = None
         self._fingerprint = fingerprint
         self._gateway = gateway
-        self._members: dict[tuple[Role, int], Member] = {}
-        self._dtypes: dict[tuple[Role, int], str] = {}
-        self._stalled: set[tuple[Role, int]] = set()
+        self._clock = clock
+        self._members: dict[Place, Member] = {}
+        self._keys: dict[Place, MemberKey] = {}  # of the registration that holds the place
+        self._dtypes: dict[Place, str] = {}
+        self._leases: dict[Place, LeaseClock] = {}
+        self._stalled: set[Place] = set()
+        self._silent: set[Place] = set()
         self._version = 1
+        self._closed = False
         self.queued_requests = 0  # of this gateway
         self._changed = asyncio.Event()
 
     @property
     def parallel(self) -> ParallelConfig:
-        return self._parallel
+        return self._layout.parallel
 
     @property
     def state(self) -> ClusterState:
@@ -69,11 +87,19 @@ class Registry:
         members = (gateway, *(self._shown(place) for place in self._members))
         return ClusterState(
             self._version,
-            self._parallel,
+            self._layout.parallel,
             members,
-            self._placement,
+            self._layout.placement,
             next_placement=self._next_placement,
+            target=self._target,
         )
+
+    @property
+    def accepted(self) -> ParallelConfig:
+        """The sizes that ranks may have: those in force, and those that the tiers grow to."""
+        if self._target is None:
+            return self.parallel
+        return self.parallel.covering(self._target.attn_devices, self._target.expert_devices)
 
     async def newer_than(self, version: int) -> ClusterState:
         """Waits for a state whose version is above `version`; without a deadline, since a
@@ -82,22 +108,55 @@ class Registry:
             await self._changed.wait()
         return self.state
 
+    async def states(self) -> AsyncGenerator[ClusterState, None]:
+        """The state now and whenever it has changed, until `close`; who is slow skips some."""
+        version = 0
+        while True:
+            state = await self.newer_than(version)
+            if self._closed:
+                return
+            version = state.version
+            yield state
+
+    def close(self) -> None:
+        """This gateway leaves: `states` end."""
+        self._closed = True
+        self._publish()
+
     def join(self, join: Join) -> MemberKey:
-        """Give a worker its rank. Raises RequestError for a role, rank, model or dtype that
-        does not fit, naming both sides' values."""
+        """Give a worker its rank. Raises RequestError for a role, rank, model, dtype, placement
+        or sizes that do not fit, naming both sides' values.
+
+        A rank that is taken is given to another process once its holder is FAILED or has exited,
+        and to the same process always: it may have noticed first that its stream is gone."""
         if join.role is Role.GATEWAY:
             raise RequestError("role=gateway: only attn and expert processes join a gateway")
-        self._check_same_model(join)
-        rank = self._free_rank(join)
-        place = (join.role, rank)
-        self._members[place] = self._new_member(join, rank)
+        check_same_model(join, self._fingerprint, self._dtypes)
+        layout = take_over(self._layout, join)
+        state = replace(self.state, parallel=layout.parallel)
+        rank = rank_for(join, state, self._gone())
+        self._layout = layout
+        place, key = (join.role, rank), MemberKey(join.role, rank, join.instance_epoch)
+        self._forget(place)
+        self._members[place] = new_member(join, rank, layout.parallel)
+        self._keys[place] = key
         self._dtypes[place] = join.dtype
+        self._leases[place] = LeaseClock(self._clock)
+        self._count_experts()
         self._publish()
-        return MemberKey(join.role, rank, join.instance_epoch)
+        return key
+
+    def require(self, key: MemberKey) -> None:
+        """Raises NotFoundError, saying why, unless the registration that `join` gave this very
+        `key` still holds its rank."""
+        if self._keys.get((key.role, key.rank)) is not key:
+            raise _not_joined(key)
 
     def report(self, key: MemberKey, report: StatusReport) -> None:
-        """Replace what a member says of itself."""
-        old = self._find(key)
+        """Replace what a member says of itself. Raises NotFoundError once it has lost its rank,
+        or has been FAILED."""
+        self.require(key)
+        old = self._heard_again(key)
         new = replace(
             old,
             state=report.state,
@@ -116,9 +175,11 @@ class Registry:
     def report_expert_load(self, key: MemberKey, load: ExpertLoad) -> None:
         """Replace a member's expert load. Raises RequestError unless it has the shape of the
         model's experts."""
-        member = self._find(key)
-        layer_ids = tuple(layer.layer_id for layer in self._placement.layers)
-        num_experts = self._placement.num_logical_experts
+        self.require(key)
+        member = self._heard_again(key)
+        placement = self._layout.placement
+        layer_ids = tuple(layer.layer_id for layer in placement.layers)
+        num_experts = placement.num_logical_experts
         if load.layer_ids != layer_ids or {*map(len, load.tokens)} != {num_experts}:
             raise RequestError(
                 f"expert_load: {key.role} {key.rank} reports {sum(map(len, load.tokens))} counts "
@@ -128,23 +189,31 @@ class Registry:
         self._members[key.role, key.rank] = replace(member, expert_load=load)
 
     def lease(self, key: MemberKey, loop_idle_ms: int) -> None:
-        """Note how long a member's event loop has been without progress, in milliseconds."""
-        self._find(key)
+        """Note that a member's process lives, and how long its event loop has been without
+        progress, in milliseconds. Raises NotFoundError as `report` does."""
+        self._heard_again(key)
         place = (key.role, key.rank)
+        self._leases[place].heard()
         stalled = loop_idle_ms >= STALLED_MS
         if stalled != (place in self._stalled):
             self._stalled ^= {place}
             self._publish()
 
-    def leave(self, key: MemberKey) -> None:
-        """Remove a member; without effect once a successor has its rank."""
-        member = self._members.get((key.role, key.rank))
-        if member is None or member.instance_epoch != key.instance_epoch:
-            return
+    def check_lease(self, key: MemberKey) -> None:
+        """Show a member as FAILED once its leases do not come; to be called every CHECK_S."""
         place = (key.role, key.rank)
-        del self._members[place], self._dtypes[place]
-        self._stalled.discard(place)
-        self._publish()
+        if self._keys.get(place) is not key or place in self._silent:
+            return
+        if self._leases[place].silent_s() >= LEASE_LOST_S:
+            self._silent.add(place)
+            self._publish()
+
+    def leave(self, key: MemberKey) -> None:
+        """Remove a member; without effect once another registration has its rank."""
+        place = (key.role, key.rank)
+        if self._keys.get(place) is key:
+            self._forget(place)
+            self._publish()
 
     def set_next(self, placement: ExpertPlacement | None) -> None:
         """What expert processes are to prepare for; None: nothing any more."""
@@ -154,9 +223,17 @@ class Registry:
 
     def set_placement(self, placement: ExpertPlacement, parallel: ParallelConfig) -> None:
         """What is used from now on, and the sizes that go with it."""
-        self._placement, self._parallel, self._next_placement = placement, parallel, None
+        self._layout = replace(self._layout, parallel=parallel, placement=placement)
+        self._next_placement = None
         self._count_experts()
         self._publish()
+
+    def set_sizes(self, parallel: ParallelConfig, target: TierSizes | None) -> None:
+        """The sizes in force, and those that the tiers are to get; None: the same."""
+        if (parallel, target) != (self._layout.parallel, self._target):
+            self._layout = replace(self._layout, parallel=parallel)
+            self._target = target
+            self._publish()
 
     def set_leaving(self, role: Role, ranks: Iterable[int], leaving: bool = True) -> None:
         """Ask members to drain and to leave, or no longer; without effect on ranks that are not
@@ -185,85 +262,65 @@ class Registry:
 
     def _num_experts(self, ep_rank: int) -> int:
         """The most that one layer needs there, in what is used and in what is prepared."""
-        placements = filter(None, (self._placement, self._next_placement))
+        placements = filter(None, (self._layout.placement, self._next_placement))
         held = max(placement.num_local_experts(ep_rank) for placement in placements)
-        return held + self._parallel.shared_on_experts
+        return held + self._layout.parallel.shared_on_experts
 
     def _publish(self) -> None:
         self._version += 1
+        if not self._layout.settled and self._is_complete():
+            self._layout = replace(self._layout, settled=True)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    def _find(self, key: MemberKey) -> Member:
-        member = self._members.get((key.role, key.rank))
+    def _is_complete(self) -> bool:
+        state = self.state
+        return not (state.missing(Role.ATTN) or state.missing(Role.EXPERT))
+
+    def _heard_again(self, key: MemberKey) -> Member:
+        """The member of `key`. One that was FAILED is removed instead: others may have gone on
+        without it, so it must join again, if its rank is still free."""
+        place = (key.role, key.rank)
+        member = self._members.get(place)
         if member is None or member.instance_epoch != key.instance_epoch:
-            raise NotFoundError(
-                f"{key.role} {key.rank} with instance_epoch {key.instance_epoch} is not joined"
-            )
+            raise _not_joined(key)
+        if place in self._silent:
+            self._forget(place)
+            self._publish()
+            raise NotFoundError(f"{key.role} {key.rank} counts as lost, {NO_LEASE}: join again")
         return member
 
-    def _shown(self, place: tuple[Role, int]) -> Member:
+    def _gone(self) -> set[Place]:
+        """Ranks whose holders are members only because their streams have not ended yet."""
+        own = self._gateway.host_id
+        exited = {place for place, member in self._members.items() if has_exited(member, own)}
+        return self._silent | exited
+
+    def _forget(self, place: Place) -> None:
+        for known in (self._members, self._keys, self._dtypes, self._leases):
+            known.pop(place, None)
+        self._stalled.discard(place)
+        self._silent.discard(place)
+
+    def _shown(self, place: Place) -> Member:
         member = self._members[place]
-        if place not in self._stalled:
-            return member
-        return replace(member, detail="; ".join(filter(None, (member.detail, STALLED))))
+        if place in self._silent:
+            return replace(member, state=MemberState.FAILED, detail=NO_LEASE)
+        if place in self._stalled:
+            return replace(member, detail="; ".join(filter(None, (member.detail, STALLED))))
+        return member
 
-    def _check_same_model(self, join: Join) -> None:
-        if join.model_fingerprint != self._fingerprint:
-            raise RequestError(
-                f"model_fingerprint={join.model_fingerprint}: the {join.role} process at "
-                f"{join.address} has another model than the gateway, whose fingerprint is "
-                f"{self._fingerprint}; start both with the same --model"
-            )
-        for (role, rank), dtype in self._dtypes.items():
-            if dtype != join.dtype:
-                raise RequestError(
-                    f"dtype={join.dtype}: {role} {rank} has joined with dtype={dtype}, and all "
-                    f"processes need the same; start the {join.role} process at {join.address} "
-                    f"with --dtype {dtype}"
-                )
 
-    def _free_rank(self, join: Join) -> int:
-        size = self.state.size(join.role)
-        free = [rank for rank in range(size) if (join.role, rank) not in self._members]
-        if join.rank is None and free:
-            return free[0]
-        if join.rank in free:
-            return join.rank
-        free_ranks = ", ".join(map(str, free)) or "none"
-        tier = f"the {join.role} tier has {size} processes, free ranks: {free_ranks}"
-        if join.rank is None:
-            raise RequestError(f"rank: none is left for {join.address}; {tier}")
-        if join.rank >= size:
-            raise RequestError(f"rank={join.rank}: must be below {size}; {tier}")
-        holder = self._members[join.role, join.rank]
-        raise RequestError(
-            f"rank={join.rank}: taken by pid {holder.pid} at {holder.address}; {tier}"
-        )
-
-    def _new_member(self, join: Join, rank: int) -> Member:
-        member = Member(
-            role=join.role,
-            rank=rank,
-            pid=join.pid,
-            address=join.address,
-            device=join.device,
-            state=MemberState.LOADING,
-            instance_epoch=join.instance_epoch,
-            host_id=join.host_id,
-        )
-        if join.role is Role.ATTN:
-            dp_rank, tp_rank = self._parallel.attention_ranks(rank)
-            return replace(member, dp_rank=dp_rank, tp_rank=tp_rank)
-        ep_rank, etp_rank = self._parallel.expert_ranks(rank)
-        experts = self._num_experts(ep_rank)
-        return replace(member, ep_rank=ep_rank, etp_rank=etp_rank, experts=experts)
+def _not_joined(key: MemberKey) -> NotFoundError:
+    return NotFoundError(
+        f"{key.role} {key.rank} with instance_epoch {key.instance_epoch} is not joined"
+    )
 
 
 def _visible(member: Member) -> tuple[object, ...]:
     """What of a report others act upon: of a load, only that there is one."""
     has_load = member.attention_load is not None
-    epochs = member.prepared_epoch, member.used_epoch
+    epochs = (member.prepared_epoch, member.used_epoch)
     return member.state, member.detail, member.store_address, has_load, epochs
 
 

@@ -1,7 +1,8 @@
 """ClusterService as workers meet it: one registration stream each, and their leases.
 
 Knows the streams and the messages; who gets which rank, and what the cluster is, is the
-registry's business (cluster.py). A member is in the registry exactly as long as its stream lives.
+registry's business (cluster.py). No member is in the registry for longer than its stream lives, and
+a stream whose member is no longer there is ended.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import grpc.aio
 import structlog
 
 from gateway.cluster import MemberKey, Registry
+from gateway.leases import CHECK_S
 from moe_core.cluster import ClusterState, Join, Role
 from moe_core.errors import RequestError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
@@ -55,16 +57,19 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         log.info("joined", role=str(key.role), rank=key.rank, peer=context.peer())
         reports = asyncio.create_task(self._take_reports(requests, key), name="reports")
         closing = asyncio.create_task(self._closing.wait(), name="closing")
+        leases = asyncio.create_task(self._check_leases(key), name="leases")
         try:
-            parallel = parallel_to_pb(self._registry.parallel)
+            parallel = parallel_to_pb(self._registry.accepted)
             yield pb.RegisterResponse(assigned=pb.Assigned(rank=key.rank, parallel=parallel))
             version = 0
             while (state := await self._next_state(version, reports, closing)) is not None:
+                self._registry.require(key)
                 version = state.version
                 yield pb.RegisterResponse(state=self._encode(state))
         finally:
             reports.cancel()
             closing.cancel()
+            leases.cancel()
             self._registry.leave(key)
             log.info("left", role=str(key.role), rank=key.rank, peer=context.peer())
 
@@ -93,6 +98,11 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             return newer.result() if newer.done() else None
         finally:
             newer.cancel()
+
+    async def _check_leases(self, key: MemberKey) -> None:
+        while True:
+            await asyncio.sleep(CHECK_S)
+            self._registry.check_lease(key)
 
     async def _take_reports(
         self, requests: AsyncIterator[pb.RegisterRequest], key: MemberKey

@@ -1,4 +1,4 @@
-"""A request's life in the gateway: let in, admitted, sent to a group, turned into text, finished.
+"""A request's life in the gateway: let in, admitted, run by a group, turned into text, finished.
 
 Knows the order of these steps, and which requests are under way. Knows no wire: servicers turn
 what clients send into a GenerationRequest, and Chunks into what clients are sent.
@@ -13,24 +13,27 @@ from dataclasses import replace
 from functools import partial
 
 from gateway.admission import ServedModel, admit
-from gateway.attention_pool import ABORTED, AttentionPool, Delta, RequestStream
+from gateway.attention_pool import ABORTED, AttentionPool, Delta
+from gateway.balancer import leaving_groups
+from gateway.callers import Caller
 from gateway.cluster import Registry
 from gateway.entrance import QueueLimits
 from gateway.fair_slots import FairSlots
 from gateway.observers import NoObserver, RequestObserver, RequestWatch
-from gateway.requests import Chunk, GenerationRequest, Sequence, Usage
-from gateway.stop_strings import StopStrings
-from gateway.tokenizer import Detokenizer, TextTokenizer
-from gateway.waiting_room import Place, WaitingRoom
+from gateway.place import Place
+from gateway.requests import Chunk, GenerationRequest, Sequence
+from gateway.resume import Found, check_resumption, find
+from gateway.running import RunningRequest
+from gateway.sequence_output import SequenceOutput
+from gateway.waiting_room import DEFAULT_ATTN_WAIT_S, WaitingRoom
 from moe_core.errors import RequestError, UnavailableError
 
-STOP = "stop"
 SHUTTING_DOWN = "this gateway is shutting down and takes no new requests"
 QUICK_PROMPT_IDS = 8_192  # so many are checked within a millisecond
 
 
 class Generator:
-    """Serves requests until `drain`."""
+    """Serves requests until `drain`. attn_wait_s: see WaitingRoom."""
 
     def __init__(
         self,
@@ -39,18 +42,21 @@ class Generator:
         pool: AttentionPool,
         limits: QueueLimits | None = None,
         observer: RequestObserver | None = None,
+        *,
+        attn_wait_s: float = DEFAULT_ATTN_WAIT_S,
     ) -> None:
         self.model = model
         self._observer = observer or NoObserver()
         self._pool = pool
-        self._room = WaitingRoom(registry, limits)
+        self._registry = registry
+        self._room = WaitingRoom(registry, limits, attn_wait_s=attn_wait_s)
         self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
-        self._live: dict[str, Place | RequestStream] = {}
+        self._live: dict[tuple[str, str], Place | RunningRequest] = {}  # by caller and request_id
 
     @property
     def under_way(self) -> Collection[str]:
         """The ids of all requests that wait or run."""
-        return self._live.keys()
+        return [request_id for _, request_id in self._live]
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """As generate_batches, chunk by chunk."""
@@ -83,40 +89,68 @@ class Generator:
     async def _batches(
         self, request: GenerationRequest, watch: RequestWatch
     ) -> AsyncGenerator[list[Chunk], None]:
+        if request.resume_from is not None and not request.request_id:
+            raise RequestError("resume_from: needs the request_id of the request to resume")
         request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
-        with self._room.enter(request) as place, self._under_way(request.request_id, place):
+        key = _key(request.caller, request.request_id)
+        with self._room.enter(request) as place, self._under_way(key, place):
             choices = await self._admit(request)
-            outputs = [SequenceOutput(choice, self.model.tokenizer) for choice in choices]
-            group = await place.turn(choices)
+            outputs = self._outputs(request, choices)
+            found = await self._find(request, choices)
+            if found is not None:
+                choices = [replace(choice, seed=found.seed) for choice in choices]
+            group = await place.turn(choices, None if found is None else found.group)
             if group is None:
                 yield [output.push(Delta((), ABORTED)) for output in outputs]
                 return
             choices = [replace(choice, traceparent=watch.traceparent) for choice in choices]
-            stream = self._live[request.request_id] = self._pool.submit(group, choices)
+            running = self._live[key] = RunningRequest(
+                self._pool, place, choices, group, watch, take_over=found is not None
+            )
             watch.admitted(choices, group.dp_rank)
-            with closing(stream):
+            with closing(running):
                 while not all(output.finished for output in outputs):
-                    batch = await _next_chunks(stream, outputs, place, watch)
+                    batch = await _next_chunks(running, outputs, watch)
                     if batch:
                         yield batch
 
-    async def check(self, requests: Iterable[GenerationRequest]) -> None:
-        """Raises what `generate` would refuse any of them with, before one of them costs
-        anything."""
-        for request in requests:
-            await self._admit(request)
+    def _outputs(self, request: GenerationRequest, choices: Many[Sequence]) -> list[SequenceOutput]:
+        skips = [*(request.resume_from or ()), *(0 for _ in choices)]
+        tokenizer = self.model.tokenizer
+        return [
+            SequenceOutput(choice, tokenizer, skip=skip)
+            for choice, skip in zip(choices, skips, strict=False)
+        ]
 
-    def abort(self, request_id: str) -> bool:
-        """End a request early; its client gets finish_reason "abort". False if it is not here."""
-        found = self._live.get(request_id)
+    async def _find(self, request: GenerationRequest, choices: Many[Sequence]) -> Found | None:
+        """Where a request that is resumed runs already."""
+        if request.resume_from is None:
+            return None
+        check_resumption(request, choices)
+        return await find(self._pool, self._registry.state, request, choices)
+
+    async def check(self, requests: Iterable[GenerationRequest]) -> list[GenerationRequest]:
+        """The same requests, each admitted. Raises what `generate` would refuse any of them with,
+        before one of them costs anything."""
+        return [replace(request, admitted=(await self._admit(request))[0]) for request in requests]
+
+    def abort(self, caller: Caller, request_id: str) -> bool:
+        """End a request of `caller` early; its client gets finish_reason "abort". False if `caller`
+        has none of that id here."""
+        found = self._live.get(_key(caller, request_id))
         if found is None:
             return False
         found.abort()
         return True
 
     def reconcile(self) -> None:
-        """The cluster has changed: there may be room, or nobody left to wait for."""
+        """The cluster has changed: there may be room, nobody left to wait for, or a group that
+        leaves and whose requests another can take."""
         self._room.pump()
+        leaving = leaving_groups(self._registry.state)
+        for request in self._live.values():
+            if leaving and isinstance(request, RunningRequest):
+                request.leave(leaving)
 
     async def drain(self) -> None:
         """Refuse new requests and wait for those under way, the waiting ones among them; the
@@ -129,18 +163,20 @@ class Generator:
         self._room.refuse_waiting(UnavailableError(SHUTTING_DOWN))
 
     @contextmanager
-    def _under_way(self, request_id: str, place: Place) -> Iterator[None]:
-        if request_id in self._live:
-            raise RequestError(f"request_id={request_id!r}: such a request is under way")
-        self._live[request_id] = place
+    def _under_way(self, key: tuple[str, str], place: Place) -> Iterator[None]:
+        if key in self._live:
+            raise RequestError(f"request_id={key[1]!r}: such a request is under way")
+        self._live[key] = place
         try:
             yield
         finally:
-            del self._live[request_id]
+            del self._live[key]
 
     async def _admit(self, request: GenerationRequest) -> list[Sequence]:
         """The request's choices. Cutting text into tokens takes a second for every million
         characters, and so runs beside the loop."""
+        if request.admitted is not None:
+            return _all_choices(request, request.admitted)
         kv_tokens = max(group.kv_tokens for group in self._room.usable_groups())
         work = partial(admit, request, self.model, kv_tokens)
         prompt = request.prompt or ()
@@ -148,82 +184,36 @@ class Generator:
             first = await self._admitting.run(request.caller, len(prompt), work)
         else:
             first = work()
-        return [replace(first, index=index) for index in range(request.sampling.n or 1)]
+        return _all_choices(request, first)
+
+
+def _all_choices(request: GenerationRequest, first: Sequence) -> list[Sequence]:
+    request_id, owner = request.request_id, request.caller.tag
+    return [
+        replace(first, request_id=request_id, index=index, owner=owner)
+        for index in range(request.sampling.n or 1)
+    ]
+
+
+def _key(caller: Caller, request_id: str) -> tuple[str, str]:
+    """A request_id is its caller's own: nobody else's stands in its way."""
+    return caller.name, request_id
 
 
 async def _next_chunks(
-    stream: RequestStream, outputs: Many["SequenceOutput"], place: Place, watch: RequestWatch
+    running: RunningRequest, outputs: Many[SequenceOutput], watch: RequestWatch
 ) -> list[Chunk]:
     """What has come, without chunks that say nothing."""
     chunks = []
-    for index, delta in await stream.next():
+    for index, came in await running.next():
         if outputs[index].finished:
             continue  # a stop string was found in a delta before this one
+        delta = running.took(index, came)
         if delta.queued_s is not None:
             watch.queued(delta.queued_s)
-        place.received(len(delta.token_ids), delta.cached_tokens)
         chunk = outputs[index].push(delta)
         if chunk.finish_reason:
-            stream.drop(index)
-            place.ended()
+            running.drop(index)
         if chunk.token_ids or chunk.text or chunk.finish_reason:
             chunks.append(chunk)
     return chunks
-
-
-class SequenceOutput:
-    """Turns one choice's tokens into chunks: text, stop strings, finish_reason and usage."""
-
-    def __init__(self, sequence: Sequence, tokenizer: TextTokenizer | None) -> None:
-        self.finished = False
-        self._sequence = sequence
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._stop = StopStrings(sequence.stop)
-        self._num_tokens = 0
-        self._cached_tokens = 0
-
-    def push(self, delta: Delta) -> Chunk:
-        """Tokens after the one that completed a stop string are not part of the output; a stop
-        token is, but its text is not."""
-        texts: list[str] = []
-        self._cached_tokens = max(self._cached_tokens, delta.cached_tokens)
-        textless = len(delta.token_ids) if delta.finish_reason == STOP else 0
-        for count, token_id in enumerate(delta.token_ids, 1):
-            self._num_tokens += 1
-            if self._take("" if count == textless else self._text(token_id), texts):
-                return self._chunk(delta, count, texts, STOP)
-        if delta.finish_reason:
-            return self._last(delta, texts)
-        return self._chunk(delta, len(delta.token_ids), texts, "")
-
-    def _text(self, token_id: int) -> str:
-        return "" if self._detokenizer is None else self._detokenizer.push(token_id)
-
-    def _take(self, text: str, texts: list[str]) -> bool:
-        """Whether `text` completes a stop string. Before min_tokens there is no stopping."""
-        may_stop = self._num_tokens >= self._sequence.min_tokens
-        shown, found = self._stop.push(text, may_stop=may_stop)
-        texts.append(shown)
-        return found
-
-    def _last(self, delta: Delta, texts: list[str]) -> Chunk:
-        rest = "" if self._detokenizer is None else self._detokenizer.flush()
-        found = self._take(rest, texts)
-        texts.append(self._stop.flush())
-        reason = STOP if found else delta.finish_reason
-        return self._chunk(delta, len(delta.token_ids), texts, reason)
-
-    def _chunk(self, delta: Delta, count: int, texts: list[str], finish_reason: str) -> Chunk:
-        """The first `count` tokens of `delta`."""
-        self.finished = bool(finish_reason)
-        prompt_tokens = len(self._sequence.prompt_ids)
-        usage = Usage(prompt_tokens, self._num_tokens, self._cached_tokens)
-        return Chunk(
-            request_id=self._sequence.request_id,
-            index=self._sequence.index,
-            token_ids=delta.token_ids[:count],
-            text="".join(texts),
-            finish_reason=finish_reason,
-            usage=usage if finish_reason else None,
-            logprobs=delta.logprobs[:count],
-        )

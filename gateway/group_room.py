@@ -12,7 +12,7 @@ ends come at once.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gateway.balancer import Group
+from gateway.balancer import Group, GroupKey
 
 SPARE_SHARE = 8  # one sequence beyond a step's for each so many of a step's
 
@@ -62,7 +62,7 @@ class Seat:
 
 class GroupRoom:
     def __init__(self) -> None:
-        self._taken: dict[tuple[int, int], _Taken] = {}
+        self._taken: dict[GroupKey, _Taken] = {}
 
     def fits(self, group: Group, sequences: int, prompt_tokens: int) -> bool:
         """Whether `group` should be given a request now. One always fits where nothing runs, and
@@ -81,20 +81,16 @@ class GroupRoom:
 
     def take(self, group: Group, sequences: int, prompt_tokens: int) -> Seat:
         self._forget_empty()
-        taken = self._taken.setdefault(_key(group), _Taken())
+        taken = self._taken.setdefault(group.key, _Taken())
         return Seat(taken, sequences, prompt_tokens)
 
     def _of(self, group: Group) -> _Taken:
-        return self._taken.get(_key(group)) or _Taken()
+        return self._taken.get(group.key) or _Taken()
 
     def _forget_empty(self) -> None:
         """Processes come and go; only those that hold something are remembered."""
         for key in [key for key, taken in self._taken.items() if taken.sequences == 0]:
             del self._taken[key]
-
-
-def _key(group: Group) -> tuple[int, int]:
-    return group.dp_rank, group.leader.instance_epoch
 
 
 def _seats(group: Group) -> int:

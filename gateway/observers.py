@@ -11,7 +11,8 @@ from gateway.requests import Chunk, GenerationRequest, Sequence
 
 
 class RequestWatch(Protocol):
-    """Watches one request; the calls come in this order, `ended` always and last."""
+    """Watches one request; the calls come in this order (`moved` at any time after `admitted`),
+    `ended` always and last."""
 
     @property
     def traceparent(self) -> str:
@@ -19,6 +20,9 @@ class RequestWatch(Protocol):
 
     def admitted(self, choices: Many[Sequence], dp_rank: int) -> None:
         """Its choices are on their way to a group."""
+
+    def moved(self, dp_rank: int) -> None:
+        """Its group is lost or leaves, and the group of this dp_rank goes on with it."""
 
     def queued(self, seconds: float) -> None:
         """How long one choice has waited for its first step."""
@@ -44,6 +48,8 @@ class NoObserver:
         return self
 
     def admitted(self, choices: Many[Sequence], dp_rank: int) -> None: ...
+
+    def moved(self, dp_rank: int) -> None: ...
 
     def queued(self, seconds: float) -> None: ...
 
@@ -71,6 +77,10 @@ class _BothWatches:
     def admitted(self, choices: Many[Sequence], dp_rank: int) -> None:
         for each in self._watches:
             each.admitted(choices, dp_rank)
+
+    def moved(self, dp_rank: int) -> None:
+        for each in self._watches:
+            each.moved(dp_rank)
 
     def queued(self, seconds: float) -> None:
         for each in self._watches:

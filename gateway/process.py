@@ -7,6 +7,7 @@ once, all expert processes are READY now, and at least one DP group can take req
 """
 
 import asyncio
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from gateway.admin_servicer import AdminServicer
 from gateway.admission import ServedModel
 from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
@@ -29,13 +31,18 @@ from gateway.metrics.exposition import metrics_routes
 from gateway.metrics.requests import RequestMetrics
 from gateway.observers import BothObservers, RequestObserver
 from gateway.page.routes import page_routes
+from gateway.placement_leader import PlacementLeader
+from gateway.rebalancing import Rebalancer, check_rebalance_interval
+from gateway.scaling import Scaling
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
+from gateway.waiting_room import DEFAULT_ATTN_WAIT_S
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
 from moe_core.service.addresses import host_id, join_address, new_instance_epoch
@@ -62,7 +69,9 @@ class GatewaySettings:
 
     With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
     certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
+    `rebalance_interval` is how often experts are placed anew; 0: when asked only.
     `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
+    `attn_wait_s`: how long requests wait for an attention group where none can go on with them.
     """
 
     model: Path
@@ -75,18 +84,25 @@ class GatewaySettings:
     cluster_port: int = 0
     tls: TlsFiles | None = None
     insecure: bool = False
+    drain_timeout_s: float = lifecycle.DRAIN_TIMEOUT_S
     api_keys: Path | None = None
     launcher_key_hash: str | None = None
     otlp_traces_endpoint: str | None = None
+    rebalance_interval: float = 0.0
+    attn_wait_s: float = DEFAULT_ATTN_WAIT_S
 
     def __post_init__(self) -> None:
+        check_rebalance_interval(self.rebalance_interval)
         require_safe_bind("host", self.host, self.tls, self.insecure)
         check_traces_endpoint(self.otlp_traces_endpoint)
+        if not 0 <= self.attn_wait_s < math.inf:
+            rule = "must be a number of seconds of at least 0"
+            raise ConfigError("attn_wait_s", self.attn_wait_s, rule, (DEFAULT_ATTN_WAIT_S,))
 
 
 def main(settings: GatewaySettings) -> int:
     """Run a gateway until a signal; returns the exit status."""
-    return lifecycle.run(GatewayService(settings))
+    return lifecycle.run(GatewayService(settings), drain_timeout_s=settings.drain_timeout_s)
 
 
 class GatewayService:
@@ -105,7 +121,9 @@ class GatewayService:
         self._generator: Generator | None = None
         self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
+        self._rebalancer: Rebalancer | None = None
         self._spans: Spans | None = None
+        self._draining = False
         self.port = settings.port
         self.http_port = settings.http_port
         self.cluster_port: int | None = None
@@ -125,11 +143,23 @@ class GatewayService:
         model = ServedModel(name, config, tokenizer)
         metrics = RequestMetrics(name, model.max_model_len)
         observer = self._observer(metrics)
-        self._generator = Generator(model, registry, self._pool, settings.limits, observer)
+        self._generator = Generator(
+            model,
+            registry,
+            self._pool,
+            settings.limits,
+            observer,
+            attn_wait_s=settings.attn_wait_s,
+        )
         self._cluster = ClusterServicer(registry)
         self._cluster.add_to(self._host)
-        GatewayServicer(self._generator, registry, self._keys).add_to(self._host)
-        VllmServicer(self._generator, registry, directory, self._keys).add_to(self._host)
+        leader = PlacementLeader(registry)
+        self._rebalancer = Rebalancer(registry, leader, config.moe.n_group or 1)
+        AdminServicer(registry, Scaling(registry, leader, config), self._rebalancer).add_to(
+            self._host
+        )
+        GatewayServicer(self._generator, registry).add_to(self._host)
+        VllmServicer(self._generator, registry, directory).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
         self.port = await self._host.start(settings.host, settings.port, cluster_port=cluster_port)
         self.cluster_port = self._host.cluster_port
@@ -154,7 +184,15 @@ class GatewayService:
         )
 
     async def serve(self) -> None:
-        """Follow the cluster: health, and the streams to groups that have left."""
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as jobs:
+            jobs.create_task(self._follow(), name="follow the cluster")
+            if self._rebalancer is not None and self._settings.rebalance_interval:
+                interval_s = self._settings.rebalance_interval
+                jobs.create_task(self._rebalancer.run(interval_s), name="rebalance")
+
+    async def _follow(self) -> None:
+        """Health, and the streams to groups that have left."""
         registry = self._registry
         assert registry is not None, "startup comes first"
         assert self._generator is not None
@@ -165,13 +203,14 @@ class GatewayService:
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
             self._generator.reconcile()
-            if ready != (been_complete and _able(state)):
+            if not self._draining and ready != (been_complete and _able(state)):
                 ready = not ready
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
                 registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
 
     async def drain(self) -> None:
+        self._draining = True
         self._host.set_ready(False)
         if self._registry is not None:
             self._registry.set_gateway(MemberState.DRAINING)
@@ -183,6 +222,8 @@ class GatewayService:
                 self._generator.close()
             if self._cluster is not None:
                 self._cluster.close()
+            if self._registry is not None:
+                self._registry.close()
             await self._pool.close()
             await self._http.stop(STOP_GRACE_S)
             await self._host.stop(STOP_GRACE_S)
@@ -224,4 +265,4 @@ def _complete(state: ClusterState) -> bool:
 
 
 def _able(state: ClusterState) -> bool:
-    return not state.missing(Role.EXPERT) and bool(usable_groups(state))
+    return state.holds_all_experts(state.placement) and bool(usable_groups(state))

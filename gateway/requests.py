@@ -30,12 +30,15 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int | None = None
     n: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """`prompt` is text or token ids; an empty request_id or model stands for "any". traceparent is
-    the client's W3C header, as it came."""
+    the client's W3C header, as it came. resume_from: of a request whose gateway was lost, how many
+    tokens of each choice its client has; None for any other request. admitted: its first choice,
+    where admission has seen it already."""
 
     request_id: str
     model: str
@@ -44,13 +47,16 @@ class GenerationRequest:
     priority: int = 0
     caller: Caller = ANONYMOUS
     traceparent: str = ""
+    resume_from: tuple[int, ...] | None = None
+    admitted: "Sequence | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """One choice of a request that was admitted, with every default filled in: what an engine is
     told, and the stop strings, which stay with the gateway. traceparent: of the span that its work
-    belongs to, or nothing."""
+    belongs to, or nothing. output_ids: what another group has generated of it already. owner: whose
+    it is, as Caller.tag."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -69,13 +75,21 @@ class Sequence:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     index: int = 0
     traceparent: str = ""
+    output_ids: tuple[int, ...] = ()
+    owner: str = ANONYMOUS.tag
+
+    @property
+    def sequence_id(self) -> str:
+        """The same at every gateway, and no other caller's."""
+        return f"{self.owner}/{self.request_id}/{self.index}"
 
     @property
     def num_tokens(self) -> int:
         """The most tokens whose keys and values it ever holds: the last output is not computed."""
-        return len(self.prompt_ids) + self.max_tokens - 1
+        return len(self.prompt_ids) + max(1, self.max_tokens) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +115,8 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """New tokens and new text of one choice; the last one has finish_reason and usage. logprobs
-    has one entry per token where they were asked for, else none."""
+    has one entry per token where they were asked for, else none; prompt_logprobs, on the first
+    chunk and where asked for, one for each token of the prompt but the first."""
 
     request_id: str
     index: int
@@ -110,3 +125,4 @@ class Chunk:
     finish_reason: str = ""
     usage: Usage | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

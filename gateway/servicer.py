@@ -3,6 +3,7 @@
 Knows gateway.proto and the values of gateway/requests.py.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
@@ -11,15 +12,15 @@ from typing import Any, TypeAlias
 import grpc.aio
 
 from gateway.admission import check_sizes
-from gateway.api_keys import ApiKeys
+from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.expert_totals import ExpertTotals
 from gateway.generation import Generator
-from gateway.requests import Chunk, GenerationRequest, Sampling
+from gateway.requests import Chunk, GenerationRequest, Sampling, TokenLogprobs
 from moe_core import trace_context
 from moe_core.pb.epserve.v1 import cluster_pb2, gateway_pb2_grpc, logprobs_pb2
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
-from moe_core.service.access import authorization, sent_metadata
+from moe_core.service.access import sent_metadata
 from moe_core.service.cluster_codec import cluster_to_pb
 from moe_core.service.grpc_host import GrpcHost
 
@@ -30,12 +31,9 @@ OPTIONAL_FIELDS = tuple(
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    def __init__(
-        self, generator: Generator, registry: Registry, keys: ApiKeys | None = None
-    ) -> None:
+    def __init__(self, generator: Generator, registry: Registry) -> None:
         self._generator = generator
         self._registry = registry
-        self._keys = keys or ApiKeys(None)
         self._expert_totals = ExpertTotals()
 
     def add_to(self, host: GrpcHost) -> None:
@@ -50,17 +48,22 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             stop=len(request.sampling.stop),
             stop_token_ids=len(request.sampling.stop_token_ids),
             logit_bias=len(request.sampling.logit_bias),
+            resume_from=len(request.resume_from),
         )
-        # Whether there is one was checked before; this says whose.
-        caller = self._keys.authenticate(authorization(context))
         traceparent = sent_metadata(context, trace_context.HEADER) or ""
-        asked = replace(request_from_pb(request), caller=caller, traceparent=traceparent)
-        async with aclosing(self._generator.generate(asked)) as chunks:
-            async for chunk in chunks:
-                yield chunk_to_pb(chunk)
+        asked = replace(request_from_pb(request), caller=caller_of_call(), traceparent=traceparent)
+        async with aclosing(self._generator.generate_batches(asked)) as batches:
+            async for batch in batches:
+                messages = list(map(chunk_to_pb, batch))
+                # All streams that a step has tokens for get this far first, and then write one
+                # after the other: clients wake once for all of them, which costs most of a write.
+                await asyncio.sleep(0)
+                for message in messages:
+                    yield message
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        return pb.AbortResponse(found=self._generator.abort(request.request_id))
+        caller = caller_of_call()
+        return pb.AbortResponse(found=self._generator.abort(caller, request.request_id))
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -84,6 +87,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         self._expert_totals.update(state)
         return cluster_to_pb(replace(state, expert_load=self._expert_totals.load))
 
+    async def WatchCluster(
+        self, request: pb.WatchClusterRequest, context: Context
+    ) -> AsyncIterator[cluster_pb2.ClusterState]:
+        async with aclosing(self._registry.states()) as states:
+            async for state in states:
+                yield cluster_to_pb(state)
+
 
 def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
     prompts: dict[str | None, str | tuple[int, ...] | None] = {
@@ -97,6 +107,7 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
         prompt=prompts[message.WhichOneof("prompt")],
         sampling=sampling_from_pb(message.sampling),
         priority=message.priority,
+        resume_from=tuple(message.resume_from) or None,
     )
 
 
@@ -112,13 +123,20 @@ def sampling_from_pb(message: pb.SamplingParams) -> Sampling:
 
 
 def chunk_to_pb(chunk: Chunk) -> pb.GenerateResponse:
-    usage = None if chunk.usage is None else pb.Usage(**asdict(chunk.usage))
-    return pb.GenerateResponse(
-        request_id=chunk.request_id,
-        index=chunk.index,
-        token_ids=chunk.token_ids,
-        text=chunk.text,
-        finish_reason=chunk.finish_reason,
-        usage=usage,
-        logprobs=[logprobs_pb2.TokenLogprobs(**asdict(token)) for token in chunk.logprobs],
+    """Costs every token: what most of them lack is not touched."""
+    message = pb.GenerateResponse(
+        request_id=chunk.request_id, index=chunk.index, token_ids=chunk.token_ids, text=chunk.text
     )
+    if chunk.finish_reason:
+        message.finish_reason = chunk.finish_reason
+    if chunk.usage is not None:
+        message.usage.CopyFrom(pb.Usage(**asdict(chunk.usage)))
+    if chunk.logprobs:
+        message.logprobs.extend(map(_logprobs_to_pb, chunk.logprobs))
+    if chunk.prompt_logprobs:
+        message.prompt_logprobs.extend(map(_logprobs_to_pb, chunk.prompt_logprobs))
+    return message
+
+
+def _logprobs_to_pb(token: TokenLogprobs) -> logprobs_pb2.TokenLogprobs:
+    return logprobs_pb2.TokenLogprobs(**asdict(token))

@@ -18,6 +18,8 @@ class StopStrings:
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """The text that may be shown, and whether a stop string was found right after it: one
         that `text` completes. With `may_stop` false none is found, but one may begin."""
+        if not self._strings:
+            return text, False
         before = len(self._held)
         text = self._held + text
         first = self._first_completed(text, before) if may_stop else None

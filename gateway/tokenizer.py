@@ -19,7 +19,9 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.longest_token = max(map(len, tokenizer.get_vocab()))  # characters
-        self._token_texts: dict[int, str] = {}  # at most one for each token that there is
+        # At most one for each token that there is.
+        self._token_texts: dict[int, str] = {}
+        self._alone: dict[int, str] = {}
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextTokenizer | None":
@@ -37,6 +39,13 @@ class TextTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids)))
+
+    def decode_one(self, token_id: int) -> str:
+        """As `decode` of this token alone."""
+        text = self._alone.get(token_id)
+        if text is None:
+            text = self._alone[token_id] = self.decode((token_id,))
+        return text
 
     def token_text(self, token_id: int) -> str:
         """One token's text as it is within a text, special tokens' included. It is the second of
@@ -85,7 +94,12 @@ class Detokenizer:
         return self._take(self._new_text())
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._window[: self._num_done])
+        if self._num_done == 0:
+            return self._tokenizer.decode(self._window)
+        if self._num_done == 1:  # nearly always: one token, one piece
+            before = self._tokenizer.decode_one(self._window[0])
+        else:
+            before = self._tokenizer.decode(self._window[: self._num_done])
         text = self._tokenizer.decode(self._window)
         if text.startswith(before):
             return text[len(before) :]

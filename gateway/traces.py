@@ -47,6 +47,9 @@ class _TracedRequest:
             "gen_ai.usage.input_tokens": len(choices[0].prompt_ids),
         }
 
+    def moved(self, dp_rank: int) -> None:
+        self._events.append((f"moved to dp_rank={dp_rank}", time.perf_counter()))
+
     def queued(self, seconds: float) -> None: ...
 
     def put_out(self, chunk: Chunk) -> None:

@@ -26,7 +26,7 @@ REFUSED_FIELDS = {
     "data_parallel_rank": "the gateway balances its DP groups itself; leave it out",
 }
 REFUSED_SAMPLING = {
-    "prompt_logprobs": "only output tokens have logprobs; leave it out",
+    "prompt_logprobs": "only epserve's own service and /v1/completions tell them; leave it out",
     "truncate_prompt_tokens": "prompts are never cut; send the tokens that are meant",
 }
 

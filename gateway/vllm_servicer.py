@@ -16,8 +16,9 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc.aio
 
-from gateway.api_keys import ApiKeys
+from gateway.admission import check_sizes
 from gateway.balancer import Group, usable_groups
+from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.vllm_messages import ChoiceAnswer, chunk_to_pb, request_from_pb
@@ -25,7 +26,6 @@ from moe_core.cluster import MemberState, Role
 from moe_core.errors import NotFoundError, UnsupportedError
 from moe_core.pb.smg import common_pb2, vllm_engine_pb2_grpc
 from moe_core.pb.smg import vllm_engine_pb2 as pb
-from moe_core.service.access import authorization
 from moe_core.service.grpc_host import GrpcHost
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
@@ -37,13 +37,10 @@ SERVER_TYPE = "vllm-grpc"  # what smg takes for an engine that speaks this proto
 class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     """`directory` is the model's, where smg finds the tokenizer if it runs on the same host."""
 
-    def __init__(
-        self, generator: Generator, registry: Registry, directory: Path, keys: ApiKeys
-    ) -> None:
+    def __init__(self, generator: Generator, registry: Registry, directory: Path) -> None:
         self._generator = generator
         self._registry = registry
         self._directory = directory
-        self._keys = keys
         self._started = time.monotonic()
         self._last_receive_time = 0.0  # seconds since 1970; 0: nothing yet
 
@@ -55,12 +52,17 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """A choice's tokens as they come if `stream`, and in any case all of them at its end."""
         self._last_receive_time = time.time()
+        check_sizes(
+            self._generator.model,
+            prompt_tokens=len(request.tokenized.input_ids),
+            stop=len(request.sampling_params.stop),
+            stop_token_ids=len(request.sampling_params.stop_token_ids),
+            logit_bias=len(request.sampling_params.logit_bias),
+        )
         answers: dict[int, ChoiceAnswer] = {}
         stop_token_ids = request.sampling_params.stop_token_ids
         prompt_tokens = len(request.tokenized.input_ids)
-        # Whether there is one was checked before; this says whose.
-        caller = self._keys.authenticate(authorization(context))
-        asked = replace(request_from_pb(request), caller=caller)
+        asked = replace(request_from_pb(request), caller=caller_of_call())
         async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
                 answer = answers.setdefault(chunk.index, ChoiceAnswer(stop_token_ids))
@@ -71,9 +73,11 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
                     yield answer.complete(chunk.finish_reason, chunk.usage, chunk.index)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
-        """Requests that are not here have ended already, which is what was wanted."""
+        """Requests that are not here have ended already, which is what was wanted; so it is with
+        another caller's."""
+        caller = caller_of_call()
         for request_id in request.request_ids:
-            self._generator.abort(request_id)
+            self._generator.abort(caller, request_id)
         return pb.AbortResponse()
 
     async def HealthCheck(

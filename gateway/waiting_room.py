@@ -2,6 +2,10 @@
 
 Knows whose turn it is and which group has room, and brings the two together whenever either
 changes. Knows no text and no stream: what comes back for a request is told to its Place.
+
+A request whose group was lost has had its turn: it goes before all that wait in line, and to a
+group that has no room where none has. A group that was lost rests for a moment: whether it is gone
+is not known yet, and if it is not, it may be the only one.
 """
 
 import asyncio
@@ -10,80 +14,30 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from gateway.balancer import Balancer, Group, require_groups
+from gateway.balancer import (
+    Balancer,
+    Group,
+    GroupKey,
+    require_groups,
+    usable_groups,
+    why_unusable,
+)
 from gateway.cluster import Registry
-from gateway.entrance import Entrance, Hold, QueueLimits
+from gateway.entrance import Entrance, QueueLimits
 from gateway.fair_queue import FairQueue
-from gateway.group_room import GroupRoom, Seat
+from gateway.group_room import GroupRoom
+from gateway.place import Place
 from gateway.requests import GenerationRequest, Sequence
-from moe_core.errors import EpserveError, UnavailableError
+from moe_core.errors import UnavailableError
 
 BYTES_PER_TOKEN = 40  # of a tuple of ints
-
-
-class Place:
-    """One request inside the room. A context manager, which leaves.
-
-    It waits until it is called, fails or is aborted: `waits` is until when it holds what a
-    waiting request holds. After it was called it has a seat.
-    """
-
-    def __init__(self, room: "WaitingRoom", request: GenerationRequest, hold: Hold) -> None:
-        self.request = request
-        self.hold = hold
-        self.waits = True
-        self.choices: Many[Sequence] = ()
-        self.seat: Seat | None = None
-        self.used_tokens = 0
-        self._room = room
-        self._turn: asyncio.Future[Group | None] = asyncio.get_running_loop().create_future()
-
-    def __enter__(self) -> "Place":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._room.leave(self)
-
-    async def turn(self, choices: Many[Sequence]) -> Group | None:
-        """The group that takes the request, once it is its turn; None where it was aborted before.
-
-        Raises TooManyRequestsError or RequestError for what only its tokens show, UnavailableError
-        when no group is left. How long to wait is the client's deadline: a lost tier always
-        ends the wait.
-        """
-        if self.waits:
-            self._room.line_up(self, choices)
-        return await self._turn
-
-    def received(self, num_tokens: int, cached_tokens: int) -> None:
-        """Tokens came from the group; `cached_tokens` of the prompt were there already."""
-        self._room.received(self, num_tokens, cached_tokens)
-
-    def ended(self) -> None:
-        """One of the choices has ended."""
-        self._room.ended(self)
-
-    def abort(self) -> bool:
-        """End the wait. False where it is over already."""
-        if not self.waits:
-            return False
-        self._room.stop_waiting(self)
-        self.answer(None)
-        return True
-
-    def answer(self, result: Group | EpserveError | None) -> None:
-        """What `turn` gives or raises; nobody may be there to take it."""
-        if self._turn.done():
-            return
-        if isinstance(result, EpserveError):
-            self._turn.set_exception(result)
-            self._turn.exception()  # else asyncio complains where nobody takes it
-        else:
-            self._turn.set_result(result)
+DEFAULT_ATTN_WAIT_S = 30.0
+REST_S = 1.0
 
 
 class WaitingRoom:
-    """Belongs to one event loop. `clock` counts seconds.
+    """Belongs to one event loop. `clock` counts seconds. attn_wait_s: for how long those inside
+    wait for a group where none is left that could take them.
 
     Invariant: between two of its methods nobody waits whose turn it is and who has room.
     """
@@ -93,13 +47,18 @@ class WaitingRoom:
         registry: Registry,
         limits: QueueLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        attn_wait_s: float = DEFAULT_ATTN_WAIT_S,
     ) -> None:
+        self.attn_wait_s = attn_wait_s
         self._registry = registry
         self._entrance = Entrance(limits or QueueLimits(), clock)
         self._queue: FairQueue[Place] = FairQueue()
         self._groups = GroupRoom()
         self._balancer = Balancer()
         self._inside: set[Place] = set()
+        self._moving: dict[Place, None] = {}  # in the order in which they lost their groups
+        self._resting: dict[GroupKey, asyncio.TimerHandle] = {}
+        self._giving_up: asyncio.TimerHandle | None = None  # while no group is left
         self._passing = 0  # those that wait without a place in the queue: they can start at once
         self._closed: UnavailableError | None = None
         self._empty = asyncio.Event()
@@ -126,8 +85,9 @@ class WaitingRoom:
         self._show()
         return place
 
-    def line_up(self, place: Place, choices: Many[Sequence]) -> None:
-        """The request's tokens are known, and it waits in line from here on."""
+    def line_up(self, place: Place, choices: Many[Sequence], held_by: Group | None = None) -> None:
+        """The request's tokens are known, and it waits in line from here on; one that `held_by`
+        runs already sits there at once."""
         prompt_tokens = len(choices[0].prompt_ids)
         place.choices = choices
         if isinstance(place.request.prompt, str):
@@ -135,14 +95,47 @@ class WaitingRoom:
         most = prompt_tokens + sum(choice.max_tokens for choice in choices)
         self._entrance.reserve(place.hold, most)
         self._queue.push(place.request.caller, place, place.request.priority)
+        if held_by is not None:
+            self._call(place, held_by)
         self.pump()
         if place.waits and not place.hold.queued:  # the room was taken meanwhile
             self._entrance.queue(place.hold)
             self._passing -= 1
             self._show()
 
+    def move(self, place: Place, choices: Many[Sequence], lost: Group) -> None:
+        """The request leaves `lost`, and its `choices` need another group."""
+        assert place.seat is not None
+        place.seat.leave()
+        place.seat, place.choices = None, choices
+        self._rest(lost)
+        self._moving[place] = None
+        self.pump()
+
+    def has_other(self, place: Place) -> bool:
+        """Whether there is a group that could go on with a request that runs."""
+        return bool(self._large(place.choices))
+
+    def why_none(self, place: Place) -> str:
+        """Why no group takes the request, group by group."""
+        needed = place.choices[0].num_tokens
+        usable = usable_groups(self._registry.state)
+        small = [f"{g.name} holds {g.kv_tokens} tokens" for g in usable if g.kv_tokens < needed]
+        resting = [f"{g.name} has just been lost" for g in usable if g.key in self._resting]
+        if not usable:
+            return why_unusable(self._registry.state)
+        return "; ".join([*resting, *small]) + f" ({needed} tokens are needed)"
+
     def pump(self) -> None:
         """Call whoever has room, in their order; the first that has none keeps its turn."""
+        if not (self._moving or len(self._queue)):
+            self._stop_giving_up()
+            return
+        self._pump_moving()
+        if not usable_groups(self._registry.state):
+            self._wait_for_groups()
+            return
+        self._stop_giving_up()
         while (place := self._queue.peek()) is not None:
             try:
                 group = self._group_for(place.choices)
@@ -152,6 +145,48 @@ class WaitingRoom:
             if group is None:
                 return
             self._call(place, group)
+
+    def _pump_moving(self) -> None:
+        for place in tuple(self._moving):
+            large = self._large(place.choices)
+            if not large:
+                continue
+            count = len(place.choices)
+            tokens = _num_tokens(place.choices)
+            free = [group for group in large if self._groups.fits(group, count, tokens)]
+            group = self._balancer.choose(free or large, place.choices[0].num_tokens, count)
+            del self._moving[place]
+            place.seat = self._groups.take(group, count, tokens)
+            place.answer(group)
+
+    def _wait_for_groups(self) -> None:
+        if self._giving_up is None and len(self._queue):
+            loop = asyncio.get_running_loop()
+            self._giving_up = loop.call_later(self.attn_wait_s, self._give_up)
+
+    def _stop_giving_up(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+    def _give_up(self) -> None:
+        """No group came: all in line are told."""
+        self._stop_giving_up()
+        reason = UnavailableError(
+            f"no attention group can take a request, for {self.attn_wait_s:g} s now: "
+            f"{why_unusable(self._registry.state)}"
+        )
+        for place in self._queue:
+            self._refuse(place, reason)
+
+    def _rest(self, group: Group) -> None:
+        if group.key not in self._resting:
+            loop = asyncio.get_running_loop()
+            self._resting[group.key] = loop.call_later(REST_S, self._rested, group.key)
+
+    def _rested(self, key: GroupKey) -> None:
+        del self._resting[key]
+        self.pump()
 
     def received(self, place: Place, num_tokens: int, cached_tokens: int) -> None:
         assert place.seat is not None
@@ -163,12 +198,13 @@ class WaitingRoom:
             self.pump()
 
     def ended(self, place: Place) -> None:
-        assert place.seat is not None
+        assert place.seat is not None, "a choice that ends has run"
         place.seat.ended()
         self.pump()
 
     def stop_waiting(self, place: Place) -> None:
         """Leave the line, and give back what is held in it; without effect on who has."""
+        self._moving.pop(place, None)
         if not place.waits:
             return
         place.waits = False
@@ -198,7 +234,7 @@ class WaitingRoom:
 
     def refuse_waiting(self, reason: UnavailableError) -> None:
         """Nobody who waits has a turn any more."""
-        for place in [place for place in self._inside if place.waits]:
+        for place in [place for place in self._inside if place.waits or place in self._moving]:
             self._refuse(place, reason)
 
     def _refuse(self, place: Place, reason: UnavailableError) -> None:
@@ -217,12 +253,20 @@ class WaitingRoom:
     def _group_for(self, choices: Many[Sequence]) -> Group | None:
         """None where it has to wait. Raises UnavailableError where no group could hold it."""
         first, count = choices[0], len(choices)
-        groups = require_groups(self._registry.state)
-        large = [group for group in groups if group.kv_tokens >= first.num_tokens]
+        large = self._large(choices)
         free = [g for g in large if self._groups.fits(g, count, len(first.prompt_ids))]
-        if large and not free:
+        if not free and (large or self._resting):
             return None
         return self._balancer.choose(free, first.num_tokens, count)
+
+    def _large(self, choices: Many[Sequence]) -> list[Group]:
+        """The groups that can be used now and could hold each of `choices`."""
+        needed = choices[0].num_tokens
+        return [
+            group
+            for group in usable_groups(self._registry.state)
+            if group.key not in self._resting and group.kv_tokens >= needed
+        ]
 
     def _show(self) -> None:
         self._registry.queued_requests = self._entrance.num_queued
@@ -237,3 +281,8 @@ def _least_tokens(request: GenerationRequest) -> int:
     """The fewest that it may take, as far as can be seen without cutting text into tokens."""
     prompt_tokens = 1 if isinstance(request.prompt, str) else len(request.prompt or ())
     return prompt_tokens + (request.sampling.max_tokens or 1) * (request.sampling.n or 1)
+
+
+def _num_tokens(choices: Many[Sequence]) -> int:
+    """Of the prompt, which they share, and of what has been generated."""
+    return len(choices[0].prompt_ids) + sum(len(choice.output_ids) for choice in choices)

@@ -192,6 +192,14 @@ class ClusterState:
         found = (member for member in self.members if member.role is role)
         return tuple(sorted(found, key=lambda member: member.rank))
 
+    def holds_all_experts(self, placement: ExpertPlacement) -> bool:
+        """Whether READY processes hold every expert of `placement`; of a TP-sharded one, all."""
+        ready = {m.rank for m in self.tier(Role.EXPERT) if m.state is MemberState.READY}
+        size = self.parallel.etp_size
+        groups = range(placement.ep_size)
+        whole = {g for g in groups if ready.issuperset(range(g * size, (g + 1) * size))}
+        return placement.is_covered_by(whole)
+
     def size(self, role: Role) -> int:
         """How many members of this role the configuration asks for."""
         sizes = {Role.ATTN: self.parallel.attn_devices, Role.EXPERT: self.parallel.expert_devices}

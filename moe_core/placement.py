@@ -8,13 +8,14 @@ Physical ids of one layer: 0 … num_physical-1 are routed slots; where the expe
 shared expert, `num_physical + ep_rank` is that EP group's copy of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
+from moe_core.eplb import even_parts
 from moe_core.errors import ConfigError
 
 
@@ -25,6 +26,13 @@ class LayerPlacement:
     layer_id: int
     physical_to_logical: tuple[int, ...]
     physical_to_ep_rank: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer_id: int, held: Sequence[Sequence[int]]) -> Self:
+        """From the logical experts that each EP group holds, by rank, in slot order."""
+        logical = tuple(expert for group in held for expert in group)
+        ep_rank = tuple(rank for rank, group in enumerate(held) for _ in group)
+        return cls(layer_id, logical, ep_rank)
 
     @property
     def num_physical(self) -> int:
@@ -47,6 +55,10 @@ class LayerPlacement:
         """The routed physical slots of one EP group, ascending; an expert's place in this
         tuple is its local index there."""
         return tuple(p for p, holder in enumerate(self.physical_to_ep_rank) if holder == ep_rank)
+
+    def held(self, ep_size: int) -> list[tuple[int, ...]]:
+        """The logical experts of every EP group, as `of` takes them."""
+        return [self.logical_experts(ep_rank) for ep_rank in range(ep_size)]
 
     def logical_experts(self, ep_rank: int) -> tuple[int, ...]:
         """The logical experts of one EP group in slot order, as its weights are stacked."""
@@ -92,9 +104,7 @@ class ExpertPlacement:
         """Epoch 0: contiguous experts per EP group, copies spread, every layer alike."""
         num_experts, ep_size = model.moe.num_experts, parallel.ep_size
         held = _spread(num_experts, parallel.num_redundant_experts, ep_size)
-        logical = tuple(expert for group in held for expert in group)
-        ep_rank = tuple(rank for rank, group in enumerate(held) for _ in group)
-        layers = (LayerPlacement(layer_id, logical, ep_rank) for layer_id in model.moe_layer_ids)
+        layers = (LayerPlacement.of(layer_id, held) for layer_id in model.moe_layer_ids)
         return cls(0, num_experts, ep_size, tuple(layers))
 
     @cached_property
@@ -104,6 +114,19 @@ class ExpertPlacement:
     def layer(self, layer_id: int) -> LayerPlacement:
         """Raises KeyError for a layer without experts."""
         return self._by_layer_id[layer_id]
+
+    @cached_property
+    def holders(self) -> frozenset[int]:
+        """The EP ranks that hold an expert of any layer."""
+        return frozenset(rank for layer in self.layers for rank in layer.physical_to_ep_rank)
+
+    def is_covered_by(self, ep_ranks: Set[int]) -> bool:
+        """Whether these EP groups hold every expert of every layer."""
+        return all(
+            any(layer.physical_to_ep_rank[slot] in ep_ranks for slot in slots)
+            for layer in self.layers
+            for slots in layer.logical_to_physical
+        )
 
     def num_local_experts(self, ep_rank: int) -> int:
         """The most routed experts that one layer puts on one EP group."""
@@ -117,19 +140,15 @@ def _spread(num_experts: int, num_redundant: int, ep_size: int) -> list[list[int
     expert differ by at most one. First copies are contiguous, because group-limited routers
     choose neighbours together and a token then goes to fewer processes.
     """
-    capacity = _even_parts(num_experts + num_redundant, ep_size)
+    capacity = even_parts(num_experts + num_redundant, ep_size)
     held: list[list[int]] = []
-    for size in _even_parts(num_experts, ep_size):
+    for size in even_parts(num_experts, ep_size):
         start = sum(map(len, held))
         held.append(list(range(start, start + size)))
     homes = {expert: rank for rank, group in enumerate(held) for expert in group}
     for expert in _experts_to_copy(num_experts, num_redundant):
         _add_copy(held, capacity, expert, homes[expert])
     return [sorted(group) for group in held]
-
-
-def _even_parts(total: int, parts: int) -> list[int]:
-    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _experts_to_copy(num_experts: int, num_redundant: int) -> Iterable[int]:

@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", help="where the layout suite puts both tiers, e.g. cuda"
     )
+    parser.addoption("--soak", default="0", help="seconds of random faults in the soak test")
 
 
 @pytest.fixture(scope="session")

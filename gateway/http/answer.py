@@ -114,6 +114,7 @@ class Answer:
                         started = True
                         await _start_stream(send)
                     if events := self._events(prompt, batch, streaming):
+                        await asyncio.sleep(0)  # write when all have worked, as in servicer.py
                         await _send_part(send, events)
         except Exception as error:
             if not isinstance(error, EpserveError):

@@ -8,6 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -50,7 +51,7 @@ async def completions(request: Request) -> Answer:
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = _requests(answer_id, body, prompts, request)
     if len(requests) > 1:
-        await context.generator.check(requests)
+        requests = await context.generator.check(requests)
     names = TokenNames(context.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     return Answer(
         context.generator,
@@ -65,8 +66,8 @@ async def completions(request: Request) -> Answer:
 def _check(body: CompletionBody) -> None:
     if body.best_of not in (None, body.num_choices):
         raise RequestError(f"best_of={body.best_of}: must be left out or equal to n")
-    if body.echo and body.logprobs is not None:
-        raise RequestError("echo=true: logprobs of a prompt are not supported; leave one out")
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens=0: must be at least 1, unless echo is true")
 
 
 def _requests(
@@ -74,6 +75,8 @@ def _requests(
 ) -> list[GenerationRequest]:
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     sampling = body.to_sampling(max_tokens, body.logprobs)
+    if body.echo and (body.logprobs is not None or max_tokens == 0):
+        sampling = replace(sampling, prompt_logprobs=body.logprobs or 0)
     return [
         GenerationRequest(
             request_id=f"{answer_id}-{number}",
@@ -126,7 +129,7 @@ class CompletionFormat:
             return b""
         logprobs, more = b"null", b""
         if body.logprobs is not None:
-            logprobs = dumps(self._logprobs[choice].shape(chunk.logprobs))
+            logprobs = dumps(self._shaped(choice, [chunk], opens=is_first))
         if body.return_token_ids:
             prompt_ids = self._prompt(choice).token_ids if is_first else None
             more = b',"prompt_token_ids":%b,"token_ids":%b' % (
@@ -155,12 +158,17 @@ class CompletionFormat:
             "finish_reason": parts[-1].finish_reason,
         }
         if self._body.logprobs is not None:
-            entries = [entry for part in parts for entry in part.logprobs]
-            shown["logprobs"] = self._logprobs[choice].shape(entries)
+            shown["logprobs"] = self._shaped(choice, parts, opens=True)
         if self._body.return_token_ids:
             shown["prompt_token_ids"] = self._prompt(choice).token_ids
             shown["token_ids"] = [token for part in parts for token in part.token_ids]
         return shown
+
+    def _shaped(self, choice: int, parts: Sequence[Chunk], *, opens: bool) -> dict[str, object]:
+        """The logprobs of the choice's next parts; with `echo` the prompt's `opens` it."""
+        first = self._prompt(choice).token_ids[0] if opens and self._body.echo else None
+        entries = [entry for part in parts for entry in (*part.prompt_logprobs, *part.logprobs)]
+        return self._logprobs[choice].shape(entries, first=first)
 
     def _before(self, choice: int) -> str:
         return self._prompt(choice).text if self._body.echo else ""

@@ -37,6 +37,7 @@ class HttpHost:
         listener = _listen(host, port)
         config = uvicorn.Config(
             app,
+            http="httptools",  # h11, in Python, costs as much for each event as all the rest
             lifespan="off",
             ws="none",
             log_config=None,
@@ -46,6 +47,7 @@ class HttpHost:
             proxy_headers=False,
             ssl_context_factory=self._ssl_context_factory,
         )
+        config.load()  # what is missing fails here, and not in the task
         self._server = _Server(config)
         self._serving = asyncio.create_task(self._server.serve([listener]), name="http")
         return int(listener.getsockname()[1])

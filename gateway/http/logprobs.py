@@ -6,6 +6,7 @@ takes another's place. A logprob of minus infinity becomes -9999, since JSON has
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from gateway.requests import TokenLogprobs
 from gateway.tokenizer import TextTokenizer
@@ -36,20 +37,23 @@ class CompletionLogprobs:
         self._names = names
         self._offset = 0
 
-    def shape(self, entries: Sequence[TokenLogprobs]) -> dict[str, object]:
-        """{tokens, token_logprobs, top_logprobs, text_offset}."""
-        tokens, values, tops, offsets = [], [], [], []
-        for entry in entries:
-            text = self._names.text(entry.token_id)
-            tokens.append(text)
-            offsets.append(self._offset)
-            self._offset += len(text)
-            values.append(finite(entry.logprob))
-            tops.append(self._top(text, entry))
+    def shape(
+        self, entries: Sequence[TokenLogprobs], first: int | None = None
+    ) -> dict[str, object]:
+        """{tokens, token_logprobs, top_logprobs, text_offset}. `first`: a token before the entries
+        which follows nothing, so that its logprob is null."""
+        texts = [self._names.text(entry.token_id) for entry in entries]
+        values: list[float | None] = [finite(entry.logprob) for entry in entries]
+        tops: list[dict[str, float] | None] = list(map(self._top, texts, entries))
+        if first is not None:
+            texts.insert(0, self._names.text(first))
+            values.insert(0, None)
+            tops.insert(0, None)
+        *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
         return {
             "text_offset": offsets,
             "token_logprobs": values,
-            "tokens": tokens,
+            "tokens": texts,
             "top_logprobs": tops,
         }
 

@@ -93,6 +93,9 @@ class RequestMetrics:
         self._errors = counter(
             "request_errors", "Requests that ended in an error, by gRPC status name.", "code"
         )
+        self.moves = counter(
+            "request_moves", "Requests that another attention group went on with."
+        ).labels(model_name)  # fmt: skip
         self._model_name = model_name
         for reason in ("stop", "length", "abort"):
             self._success.labels(model_name, reason)
@@ -122,6 +125,9 @@ class _Measured:
         num_tokens = len(choices[0].prompt_ids)
         self._metrics.prompt_tokens.inc(num_tokens)
         self._metrics.prompt_size.observe(num_tokens)
+
+    def moved(self, dp_rank: int) -> None:
+        self._metrics.moves.inc()
 
     def queued(self, seconds: float) -> None:
         self._metrics.queue.observe(seconds)

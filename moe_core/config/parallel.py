@@ -9,8 +9,9 @@ nearest values that would do are found by trying: each suggested value has passe
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Self, TypeVar
 
 from moe_core.config.model import ModelConfig
 from moe_core.errors import ConfigError
@@ -19,6 +20,7 @@ SHARED_EXPERTS_ON = ("attention", "expert")
 FP8_BLOCK = 128  # rows and columns that share one scale in "fp8_block_128" checkpoints
 _POWERS_OF_TWO = tuple(1 << exponent for exponent in range(17))
 _NUM_SUGGESTIONS = 2
+Config = TypeVar("Config", bound="ParallelConfig")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class ParallelConfig:
     """How the two tiers are cut. Raises ConfigError when built from values that cannot work.
 
     `enable_mla` None follows the model and `expert_parallel_degree` None follows ep_size;
-    `with_model` returns a copy in which both are settled.
+    `with_model` returns a copy in which both are settled. `live`: of a cluster that runs, whose
+    scaling may have left any number of whole groups; dp_size and ep_size need be no powers of two.
     """
 
     attn_devices: int = 1
@@ -38,6 +41,7 @@ class ParallelConfig:
     num_redundant_experts: int = 0
     shared_experts: str = "attention"  # or "expert"
     colocated: bool = False
+    live: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _refuse_broken(self, _broken)
@@ -50,6 +54,42 @@ class ParallelConfig:
         _refuse_broken(self, lambda config: _broken_for_model(config, model))
         mla = model.mla is not None if self.enable_mla is None else self.enable_mla
         return replace(self, enable_mla=mla, expert_parallel_degree=self.degree)
+
+    def resized(
+        self,
+        model: ModelConfig,
+        *,
+        attn_devices: int | None = None,
+        expert_devices: int | None = None,
+    ) -> Self:
+        """The same groups, more or fewer of them, for a cluster of `model` that runs. Degree 0
+        becomes 1 where experts are spread.
+
+        Raises ConfigError where a tier would not be whole groups, or the model cannot be cut so.
+        """
+        variant = self
+        for tier, devices, group in (
+            ("attn_devices", attn_devices, self.tp_size),
+            ("expert_devices", expert_devices, self.etp_size),
+        ):
+            if devices is None:
+                continue
+            _refuse_part_groups(tier, devices, group)
+            variant = _with_devices(variant, tier, devices)
+        # Both are set first: a colocated layout wants them alike.
+        broken = next(_broken_for_model(variant, model), None)
+        if broken is not None:
+            asked = "attn_devices" if expert_devices is None else "expert_devices"
+            raise _does_not_fit(variant, broken, asked, model)
+        return variant
+
+    def covering(self, attn_devices: int, expert_devices: int) -> Self:
+        """The same groups, and no fewer processes than these; not checked against the model."""
+        variant = self
+        for tier, devices in (("attn_devices", attn_devices), ("expert_devices", expert_devices)):
+            if devices > getattr(variant, tier):
+                variant = _with_devices(variant, tier, devices)
+        return variant
 
     @property
     def tp_size(self) -> int:
@@ -123,12 +163,53 @@ def _nearest(config: ParallelConfig, rules: _Rules, broken: _Broken, setting: st
     return sorted((clean or rest)[:_NUM_SUGGESTIONS], key=lambda c: _distance(c, 0))
 
 
+def _refuse_part_groups(tier: str, devices: int, group: int) -> None:
+    most = _POWERS_OF_TWO[-1] // group * group
+    if not group <= devices <= most or devices % group:
+        below = devices // group * group
+        rule = f"must be whole groups of {group} processes, {group} to {most} in all"
+        nearest = {max(group, min(size, most)) for size in (below, below + group)}
+        raise ConfigError(tier, devices, rule, sorted(nearest))
+
+
+def _with_devices(config: Config, tier: str, devices: int) -> Config:
+    """The same groups with another number of them, live and unchecked."""
+    size, group = {
+        "attn_devices": ("dp_size", config.tp_size),
+        "expert_devices": ("ep_size", config.etp_size),
+    }[tier]
+    variant = _variant(config, tier, devices)
+    object.__setattr__(variant, size, devices // group)
+    degree = max(config.degree, 1) if variant.ep_size > 1 else config.degree
+    object.__setattr__(variant, "expert_parallel_degree", degree)
+    object.__setattr__(variant, "live", True)
+    return variant
+
+
+def _does_not_fit(
+    config: ParallelConfig, broken: "_Broken", tier: str, model: ModelConfig
+) -> ConfigError:
+    """Why a running tier cannot have so many processes, and how many it can."""
+    devices: int = getattr(config, tier)
+    group = config.tp_size if tier == "attn_devices" else config.etp_size
+    num_slots = model.moe.num_experts + config.num_redundant_experts
+    sizes = range(group, group * num_slots + 1, group)
+    fitting = (
+        size
+        for size in sorted(sizes, key=lambda size: abs(size - devices))
+        if next(_broken_for_model(_with_devices(config, tier, size), model), None) is None
+    )
+    value = getattr(config, broken.setting)
+    rule = f"{broken.setting}={value!r} {broken.rule}"
+    return ConfigError(tier, devices, rule, sorted(islice(fitting, _NUM_SUGGESTIONS)))
+
+
 def _distance(candidate: object, number: float) -> float:
     """Values that are no numbers are all equally far, and so keep their order."""
     return abs(candidate - number) if isinstance(candidate, int) else 0
 
 
-def _variant(config: ParallelConfig, setting: str, value: object) -> ParallelConfig:
+def _variant(config: Config, setting: str, value: object) -> Config:
     """A copy with one value changed, unchecked: checking it would search for its nearest."""
     variant = copy.copy(config)
     object.__setattr__(variant, setting, value)
@@ -139,7 +220,8 @@ def _broken(config: ParallelConfig) -> Iterator[_Broken]:
     """The rules that need no model. Later ones rely on earlier ones, so only the first counts."""
     yield from _broken_types(config)
     for size, devices in (("dp_size", "attn_devices"), ("ep_size", "expert_devices")):
-        if not _is_count(getattr(config, size)) or getattr(config, size).bit_count() != 1:
+        value = getattr(config, size)
+        if not _is_count(value) or (value.bit_count() != 1 and not config.live):
             yield _Broken(size, "must be a power of two", _POWERS_OF_TWO)
         if getattr(config, devices) % getattr(config, size):
             rule = f"must divide {devices}={getattr(config, devices)}"

@@ -6,6 +6,7 @@ method has its service's rule.
 """
 
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from moe_core.errors import AccessError
 from moe_core.service.peer_roles import PeerRole, in_words, shown_roles
 
 Authenticate = Callable[[str | None], object]
-"""Takes the `authorization` metadata; raises AuthenticationError."""
+"""From the `authorization` metadata to who that is; raises AuthenticationError."""
 
 AUTHORIZATION = "authorization"
 
@@ -56,6 +57,15 @@ def require_rule(service: str) -> None:
         raise LookupError(f"{service} has no rule in {__name__}.RULES: say who may call it")
 
 
+_caller: ContextVar[object] = ContextVar("caller")
+
+
+def calling() -> object:
+    """Who makes the call that this runs in, as `authenticate` has said: for methods whose rule
+    asks for a key."""
+    return _caller.get()
+
+
 class AccessCheck:
     """`authenticate` None: this server has no keys of its own."""
 
@@ -71,7 +81,7 @@ class AccessCheck:
         if roles is not None:
             self._check_roles(path, roles, context)
         if rule.key and self._authenticate is not None:
-            self._authenticate(authorization(context))
+            _caller.set(self._authenticate(authorization(context)))
 
     def _check_roles(self, path: str, roles: frozenset[PeerRole], context: Any) -> None:  # noqa: ANN401
         shown = shown_roles(context)

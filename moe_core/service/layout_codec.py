@@ -36,6 +36,7 @@ def parallel_from_pb(message: pb.ParallelSettings) -> ParallelConfig:
         num_redundant_experts=message.num_redundant_experts,
         shared_experts=message.shared_experts,
         colocated=message.colocated,
+        live=True,
     )
 
 

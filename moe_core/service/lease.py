@@ -23,6 +23,9 @@ from moe_core.service.grpc_channel import channel_options, server_name_options
 log = structlog.get_logger(__name__)
 
 PERIOD_S = 1.0
+# A lease that was lost is followed by another before its member counts as lost (3 s).
+TIMEOUT_S = 0.75
+RETRY_S = 0.25
 BEAT_S = 0.25
 
 
@@ -49,7 +52,7 @@ class Lease:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns at once, the thread ends within a second."""
+        """End the thread; returns at once, the thread ends within a second. Safe to call twice."""
         self._stopped.set()
         self._next_beat.cancel()
 
@@ -58,9 +61,11 @@ class Lease:
         self._next_beat = self._loop.call_later(BEAT_S, self._beat)
 
     def _send_leases(self) -> None:
-        while not self._stopped.is_set():
+        pause_s = PERIOD_S
+        while not self._stopped.wait(pause_s):
             with self._open_channel() as channel:
                 self._send_until_lost(channel)
+            pause_s = RETRY_S
 
     def _open_channel(self) -> grpc.Channel:
         options: list[tuple[str, int | str]] = list(channel_options())
@@ -73,11 +78,13 @@ class Lease:
     def _send_until_lost(self, channel: grpc.Channel) -> None:
         """A channel shows the certificate that it was opened with, so a lost one is opened anew."""
         stub = ClusterServiceStub(channel)  # type: ignore[no-untyped-call]  # generated code
-        while not self._stopped.wait(PERIOD_S):
+        while True:
             try:
-                stub.Lease(self._request(), timeout=PERIOD_S)
+                stub.Lease(self._request(), timeout=TIMEOUT_S)
             except grpc.RpcError as error:
                 log.debug("a lease was not delivered", reason=str(error))
+                return
+            if self._stopped.wait(PERIOD_S):
                 return
 
     def _request(self) -> cluster_pb2.LeaseRequest:

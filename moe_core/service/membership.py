@@ -1,20 +1,20 @@
-"""A worker's end of ClusterService.Register: join, report, and know who else is there.
+"""A worker's place in the cluster: join, report, and know who else is there.
 
-Knows the registration stream and its deadlines. Knows nothing of what the worker does; whether
-the cluster is as the worker needs it is a predicate of the caller's.
+Knows registrations (registration.py) one after the other, and their deadlines. Knows nothing of
+what the worker does; whether the cluster is as the worker needs it is a predicate of the caller's.
 
-The stream is also the heartbeat: when it ends, the worker is out of the cluster and `lost` says
-why. This membership does not rejoin; a process that lost it ends.
+A worker outlives its gateway. When a registration ends (the gateway was restarted, or has taken
+this process for dead) the worker registers again, as the same start of the same process, and says
+what it knows of the cluster. Meanwhile `state` stays as it was. The membership is `lost` when no
+gateway takes the worker back in time, or one refuses to.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
 
-import grpc
-import grpc.aio
 import structlog
 
 from moe_core.cluster import (
@@ -29,43 +29,45 @@ from moe_core.cluster import (
     StatusReport,
 )
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import EpserveError, ProtocolError, UnavailableError
-from moe_core.pb.epserve.v1 import cluster_pb2 as pb
-from moe_core.pb.epserve.v1.cluster_pb2_grpc import ClusterServiceStub
-from moe_core.service.certificates import Certificates, ServerCheck, expecting
-from moe_core.service.cluster_codec import (
-    cluster_from_pb,
-    expert_load_to_pb,
-    join_to_pb,
-    report_to_pb,
+from moe_core.errors import (
+    AccessError,
+    AuthenticationError,
+    EpserveError,
+    ProtocolError,
+    RequestError,
+    UnavailableError,
 )
-from moe_core.service.grpc_channel import error_from_rpc, open_channel
-from moe_core.service.layout_codec import parallel_from_pb
-from moe_core.service.lease import Lease
+from moe_core.service.certificates import Certificates, ServerCheck, expecting
 from moe_core.service.peer_roles import PeerRole
+from moe_core.service.registration import Outbox, Registration
 
 log = structlog.get_logger(__name__)
 
-__all__ = ["Join", "Membership"]
+__all__ = ["REJOIN_TIMEOUT_S", "Join", "Membership"]
 
+REJOIN_TIMEOUT_S = 600.0
 RETRY_S = 0.5
+REJOIN_RETRIES_S = (0.1, 2.0)  # the first pause, and the longest that it doubles to
+FINAL = (RequestError, AccessError, AuthenticationError, ProtocolError)
 
 
 class Membership:
     """A place in the cluster, from `join` until `close` or until `lost` raises."""
 
-    def __init__(self, gateway_address: str, security: ServerCheck | None) -> None:
-        self._channel = open_channel(gateway_address, security)
+    def __init__(
+        self, gateway_address: str, security: ServerCheck | None, rejoin_timeout_s: float
+    ) -> None:
         self._gateway = gateway_address
         self._security = security
+        self._rejoin_timeout_s = rejoin_timeout_s
         self._changed = asyncio.Condition()
-        self._reported = asyncio.Event()
-        self._unsent: StatusReport | None = None
-        self._unsent_load: ExpertLoad | None = None
+        self._status: StatusReport | None = None
+        self._load: ExpertLoad | None = None
+        self._outbox = Outbox(None, None)
         self._error: EpserveError | None = None
         self._state: ClusterState | None = None
-        self._lease: Lease | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._registration: Registration
+        self._staying: asyncio.Task[None] | None = None
         self.rank = -1
         self.parallel = ParallelConfig()
 
@@ -77,22 +79,22 @@ class Membership:
         *,
         timeout_s: float,
         tls: Certificates | None = None,
+        rejoin_timeout_s: float = REJOIN_TIMEOUT_S,
     ) -> "Membership":
         """Join the cluster of the gateway at `gateway_address` (host:port), waiting up to
-        `timeout_s` for a gateway that is not there yet. When this returns, `rank`, `parallel`
-        and `state` are known. Raises UnavailableError when no gateway came in time, and at once
-        the gateway's own refusal (of a rank, a fingerprint, a dtype)."""
-        membership = cls(gateway_address, expecting(tls, PeerRole.GATEWAY))
-        try:
-            await membership._join_until(join, time.monotonic() + timeout_s, timeout_s)
-        except BaseException:
-            await membership.close()
-            raise
+        `timeout_s` for a gateway that is not there yet, and later up to `rejoin_timeout_s` for
+        one that is gone. When this returns, `rank`, `parallel` and `state` are known. Raises
+        UnavailableError when no gateway came in time, and at once the gateway's own refusal (of a
+        rank, a fingerprint, a dtype)."""
+        membership = cls(gateway_address, expecting(tls, PeerRole.GATEWAY), rejoin_timeout_s)
+        membership._registration = await membership._join_within(timeout_s, join)
+        staying = membership._stay(replace(join, rank=membership.rank))
+        membership._staying = asyncio.create_task(staying, name="membership")
         return membership
 
     @property
     def state(self) -> ClusterState:
-        """The latest that the gateway has sent."""
+        """The latest that a gateway has sent."""
         assert self._state is not None, "join has not returned yet"
         return self._state
 
@@ -109,8 +111,8 @@ class Membership:
         used_epoch: int | None = None,
     ) -> None:
         """Tell the gateway, and so everybody, how this worker is. Replaces the last report; of
-        several that wait to be sent only the newest is."""
-        self._unsent = StatusReport(
+        several that wait to be sent only the newest is. Another gateway is told it again."""
+        self._status = StatusReport(
             state,
             detail,
             store_address,
@@ -120,18 +122,19 @@ class Membership:
             prepared_epoch,
             used_epoch,
         )
-        self._reported.set()
+        self._outbox.put(self._status)
 
     def report_expert_load(self, load: ExpertLoad) -> None:
         """Tell the gateway, and nobody else, which experts this worker's tokens went to."""
-        self._unsent_load = load
-        self._reported.set()
+        self._load = load
+        self._outbox.put(load)
 
     async def wait_until(
         self, predicate: Callable[[ClusterState], bool], timeout_s: float, what: str
     ) -> ClusterState:
         """The first state that satisfies `predicate`. Raises UnavailableError after `timeout_s`,
-        naming `what` was awaited and the ranks that are not ready, or when the stream ends."""
+        naming `what` was awaited and the ranks that are not ready, or when the membership is
+        lost."""
 
         def settled() -> bool:
             return self._error is not None or predicate(self.state)
@@ -161,29 +164,28 @@ class Membership:
         return self.state
 
     async def lost(self) -> None:
-        """Waits for the end of the registration, and raises why it ended."""
+        """Waits until this worker is out of the cluster for good, and raises why."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._error is not None)
         assert self._error is not None
         raise self._error
 
     async def close(self) -> None:
-        """Leave the cluster. The gateway removes this member at once."""
-        if self._lease is not None:
-            self._lease.stop()
-        if self._reading is not None:
-            self._reading.cancel()
+        """Leave the cluster. The gateway, if there is one, removes this member at once."""
+        if self._staying is not None:
+            self._staying.cancel()
             with suppress(asyncio.CancelledError):
-                await self._reading
-        await self._channel.close(None)
+                await self._staying
+            await self._registration.close()
 
-    async def _join_until(self, join: Join, deadline: float, timeout_s: float) -> None:
+    async def _join_within(self, timeout_s: float, join: Join) -> Registration:
+        """The first registration."""
+        deadline = time.monotonic() + timeout_s
         noted = False
         while True:
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    await self._join_once(join)
-                return
+                    return await self._register(join)
             except UnavailableError as error:
                 reason = str(error)
                 if deadline - time.monotonic() < RETRY_S:
@@ -197,63 +199,68 @@ class Membership:
                 noted = True
             await asyncio.sleep(RETRY_S)
 
-    async def _join_once(self, join: Join) -> None:
-        stub: Any = ClusterServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
-        call = stub.Register(self._requests(pb.RegisterRequest(join=join_to_pb(join))))
-        answers = aiter(call)
+    async def _register(self, join: Join) -> Registration:
+        """One attempt. The last reports are told again, since nobody may know them yet."""
+        self._outbox = Outbox(self._status, self._load)
+        registration = Registration(self._gateway, self._security, join, self._outbox)
         try:
-            assigned = await self._next(answers)
-            if assigned.WhichOneof("kind") != "assigned":
-                raise ProtocolError(f"gateway {self._gateway}: the first answer is no Assigned")
-            self.rank = assigned.assigned.rank
-            self.parallel = parallel_from_pb(assigned.assigned.parallel)
-            await self._take_state(await self._next(answers))
+            await registration.open()
+            self.rank, self.parallel = registration.rank, registration.parallel
+            await self._take(await registration.next_state())
         except BaseException:
-            call.cancel()
+            await registration.close()
             raise
-        self._lease = Lease(
-            self._gateway, self._security, join.role, self.rank, join.instance_epoch
-        )
-        self._reading = asyncio.create_task(self._read(call, answers), name="membership")
+        return registration
 
-    async def _requests(self, join: pb.RegisterRequest) -> AsyncIterator[pb.RegisterRequest]:
-        yield join
-        while True:
-            await self._reported.wait()
-            self._reported.clear()
-            report, self._unsent = self._unsent, None
-            if report is not None:
-                yield pb.RegisterRequest(status=report_to_pb(report))
-            load, self._unsent_load = self._unsent_load, None
-            if load is not None:
-                yield pb.RegisterRequest(expert_load=expert_load_to_pb(load))
-
-    async def _next(self, answers: AsyncIterator[pb.RegisterResponse]) -> pb.RegisterResponse:
-        try:
-            return await anext(answers)
-        except StopAsyncIteration:
-            raise UnavailableError(f"gateway {self._gateway} ended the registration") from None
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"gateway {self._gateway}") from None
-
-    async def _take_state(self, answer: pb.RegisterResponse) -> None:
-        if answer.WhichOneof("kind") != "state":
-            raise ProtocolError(f"gateway {self._gateway}: a later answer is no ClusterState")
-        async with self._changed:
-            self._state = cluster_from_pb(answer.state)
-            self._changed.notify_all()
-
-    async def _read(
-        self,
-        call: grpc.aio.StreamStreamCall[Any, Any],
-        answers: AsyncIterator[pb.RegisterResponse],
-    ) -> None:
+    async def _stay(self, join: Join) -> None:
+        """Until cancelled, or lost."""
         try:
             while True:
-                await self._take_state(await self._next(answers))
+                reason = await self._until_it_ends(self._registration)
+                log.warning("the registration has ended", gateway=self._gateway, reason=reason)
+                self._registration = await self._join_again(join, reason)
+                log.info("registered again", gateway=self._gateway, rank=self.rank)
         except EpserveError as error:
             async with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    async def _until_it_ends(self, registration: Registration) -> str:
+        """Why it has ended. Raises what registering again would not mend."""
+        try:
+            while True:
+                await self._take(await registration.next_state())
+        except FINAL:
+            raise
+        except EpserveError as error:
+            return str(error)
         finally:
-            call.cancel()
+            await registration.close()
+
+    async def _join_again(self, join: Join, reason: str) -> Registration:
+        """Raises UnavailableError when no gateway was there in time, or one has refused."""
+        pause_s, longest_s = REJOIN_RETRIES_S
+        try:
+            async with asyncio.timeout(self._rejoin_timeout_s):
+                while True:
+                    try:
+                        return await self._register(self._with_knowledge(join))
+                    except FINAL as error:
+                        raise UnavailableError(f"lost its place in the cluster: {error}") from None
+                    except EpserveError as error:
+                        reason = str(error)
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, longest_s)
+        except TimeoutError:
+            raise UnavailableError(
+                f"lost its gateway, and none took it back within {self._rejoin_timeout_s:g} s: "
+                f"{reason}"
+            ) from None
+
+    def _with_knowledge(self, join: Join) -> Join:
+        return replace(join, placement=self.state.placement, parallel=self.state.parallel)
+
+    async def _take(self, state: ClusterState) -> None:
+        async with self._changed:
+            self._state = state
+            self._changed.notify_all()

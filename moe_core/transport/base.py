@@ -103,9 +103,13 @@ class LinkSpec:
     slot_count: int
 
 
+ANY_WORLD = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who this end is: its rank in its tier of `world` processes, and which start of it."""
+    """Who this end is: its rank in its tier of `world` processes, and which start of it. Of a peer
+    whose tier may have grown or shrunk since it started, the world is ANY_WORLD."""
 
     rank: int
     world: int
@@ -135,9 +139,28 @@ class PendingCombine(Protocol):
     async def left(self, timeout_s: float) -> None:
         """Until its bytes have left. Raises PeerTimeoutError or PeerLostError."""
 
+    @property
+    def done(self) -> bool:
+        """The answer is there, or it is known that none will come."""
+
+    @property
+    def owed(self) -> bool:
+        """The peer has yet to answer, be it still wanted or not: a slot is taken."""
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until it is `done`; False where it is not within `timeout_s`. Whatever comes of
+        this wait, the answer stays wanted."""
+
+    def result(self) -> Combine:
+        """Of what is `done`. Raises PeerLostError, or the error with which the peer failed it."""
+
+    def answered_chunks(self) -> tuple[tuple[slice, ...], torch.Tensor] | None:
+        """Of one that failed: which rows were answered all the same, and the partials, of which
+        only those rows mean something. None where there are none."""
+
     async def wait(self, timeout_s: float) -> Combine:
-        """Raises PeerTimeoutError, PeerLostError, or the error with which the peer failed the
-        dispatch. After a cancelled wait, as after one that raised, the answer is not wanted."""
+        """Raises PeerTimeoutError, and what `result` does. After a cancelled wait, as after one
+        that raised, the answer is not wanted."""
 
     def release(self) -> None:
         """The combine has been consumed, or is not wanted: its slot is free as soon as the answer
@@ -168,7 +191,8 @@ class ExpertLink(ABC):
         """Send, waiting for free slots if need be. Zero tokens are allowed.
 
         Raises PeerTimeoutError when no slot becomes free in time, PeerLostError when the peer
-        is gone, ValueError when the tensors do not fit the LinkSpec.
+        is gone (unless some chunks have been answered: then that is the result), ValueError when
+        the tensors do not fit the LinkSpec.
         """
 
     @abstractmethod

@@ -11,8 +11,8 @@ from moe_core.transport.base import Dispatch, LinkSpec
 def check_shapes(dispatch: Dispatch, spec: LinkSpec) -> int:
     """The number of tokens. Raises ValueError naming the tensor, what it is and what the link
     carries."""
-    num_tokens = dispatch.num_tokens
     _, hidden_states, physical_ids, topk_weights = dispatch
+    num_tokens = hidden_states.shape[0]
     routing = (num_tokens, spec.num_columns)
     if (
         hidden_states.shape != (num_tokens, spec.hidden_size)

@@ -95,6 +95,11 @@ class ChunkedLink(ExpertLink):
                 slot = await self._take_slot(part, deadline)
                 self._start(slot, pending, part, part.num_tokens, rows)
                 await self.departed(slot, part, deadline)
+        except PeerLostError as error:
+            if pending.answered_chunks() is None:
+                pending.release()
+                raise
+            pending.finish(error)  # the result says so; some of it is there
         except BaseException:
             pending.release()
             raise
@@ -157,6 +162,9 @@ class ChunkedLink(ExpertLink):
 
     def give_slot(self, slot: int) -> None:
         self._slots.give(slot)
+
+    def is_owed(self, pending: Pending) -> bool:
+        return any(found.pending is pending for found in self._in_flight.values())
 
     def _failed(self, slot: int, sequence: int, code: str, message: str) -> None:
         """The peer could not do it; the slot is free again."""

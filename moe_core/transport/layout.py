@@ -66,6 +66,7 @@ class SlotMemory:
     def __init__(self, memory: torch.Tensor, spec: LinkSpec, slot_bytes: int) -> None:
         self._layout = SlotLayout(spec)
         self._slot_bytes = slot_bytes
+        self._payload_row, self._index_row = self._layout.payload_row, self._layout.index_row
         # A plain memory move needs no view of its target.
         self._address = memory.data_ptr() if memory.is_cpu else 0
         self._values = memory.view(spec.dtype)
@@ -99,25 +100,31 @@ class SlotMemory:
             self._routings[slot] = known
         return known
 
-    def store_payload(self, slot: int, values: torch.Tensor, num_tokens: int) -> None:
-        """`values` [num_tokens, hidden_size] to the front of `slot`."""
-        if self._address and _movable(values):
-            memmove(self._address + slot * self._slot_bytes, values.data_ptr(), values.nbytes)
+    def store_payload(self, slot: int, values: torch.Tensor, num_tokens: int) -> int:
+        """`values` [num_tokens, hidden_size] to the front of `slot`. Returns the bytes in use."""
+        num_bytes = num_tokens * self._payload_row
+        if self._address and values.is_cpu and values.is_contiguous():
+            memmove(self._address + slot * self._slot_bytes, values.data_ptr(), num_bytes)
         else:
             self.payload(slot, num_tokens).copy_(values)
+        return num_bytes
 
     def store_routing(
         self, slot: int, ids: torch.Tensor, weights: torch.Tensor, num_tokens: int
-    ) -> None:
-        """[num_tokens, num_columns] each, behind a payload of as many tokens."""
+    ) -> int:
+        """[num_tokens, num_columns] each, behind a payload of as many tokens. Returns the bytes in
+        use, those of the payload among them."""
+        start = align(num_tokens * self._payload_row)
+        num_bytes = num_tokens * self._index_row
         if self._address and _movable(ids) and _movable(weights):
-            offset = slot * self._slot_bytes + align(self._layout.payload_bytes(num_tokens))
-            memmove(self._address + offset, ids.data_ptr(), ids.nbytes)
-            memmove(self._address + offset + ids.nbytes, weights.data_ptr(), weights.nbytes)
+            address = self._address + slot * self._slot_bytes + start
+            memmove(address, ids.data_ptr(), num_bytes)
+            memmove(address + num_bytes, weights.data_ptr(), num_bytes)
         else:
             slot_ids, slot_weights = self.routing(slot, num_tokens)
             slot_ids.copy_(ids)
             slot_weights.copy_(weights)
+        return start + 2 * num_bytes
 
 
 def _movable(values: torch.Tensor) -> bool:

@@ -83,11 +83,11 @@ class NixlLink(ChunkedLink):
 
     def _post(self, slot: int, sequence: int, chunk: Dispatch, num_tokens: int) -> None:
         key, hidden_states, physical_ids, topk_weights = chunk
-        self._out.store_payload(slot, hidden_states, num_tokens)
-        self._out.store_routing(slot, physical_ids, topk_weights, num_tokens)
-        tag = (DISPATCH, slot, num_tokens, self._path.link_id, self._epoch, sequence)
-        num_bytes = self._layout.dispatch_bytes(num_tokens)
-        self._path.write(slot, num_bytes, pack_dispatch(tag, key))
+        path, out = self._path, self._out
+        out.store_payload(slot, hidden_states, num_tokens)
+        num_bytes = out.store_routing(slot, physical_ids, topk_weights, num_tokens)
+        tag = (DISPATCH, slot, num_tokens, path.link_id, self._epoch, sequence)
+        path.write(slot, num_bytes, pack_dispatch(tag, key))
 
     async def departed(self, slot: int, what: Named, deadline: float) -> None:
         if not self._path.unfinished and self._path.failure is None:

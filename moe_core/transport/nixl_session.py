@@ -108,12 +108,11 @@ class NixlSession(PeerSession):
     def _send_combine(
         self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
     ) -> None:
-        slot, num_tokens = reply.slot, reply.num_tokens
-        self._out.store_payload(slot, partial, num_tokens)
-        tag = (COMBINE, slot, num_tokens, self._path.link_id, self._epoch, reply.sequence)
-        note = pack_combine(tag, queue_us, compute_us)
-        self._path.write(slot, self._layout.payload_bytes(num_tokens), note)
-        if self._path.failure is not None:
+        path, slot, num_tokens = self._path, reply.slot, reply.num_tokens
+        num_bytes = self._out.store_payload(slot, partial, num_tokens)
+        tag = (COMBINE, slot, num_tokens, path.link_id, self._epoch, reply.sequence)
+        path.write(slot, num_bytes, pack_combine(tag, queue_us, compute_us))
+        if path.failure is not None:
             self._on_error(PeerLostError(f"{self.peer} is gone (NIXL says {self._path.failure})"))
 
     def _send_failure(self, reply: SlotReply, error: EpserveError) -> None:

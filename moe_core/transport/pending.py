@@ -32,6 +32,7 @@ class PendingHost(Protocol):
     async def departed(self, slot: int, what: Named, deadline: float) -> None: ...
     def look_for(self, pending: "Pending") -> None: ...
     def give_slot(self, slot: int) -> None: ...
+    def is_owed(self, pending: "Pending") -> bool: ...
     def timeout_error(self, what: Named, waited_s: float, phase: str) -> PeerTimeoutError: ...
 
 
@@ -43,6 +44,7 @@ class Pending:
     """
 
     __slots__ = (
+        "_answered",
         "_chunks_left",
         "_compute_us",
         "_held",
@@ -50,6 +52,7 @@ class Pending:
         "_parts",
         "_queue_us",
         "_result",
+        "_since",
         "_waiter",
         "key",
         "num_tokens",
@@ -64,9 +67,11 @@ class Pending:
         self._link = link
         self._held: int | None = None
         self._parts: torch.Tensor | None = None
+        self._answered: tuple[slice, ...] = ()
         self._queue_us = self._compute_us = 0
         # Errors are results here: a dispatch that nobody waits for any more is not a mistake.
         self._result: Combine | TransportError | None = None
+        self._since = link.loop.time()
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -77,30 +82,49 @@ class Pending:
         if self._result is None:
             await self._link.departed(self.slot, self, self._link.loop.time() + timeout_s)
 
-    async def wait(self, timeout_s: float) -> Combine:
+    @property
+    def done(self) -> bool:
+        return self._result is not None
+
+    @property
+    def owed(self) -> bool:
+        return self._link.is_owed(self)
+
+    async def settled(self, timeout_s: float) -> bool:
         if self._result is None:
             self._link.look_for(self)
         if self._result is None:
-            await self._wait(timeout_s)
+            waiter = self._waiter = self._link.loop.create_future()
+            timer = self._link.loop.call_later(timeout_s, _wake, waiter)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
+        return self._result is not None
+
+    def result(self) -> Combine:
         result = self._result
         if isinstance(result, Combine):
             return result
         assert result is not None
         raise result
 
-    async def _wait(self, timeout_s: float) -> None:
-        self._waiter = self._link.loop.create_future()
-        expiry = self._link.loop.call_later(timeout_s, self._expire, timeout_s)
+    def answered_chunks(self) -> tuple[tuple[slice, ...], torch.Tensor] | None:
+        return None if self._parts is None else (self._answered, self._parts)
+
+    async def wait(self, timeout_s: float) -> Combine:
         try:
-            await self._waiter
+            if not await self.settled(timeout_s):
+                self._expire()
         finally:
-            expiry.cancel()
             if self._result is None:
                 self.release()
+        return self.result()
 
-    def _expire(self, timeout_s: float) -> None:
+    def _expire(self) -> None:
         phase = "queue or compute at the peer, or the network on the way back"
-        self.finish(self._link.timeout_error(self, timeout_s, phase))
+        waited_s = self._link.loop.time() - self._since
+        self.finish(self._link.timeout_error(self, waited_s, phase))
 
     def release(self) -> None:
         if self._result is None:
@@ -113,8 +137,8 @@ class Pending:
         """The first result counts."""
         if self._result is None:
             self._result = result
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
+            if self._waiter is not None:
+                _wake(self._waiter)
 
     def take(self, slot: int, partial: torch.Tensor, queue_us: int, compute_us: int) -> None:
         """The whole answer, which stays where it is."""
@@ -126,8 +150,14 @@ class Pending:
         if self._parts is None:
             self._parts = partial.new_empty((self.num_tokens, *partial.shape[1:]))
         copy_values(self._parts[rows], partial)
+        self._answered = (*self._answered, rows)
         self._queue_us = max(self._queue_us, queue_us)
         self._compute_us += compute_us
         self._chunks_left -= 1
         if self._chunks_left == 0:
             self.finish(Combine(self.key, self._parts, self._queue_us, self._compute_us))
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -95,10 +95,9 @@ class PeerSession(ABC):
     def complete(
         self, reply: SlotReply, partial: torch.Tensor, queue_us: int, compute_us: int
     ) -> None:
-        if not self._free(reply):
-            return
-        self.counters.combine_bytes += self._layout.payload_bytes(reply.num_tokens)
-        self._send_combine(reply, partial, queue_us, compute_us)
+        if self._free(reply):
+            self._send_combine(reply, partial, queue_us, compute_us)
+            self.counters.combine_bytes += self._layout.payload_bytes(reply.num_tokens)
 
     def fail(self, reply: SlotReply, error: EpserveError) -> None:
         if self._free(reply):
@@ -129,9 +128,6 @@ class PeerSession(ABC):
         num_tokens = dispatch.num_tokens
         reply = SlotReply(self, slot, sequence, dispatch.key, num_tokens)
         self._replies[slot] = reply
-        self.counters.dispatches += 1
-        self.counters.dispatch_bytes += self._layout.payload_bytes(num_tokens)
-        self.counters.routing_bytes += 2 * self._layout.index_bytes(num_tokens)
         try:
             self._handler(dispatch, reply)
         except EpserveError as error:
@@ -141,3 +137,7 @@ class PeerSession(ABC):
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"dispatch handler failed for {self.peer}", "exception": error}
             )
+        counters = self.counters  # after the handler, who may have answered: nobody waits for them
+        counters.dispatches += 1
+        counters.dispatch_bytes += self._layout.payload_bytes(num_tokens)
+        counters.routing_bytes += 2 * self._layout.index_bytes(num_tokens)

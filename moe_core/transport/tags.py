@@ -17,6 +17,7 @@ _KEY = struct.Struct("<QQIIII")
 _DISPATCH = struct.Struct(_TAG.format + _KEY.format[1:])
 # queue_us, compute_us
 _TIMES = struct.Struct("<II")
+_COMBINE = struct.Struct(_TAG.format + _TIMES.format[1:])
 MAX_US = 2**32 - 1
 
 
@@ -36,7 +37,7 @@ def pack_dispatch(tag: Tag, key: DispatchKey) -> bytes:
 
 
 def pack_combine(tag: Tag, queue_us: int, compute_us: int) -> bytes:
-    return _TAG.pack(*tag) + _TIMES.pack(min(queue_us, MAX_US), min(compute_us, MAX_US))
+    return _COMBINE.pack(*tag, min(queue_us, MAX_US), min(compute_us, MAX_US))
 
 
 def read_tag(note: bytes) -> Tag:
@@ -49,7 +50,7 @@ def read_key(note: bytes) -> DispatchKey | None:
     """None for what is not a dispatch header."""
     if len(note) != _TAG.size + _KEY.size:
         return None
-    return DispatchKey(*_KEY.unpack_from(note, _TAG.size))
+    return DispatchKey._make(_KEY.unpack_from(note, _TAG.size))
 
 
 def read_times(note: bytes) -> tuple[int, int]:

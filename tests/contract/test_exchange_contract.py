@@ -308,3 +308,32 @@ async def test_closing_fails_what_is_outstanding_and_all_that_follows(ends: Ends
         await wait
     with pytest.raises(PeerLostError):
         await link.dispatch(make_dispatch(2, SPEC, layer=ANSWER), 5.0)
+
+
+async def test_a_look_at_whether_it_has_been_answered_gives_nothing_up(ends: Ends):
+    link = await ends.link(SPEC)
+    dispatch = make_dispatch(4, SPEC, layer=LATE)
+    pending = await link.dispatch(dispatch, 5.0)
+    assert not await pending.settled(0.02)
+    assert (pending.done, pending.owed) == (False, True)
+    looking = asyncio.create_task(pending.settled(5.0))
+    await asyncio.sleep(0.02)
+    looking.cancel()
+    assert await pending.settled(5.0)
+    assert (pending.done, pending.owed) == (True, False)
+    assert torch.equal(pending.result().partial, answer_to(dispatch))
+    pending.release()
+
+
+async def test_what_is_not_wanted_any_more_is_owed_until_it_is_answered(ends: Ends):
+    link = await ends.link(SPEC)
+    pending = await link.dispatch(make_dispatch(4, SPEC, layer=LATE), 5.0)
+    pending.release()
+    assert pending.owed
+    await until(lambda: not pending.owed)
+    silent = await link.dispatch(make_dispatch(4, SPEC, layer=SILENT), 5.0)
+    assert silent.owed
+    await link.close()
+    assert (silent.done, silent.owed) == (True, False)
+    with pytest.raises(PeerLostError):
+        silent.result()

@@ -37,7 +37,12 @@ LAYOUT = (
     *("--transport", "nixl", "--dtype", "float64"),
 )
 PROCESSES = {
-    "gateway": {"epserve.v1.Gateway", "epserve.v1.ClusterService", "vllm.grpc.engine.VllmEngine"},
+    "gateway": {
+        "epserve.v1.Gateway",
+        "epserve.v1.Admin",
+        "epserve.v1.ClusterService",
+        "vllm.grpc.engine.VllmEngine",
+    },
     "attn_0": {"epserve.v1.AttentionService"},
     "attn_1": {"epserve.v1.AttentionService"},
     "expert_0": {"epserve.v1.ExpertService"},
@@ -158,6 +163,20 @@ def test_n_choices_with_logprobs_are_one_object_each(target: str):
             assert told["logprob"] <= told["top"][0]["logprob"] <= 0
             assert len(told["top"]) == 2
             assert told["rank"] > 1 or told["logprob"] == told["top"][0]["logprob"]
+
+
+def test_a_prompt_is_scored_by_what_its_tokens_would_have_been_told_as_outputs(target: str):
+    greedy = ("--temperature", "0", "--ignore-eos", "--logprobs", "1", "--max-tokens", "6")
+    out = generate_json(target, "--prompt-ids", "5,6,7", *greedy)
+    ids = ",".join(map(str, [5, 6, 7, *out["token_ids"]]))
+    scored = generate_json(
+        target, "--prompt-ids", ids, "--prompt-logprobs", "1", "--max-tokens", "0"
+    )
+    assert (scored["token_ids"], scored["text"], scored["finish_reason"]) == ([], "", "length")
+    told = scored["prompt_logprobs"]
+    assert [each["token_id"] for each in told[2:]] == out["token_ids"]
+    for each, before in zip(told[2:], out["logprobs"], strict=True):
+        assert abs(each["logprob"] - before["logprob"]) < 0.05  # bfloat16, in another batch shape
 
 
 def test_choices_in_text_stand_below_their_index(target: str):

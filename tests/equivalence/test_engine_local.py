@@ -63,13 +63,13 @@ async def test_a_lost_expert_process_ends_requests_with_its_name_and_layer(
 ) -> None:
     directory = checkpoints.directory("deepseek_v3")
     wanted = checkpoints.references("deepseek_v3")
-    async with local_engine(directory, LEVEL_1, dtype=torch.float32) as local:
+    async with local_engine(directory, LEVEL_1, dtype=torch.float32, expert_wait_s=0.2) as local:
         await local.links[2].close()
         results = await local.generate(greedy(wanted))
         load = local.engine.load
     assert {result.finish_reason for result in results.values()} == {"error"}
     for result in results.values():
-        assert re.search(r"expert 2 \(local\) .*layer 1.*experts \d+", result.error)
+        assert re.match(r"layer 1 needs experts \d+.* of expert 2 \(local\)", result.error)
     assert load.free_kv_blocks == load.total_kv_blocks
 
 

@@ -180,7 +180,11 @@ async def test_no_port_answers_in_the_clear(secured: Secured) -> None:
     [
         ("attn", CLIENT, ()),
         ("attn", EXPERT, ()),
-        ("attn", GATEWAY, ("/epserve.v1.AttentionService/Serve",)),
+        (
+            "attn",
+            GATEWAY,
+            ("/epserve.v1.AttentionService/Serve", "/epserve.v1.AttentionService/Find"),
+        ),
         ("attn", ATTN, ("/epserve.v1.AttentionService/Follow",)),
         ("expert", CLIENT, ()),
         ("expert", GATEWAY, ()),
@@ -249,12 +253,12 @@ async def test_a_request_carries_the_name_of_its_key(
     path = tmp_path / "keys.yaml"
     path.write_text(f"- {{name: somebody, hash: '{hash_of(key)}'}}\n")
 
-    async def generate(request: GenerationRequest) -> AsyncIterator[Chunk]:
+    async def generate(request: GenerationRequest) -> AsyncIterator[list[Chunk]]:
         callers.append(request.caller.name)
-        yield Chunk("", 0, (), "", "stop")
+        yield [Chunk("", 0, (), "", "stop")]
 
     async with SmallGateway(keys=ApiKeys(path)) as gateway:
-        monkeypatch.setattr(gateway.generator, "generate", generate)
+        monkeypatch.setattr(gateway.generator, "generate_batches", generate)
         shown = (("authorization", f"Bearer {key}"),)
         call = gateway.stub.Generate(GenerateRequest(), metadata=shown, timeout=5)
         assert [answer.finish_reason async for answer in call] == ["stop"]

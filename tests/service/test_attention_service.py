@@ -1,9 +1,13 @@
 """AttentionService.Serve over a real grpc.aio server, with an engine that runs no model."""
 
 import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE, create_subprocess_exec
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,10 +23,12 @@ from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.service.grpc_channel import open_channel
 from moe_core.service.grpc_host import GrpcHost
+from support import lost_gateway
 from support.fake_runner import VOCAB, FakeRunner, continuation
 
 TIMEOUT_S = 10.0
 NUM_BLOCKS = 32
+ROOT = Path(__file__).parents[2]
 
 
 def add(name: str, *prompt: int, max_tokens: int = 6) -> pb.EngineRequest:
@@ -55,7 +61,7 @@ async def service() -> AsyncIterator[Service]:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Service]:
+async def serving(orphan_grace_s: float = 5.0) -> AsyncIterator[Service]:
     runner = FakeRunner()
     engine = Engine(
         runner,
@@ -63,6 +69,7 @@ async def serving() -> AsyncIterator[Service]:
         SchedulerConfig(max_num_seqs=4, max_step_tokens=8, max_model_len=64),
         vocab_size=VOCAB,
         placement_epoch=lambda: 0,
+        orphan_grace_s=orphan_grace_s,
     )
     servicer = AttentionServicer()
     servicer.lead(engine)
@@ -117,8 +124,8 @@ async def test_abort_over_the_stream_frees_the_blocks(service: Service) -> None:
 
 
 @pytest.mark.parametrize("how", ["the call", "the channel"])
-async def test_a_lost_stream_frees_its_sequences_and_blocks(how: str) -> None:
-    async with serving() as service:
+async def test_a_lost_stream_frees_its_sequences_and_blocks_after_the_grace(how: str) -> None:
+    async with serving(orphan_grace_s=0.1) as service:
         service.runner.gate = asyncio.Event()
         channel = open_channel(service.address)
         call = AttentionServiceStub(channel).Serve()
@@ -141,12 +148,56 @@ async def test_a_lost_stream_frees_its_sequences_and_blocks(how: str) -> None:
         await channel.close(None)
 
 
+async def test_a_killed_gateways_sequences_run_on_for_a_successor_and_then_are_freed() -> None:
+    async with serving(orphan_grace_s=0.5) as service:
+        service.runner.step_s = 0.02
+        killed = await create_subprocess_exec(
+            sys.executable, lost_gateway.__file__, service.address, "kept", "left",
+            stdout=PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert killed.stdout is not None
+        for _ in range(3):
+            await killed.stdout.readline()
+        killed.kill()
+        await killed.wait()
+        while not all(stream.is_lost for stream in service.engine._streams):
+            await asyncio.sleep(0.005)
+        found = await service.stub.Find(pb.FindRequest(sequence_ids=["kept", "left", "other"]))
+        assert [each.sequence_id for each in found.sequences] == ["kept", "left"]
+        again = add("kept", 1, 2, 3, max_tokens=40)
+        again.add.take_over = True
+        outputs = await outputs_of(service.stub.Serve(iter([again])))
+        assert outputs == {"kept": (continuation((1, 2, 3), 40), "length")}
+        await service.until_all_blocks_are_free()
+        assert service.engine.counters.finished["abort"] == 1
+
+
+async def test_a_stream_that_breaks_while_it_is_read_is_lost_too(service: Service) -> None:
+    class Written:
+        async def write(self, _message: object) -> None: ...
+
+    async def requests() -> AsyncIterator[pb.EngineRequest]:
+        yield add("a", 1, max_tokens=40)
+        raise ConnectionResetError
+
+    service.runner.step_s = 0.01
+    servicer = AttentionServicer()
+    servicer.lead(service.engine)
+    with pytest.raises(ConnectionResetError):
+        await servicer.Serve(requests(), Written())
+    known = service.engine.find("a")
+    assert known is not None
+    assert known.holder is not None
+    assert known.holder.is_lost
+
+
 async def test_what_can_not_be_served_is_refused_on_the_stream_by_name(service: Service) -> None:
     requests = [add("long", 1, max_tokens=64), add("wrong", VOCAB), add("empty"), add("good", 1)]
     outputs = await outputs_of(service.stub.Serve(iter(requests)))
     assert "make 65 tokens, but the context holds 64" in outputs["long"][1]
     assert "token id 32 is outside the vocabulary of 32" in outputs["wrong"][1]
-    assert "both must be at least 1" in outputs["empty"][1]
+    assert "prompt of 0 tokens" in outputs["empty"][1]
     assert outputs["good"] == (continuation((1,), 6), "length")
 
 

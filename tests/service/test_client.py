@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from epserve.client import EpserveClient, Output, Sampling, Usage
+from epserve.client import EpserveClient, Output, Sampling, TokenLogprobs, Usage
 from moe_core.cluster import ExpertLoad, MemberState, Role
 from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError
 from support.fake_attention import FakeAttention
@@ -77,10 +77,28 @@ async def test_every_sampling_field_arrives(gateway: SmallGateway, client: Epser
     assert {output.index for output in outputs} == {0, 1}
     told = fake.added[1].sampling
     assert (told.max_tokens, told.min_tokens, told.logprobs, told.seed) == (9, 2, 20, 7)
+    assert told.prompt_logprobs == 3
     assert (told.temperature, told.top_p, told.top_k, told.min_p) == (0.5, 0.25, 3, 0.125)
     assert (told.repetition_penalty, told.presence_penalty) == (1.5, -2.0)
     assert (told.frequency_penalty, dict(told.logit_bias)) == (2.0, {3: 1.0, 15: -2.5})
     assert list(told.stop_token_ids) == [4, 5]
+
+
+async def test_logprobs_of_the_prompt_come_once_for_each_choice(
+    gateway: SmallGateway, client: EpserveClient
+):
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    told = (TokenLogprobs(6, -1.5, 6, ((1, -0.25),)), TokenLogprobs(7, -1.75, 7, ((1, -0.25),)))
+    sampling = Sampling(max_tokens=5, prompt_logprobs=1, n=2)
+    outputs = [output async for output in client.generate((5, 6, 7), sampling)]
+    for index in range(2):
+        first, *rest = [output for output in outputs if output.index == index]
+        assert first.prompt_logprobs == told
+        assert not any(output.prompt_logprobs for output in rest)
+    alone = Sampling(max_tokens=0, prompt_logprobs=1)
+    (only,) = [output async for output in client.generate((5, 6, 7), alone)]
+    assert (only.prompt_logprobs, only.token_ids, only.finish_reason) == (told, (), "length")
+    assert only.usage == Usage(prompt_tokens=3, completion_tokens=0)
 
 
 @pytest.mark.parametrize(

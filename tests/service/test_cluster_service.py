@@ -142,19 +142,6 @@ async def test_no_gateway_is_an_error_within_the_deadline(unused_port: int) -> N
     assert time.monotonic() - started < 5
 
 
-async def test_member_learns_that_the_gateway_has_gone() -> None:
-    async with SmallGateway(PARALLEL) as gateway:
-        worker = gateway.worker(Role.ATTN)
-        await worker.start()
-        address = gateway.address
-    async with asyncio.timeout(10):
-        with pytest.raises(UnavailableError, match=address):
-            await worker.membership.lost()
-    with pytest.raises(UnavailableError, match=address):
-        await worker.membership.wait_until(lambda state: False, 5, "nothing")
-    await worker.stop()
-
-
 async def test_lease_of_a_stalled_loop_shows_in_the_members_detail() -> None:
     async with SmallGateway(PARALLEL) as gateway:
         worker = await gateway.add_worker(Role.ATTN)

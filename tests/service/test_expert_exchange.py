@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_service.dispatch_plan import LayerTables, plan_dispatch
+from attn_service.dispatch_plan import plan_dispatch
 from attn_service.expert_client import ExpertClient
 from attn_service.experts import StepKey
+from attn_service.peers import Peers
 from attn_service.placements import Placements
+from attn_service.replica_choice import LayerTables
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
@@ -57,7 +59,7 @@ class Tier:
         self, tensor_parallel: TensorParallel | None = None, wait_s: float = WAIT_S
     ) -> ExpertClient:
         return ExpertClient(
-            self.links,
+            Peers(self.parallel.etp_size, self.links),
             self.parallel,
             Placements(self.placement, CPU),
             tensor_parallel or NoTensorParallel(),

@@ -1,8 +1,10 @@
 """Whole expert processes' lives, in one event loop with a real gateway's registry, over gRPC."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import epserve
 from attn_service.expert_client import ExpertClient
 from attn_service.experts import StepKey
+from attn_service.peers import Peers
 from attn_service.placements import Placements
 from expert_service.process import ExpertProcess, ExpertSettings
 from expert_service.servicer import ExchangeGate
@@ -19,7 +22,7 @@ from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.cluster import ClusterState, Join, Role
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import PeerLostError, TransportError, UnavailableError
+from moe_core.errors import TransportError, UnavailableError
 from moe_core.exchange import link_spec
 from moe_core.model.experts import run_experts_by_loop
 from moe_core.model.tensor_parallel import NoTensorParallel
@@ -104,7 +107,7 @@ async def connected_client(
             stack.push_async_callback(link.close)
             links.append(link)
         yield ExpertClient(
-            links,
+            Peers(parallel.etp_size, links),
             parallel,
             Placements(state.placement, CPU),
             NoTensorParallel(),
@@ -198,17 +201,22 @@ async def test_a_process_that_is_drained_ends_its_exchanges_and_leaves_the_clust
         )
         routing = random_routing(checkpoint.config, 1, torch.float64, 1)
         layer_id = checkpoint.config.moe_layer_ids[0]
-        with pytest.raises(PeerLostError, match=f"expert 0 .*layer {layer_id}, experts"):
-            await client.dispatch(
-                StepKey(0, 0), layer_id, routing.hidden, routing.topk_ids, routing.topk_weights
-            )
+        pending = await client.dispatch(
+            StepKey(0, 0), layer_id, routing.hidden, routing.topk_ids, routing.topk_weights
+        )
+        (lost,) = (await pending.combine()).lost
+        assert re.match(rf"layer {layer_id} needs experts .* of expert 0 \(.*gone", lost.reason)
 
 
-async def test_a_process_whose_gateway_is_lost_ends_with_an_error() -> None:
+async def test_a_process_whose_gateway_stays_away_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join = partial(Membership.join, rejoin_timeout_s=1)
+    monkeypatch.setattr(Membership, "join", join)
     async with AsyncExitStack() as outer:
         async with running_gateway(ParallelConfig()) as gateway:
             process = await outer.enter_async_context(running_expert(gateway))
             serving = asyncio.create_task(process.serve())
             await asyncio.sleep(0)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match="none took it back within 1 s"):
             await asyncio.wait_for(serving, TIMEOUT_S)

@@ -8,8 +8,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from gateway.admission import ServedModel, admit
 from gateway.http.chat_template import ChatTemplate
+from gateway.requests import GenerationRequest
+from gateway.requests import Sequence as Admitted
 from moe_core.cluster import Role
+from moe_core.pb.epserve.v1.logprobs_pb2 import TokenLogprobs
 from support.fake_attention import FakeAttention
 from support.http_gateway import TEMPLATE, http_side
 from support.small_gateway import SmallGateway
@@ -131,6 +135,36 @@ async def test_token_ids_are_told_on_demand(
     assert [each["prompt_token_ids"] for each in choices] == [[5, 6]] + [None] * 4
 
 
+@pytest.mark.parametrize("max_tokens", [0, 5])
+async def test_echo_with_logprobs_tells_the_prompts_first(
+    client: httpx2.AsyncClient, fake: FakeAttention, max_tokens: int
+) -> None:
+    if max_tokens:
+        fake.logprobs = TokenLogprobs(token_id=9, logprob=-0.5, rank=1)
+    body = {"prompt": [[5, 6, 7], [8]], "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    answer = await post(client, "/v1/completions", **body)
+    assert answer["usage"]["completion_tokens"] == 2 * max_tokens
+    first, second = (choice["logprobs"] for choice in answer["choices"])
+    outputs = [f" {WORDS[9]}"] * max_tokens
+    assert first["tokens"] == [f" {WORDS[token]}" for token in (5, 6, 7)] + outputs
+    assert first["token_logprobs"] == [None, -1.5, -1.75] + [-0.5] * max_tokens
+    top = {f" {WORDS[6]}": -1.5, f" {WORDS[1]}": -0.25}
+    assert first["top_logprobs"][:2] == [None, top]
+    assert first["text_offset"] == [
+        sum(map(len, first["tokens"][:index])) for index in range(3 + max_tokens)
+    ]
+    assert second["token_logprobs"] == [None] + [-0.5] * max_tokens
+    texts = [words(5, 6, 7), words(8)]
+    assert [
+        choice["text"][: len(text)] for choice, text in zip(answer["choices"], texts, strict=True)
+    ] == texts
+    streamed = await events(client, "/v1/completions", **body)
+    parts = [each["choices"][0] for each in streamed]
+    parts = [part["logprobs"] for part in parts if part["index"] == 0]
+    joined = {name: [value for part in parts for value in part[name]] for name in first}
+    assert joined == first
+
+
 async def test_a_chat_answers_by_the_models_template(
     client: httpx2.AsyncClient, fake: FakeAttention
 ) -> None:
@@ -207,3 +241,21 @@ async def test_a_client_that_goes_away_ends_its_generation(
     await asyncio.wait({several})
     await fake.wait_for_abort(5)
     assert sorted(fake.aborted) == sorted(each.sequence_id for each in fake.added)
+
+
+async def test_several_prompts_are_admitted_once_each_and_run_apart(
+    client: httpx2.AsyncClient, fake: FakeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admitted: list[GenerationRequest] = []
+
+    def noted(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Admitted:
+        admitted.append(request)
+        return admit(request, model, kv_tokens)
+
+    monkeypatch.setattr("gateway.generation.admit", noted)
+    answer = await post(client, "/v1/completions", prompt=[[5], [6], [7]])
+    assert [choice["text"] for choice in answer["choices"]] == [
+        words(*count_up([first])) for first in (5, 6, 7)
+    ]
+    assert [request.prompt for request in admitted] == [(5,), (6,), (7,)]
+    assert len({add.sequence_id for add in fake.added}) == 3

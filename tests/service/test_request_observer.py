@@ -33,6 +33,9 @@ class Notes:
     def admitted(self, choices: Many[Sequence], dp_rank: int) -> None:
         self.told.append(("admitted", len(choices), dp_rank))
 
+    def moved(self, dp_rank: int) -> None:
+        self.told.append(("moved", dp_rank))
+
     def queued(self, seconds: float) -> None:
         self.told.append(("queued", seconds))
 

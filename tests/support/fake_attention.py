@@ -23,7 +23,11 @@ Script = Callable[[Sequence[int]], Sequence[int]]
 
 
 class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
-    """Answers each sequence with `script(prompt_ids)`, then finish_reason "length"."""
+    """Answers each sequence with what `script(prompt_ids)` has after its output_ids, the last token
+    with finish_reason "length".
+
+    pause_at: of each sequence only so many tokens come, and no end; `paused` is set then.
+    """
 
     def __init__(self, script: Script, step_s: float = 0.0) -> None:
         self.script = script
@@ -35,6 +39,11 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.cached_tokens = 0
         self.logprobs: logprobs_pb2.TokenLogprobs | None = None  # of every token
         self.script_of_index: dict[int, Sequence[int]] = {}  # instead of `script`
+        self.go_elsewhere = False  # marks `error` so
+        self.pause_at: int | None = None
+        self.paused = asyncio.Event()
+        self.hears = asyncio.Event()  # while it is not set, requests wait unread
+        self.hears.set()
         self._running: dict[str, asyncio.Task[None]] = {}
         self._abort_seen = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -42,8 +51,9 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
     async def Serve(self, requests: AsyncIterator[Any], context: Context) -> None:
         try:
             async for request in requests:
+                await self.hears.wait()
                 if request.HasField("abort"):
-                    self._abort(request.abort.sequence_id)
+                    await self._abort(request.abort.sequence_id, context)
                 else:
                     self.added.append(request.add)
                     task = asyncio.create_task(self._answer(request.add, context))
@@ -58,36 +68,81 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
                 self._abort_seen.clear()
                 await self._abort_seen.wait()
 
-    def _abort(self, sequence_id: str) -> None:
+    async def _abort(self, sequence_id: str, context: Context) -> None:
         self.aborted.append(sequence_id)
-        self._running.pop(sequence_id).cancel()
+        was_running = self._running.pop(sequence_id).cancel()
         self._abort_seen.set()
+        if not was_running:
+            return
+        await self._write(
+            context, pb.SequenceOutput(sequence_id=sequence_id, finish_reason="abort")
+        )
 
     async def _answer(self, add: pb.AddSequence, context: Context) -> None:
         scripted = self.script_of_index.get(add.sampling.index)
         tokens = list(self.script(add.prompt_ids) if scripted is None else scripted)
-        for index, token in enumerate(tokens):
-            await asyncio.sleep(self.step_s)
-            reason = "length" if index == len(tokens) - 1 else ""
+        if not add.sampling.max_tokens:
             output = pb.SequenceOutput(
                 sequence_id=add.sequence_id,
-                token_ids=[token],
-                finish_reason=reason,
-                num_cached_tokens=self.cached_tokens if index == 0 else 0,
-                logprobs=[] if self.logprobs is None else [self.logprobs],
+                finish_reason="length",
+                num_cached_tokens=self.cached_tokens,
+                prompt_logprobs=prompt_logprobs(add),
             )
+            await self._write(context, output)
+            return
+        for index in range(len(add.output_ids), len(tokens)):
+            await self._pause_if(index)
+            await asyncio.sleep(self.step_s)
             if self.error is not None and self.failing_index in (None, add.sampling.index):
-                code, message = self.error
-                output = pb.SequenceOutput(
-                    sequence_id=add.sequence_id,
-                    finish_reason="error",
-                    error_code=code,
-                    error=message,
-                )
-            async with self._writing:
-                await context.write(pb.StepOutput(step=index, outputs=[output]))
-            if output.finish_reason == "error":
+                await self._write(context, self._failed(add.sequence_id, *self.error))
                 return
+            is_last = index == len(tokens) - 1 and self.pause_at is None
+            output = pb.SequenceOutput(
+                sequence_id=add.sequence_id,
+                token_ids=[tokens[index]],
+                finish_reason="length" if is_last else "",
+                num_cached_tokens=self.cached_tokens if index == len(add.output_ids) else 0,
+                logprobs=[] if self.logprobs is None else [self.logprobs],
+                prompt_logprobs=prompt_logprobs(add) if index == 0 else [],
+            )
+            await self._write(context, output, step=index)
+        await self._pause_if(len(tokens))
+
+    def _failed(self, sequence_id: str, code: str, message: str) -> pb.SequenceOutput:
+        return pb.SequenceOutput(
+            sequence_id=sequence_id,
+            finish_reason="error",
+            error_code=code,
+            error=message,
+            go_elsewhere=self.go_elsewhere,
+        )
+
+    async def _pause_if(self, index: int) -> None:
+        if index == self.pause_at:
+            self.paused.set()
+            await asyncio.Event().wait()
+
+    async def _write(self, context: Context, output: pb.SequenceOutput, step: int = 0) -> None:
+        async with self._writing:
+            await context.write(pb.StepOutput(step=step, outputs=[output]))
+
+
+def prompt_logprobs(add: pb.AddSequence) -> list[logprobs_pb2.TokenLogprobs]:
+    """What FakeAttention tells of a prompt whose logprobs are asked for: of token t, -t/4, and the
+    likeliest are the tokens 1, 2 and so on with -1/4, -2/4 and so on."""
+    if not add.sampling.HasField("prompt_logprobs"):
+        return []
+    likeliest = range(1, 1 + add.sampling.prompt_logprobs)
+    return [
+        logprobs_pb2.TokenLogprobs(
+            token_id=token,
+            logprob=-token / 4,
+            rank=token,
+            top_token_ids=likeliest,
+            top_logprobs=[-each / 4 for each in likeliest],
+        )
+        for token in add.prompt_ids[1:]
+    ]
 
 
 class FakeWorker:
@@ -100,6 +155,7 @@ class FakeWorker:
         self._rank = rank
         self._host = GrpcHost()
         self.membership: Membership
+        self._load: AttentionLoad | None = None
 
     async def start(
         self,
@@ -109,6 +165,7 @@ class FakeWorker:
         total_kv_blocks: int = 64,
         max_num_seqs: int = 64,
         join_timeout_s: float = 10,
+        rejoin_timeout_s: float = 10,
     ) -> None:
         if fake is not None:
             add = attention_pb2_grpc.add_AttentionServiceServicer_to_server
@@ -126,13 +183,18 @@ class FakeWorker:
             rank=self._rank,
         )
         try:
-            self.membership = await Membership.join(self._gateway, join, timeout_s=join_timeout_s)
+            self.membership = await Membership.join(
+                self._gateway, join, timeout_s=join_timeout_s, rejoin_timeout_s=rejoin_timeout_s
+            )
         except BaseException:
             await self._host.stop(0)
             raise
         load = AttentionLoad(0, 0, total_kv_blocks, total_kv_blocks, 4, max_num_seqs)
-        attention = self._role is Role.ATTN
-        self.membership.report(MemberState.READY, attention_load=load if attention else None)
+        self._load = load if self._role is Role.ATTN else None
+        self.report(MemberState.READY)
+
+    def report(self, state: MemberState) -> None:
+        self.membership.report(state, attention_load=self._load)
 
     async def stop(self) -> None:
         await self.membership.close()

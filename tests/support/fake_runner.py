@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from attn_service.engine import StepResult
-from attn_service.sequence import StepPlan
+from attn_service.logprobs import logprobs_of
+from attn_service.sequence import AskedLogprobs, StepPlan, TokenLogprobs
 from attn_service.step_times import StepTimes
 from moe_core.errors import TransportError
 
@@ -41,17 +42,21 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self.fail_next: TransportError | None = None
         self.gate: asyncio.Event | None = None
+        self.step_s = 0.0
 
     async def execute(self, plan: StepPlan) -> StepResult:
         self.plans.append(plan)
         if self.gate is not None:
             await self.gate.wait()
+        if self.step_s:
+            await asyncio.sleep(self.step_s)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
         self._check_writes(plan)
         rows = []
-        for part in plan.slices:
+        told = {}
+        for index, part in enumerate(plan.slices):
             end = part.num_computed_tokens + len(part.token_ids)
             tokens = self._read(part.block_table, part.num_computed_tokens)
             for position, token in enumerate(part.token_ids, part.num_computed_tokens):
@@ -59,10 +64,11 @@ class FakeRunner:
                 slot = self._slot(part.block_table, position)
                 self.slots[slot] = token, _digest(tokens)
             assert self._read(part.block_table, end) == tokens
+            if part.asked_logprobs is not None:
+                told[index] = _told(tokens[: part.num_computed_tokens + 1], part.asked_logprobs)
             if part.needs_logits:
                 rows.append(next_token(tokens))
-        favoured = torch.tensor(rows, dtype=torch.int64)
-        return StepResult(torch.nn.functional.one_hot(favoured, VOCAB).float(), StepTimes(steps=1))
+        return StepResult(_logits(rows), StepTimes(steps=1), told=told)
 
     def _check_writes(self, plan: StepPlan) -> None:
         written: list[int] = []
@@ -86,6 +92,20 @@ class FakeRunner:
     def _slot(self, block_table: tuple[int, ...], position: int) -> int:
         block = block_table[position // self.block_size]
         return block * self.block_size + position % self.block_size
+
+
+def _logits(favoured: Sequence[int]) -> torch.Tensor:
+    rows = torch.tensor(favoured, dtype=torch.int64)
+    return torch.nn.functional.one_hot(rows, VOCAB).float()
+
+
+def _told(tokens: list[int], asked: AskedLogprobs) -> tuple[TokenLogprobs, ...]:
+    favoured = []
+    for following in asked.token_ids:
+        favoured.append(next_token(tokens))
+        tokens.append(following)
+    counts = [asked.num_top] * len(favoured)
+    return tuple(logprobs_of(_logits(favoured), counts, asked.token_ids))
 
 
 def _digest(tokens: list[int]) -> int:

@@ -19,4 +19,5 @@ FULL_SAMPLING = Sampling(
     logit_bias={3: 1.0, 15: -2.5},
     min_tokens=2,
     n=2,
+    prompt_logprobs=3,
 )

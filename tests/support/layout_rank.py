@@ -5,18 +5,20 @@ rank's model runner, and decodes greedily with it. Knows no process: rank_worker
 one, and benchmarks or tests that want both tiers in one process call it directly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from attn_service.engine import StepResult
 from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
+from attn_service.peers import Peers
 from attn_service.placements import Placements
-from attn_service.sequence import SequenceSlice, StepPlan
+from attn_service.sequence import AskedLogprobs, SequenceSlice, StepPlan
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
 from moe_core.checkpoint.attention_loader import load_attention_weights
@@ -28,7 +30,7 @@ from moe_core.model.decoder import Decoder
 from moe_core.model.kv_cache import KvCache
 from moe_core.model.tensor_parallel import TensorParallel
 from moe_core.placement import ExpertPlacement
-from moe_core.transport.base import ExpertLink, LinkSpec
+from moe_core.transport.base import LinkSpec
 
 BLOCK_SIZE = 4
 # Smaller than the longest prompts of the suite, so that every layout sends chunks too.
@@ -90,9 +92,9 @@ def build_batcher(layout: Layout, rank: int) -> Batcher:
 
 
 def build_runner(
-    layout: Layout, tp: TensorParallel, links: Sequence[ExpertLink], num_blocks: int
+    layout: Layout, tp: TensorParallel, peers: Peers, num_blocks: int
 ) -> tuple[ModelRunner, GroupExperts]:
-    """An attention rank over the links to all expert processes."""
+    """An attention rank over its links to the expert processes."""
     config, parallel = layout.config, layout.resolved
     assert parallel.enable_mla is not None
     weights = load_attention_weights(
@@ -107,7 +109,7 @@ def build_runner(
         config, parallel.enable_mla, tp.size, num_blocks, BLOCK_SIZE, layout.dtype, layout.device
     )
     placements = Placements(layout.placement, layout.device)
-    client = ExpertClient(links, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
+    client = ExpertClient(peers, parallel, placements, tp, expert_wait_s=EXPERT_WAIT_S)
     experts = GroupExperts(client, tp)
     decoder = Decoder(config, weights, parallel.enable_mla, tp)
     return ModelRunner(decoder, cache, experts, layout.device), experts
@@ -115,49 +117,73 @@ def build_runner(
 
 @dataclass(frozen=True)
 class Decoded:
-    """Of one prompt: the logits of its last token and the greedy continuation."""
+    """Of one prompt: the logits of its last token, the logprobs of the others' next tokens, and the
+    greedy continuation."""
 
     logits: list[float]
+    prompt_logprobs: list[float]
     tokens: list[int]
 
 
 class GreedyBatch:
-    """Decodes prompts together: one step for all prompts, then one token each a step."""
+    """Decodes prompts together: one step for all prompts, then one token each a step.
+
+    A step of which a slice is lost is repeated after `repair`. lost_steps: how many were.
+    """
 
     def __init__(
-        self, runner: ModelRunner, experts: GroupExperts, num_microbatches: int = 1
+        self,
+        runner: ModelRunner,
+        experts: GroupExperts,
+        num_microbatches: int = 1,
+        repair: Callable[[], None] = lambda: None,
     ) -> None:
         self._runner = runner
         self._experts = experts
         self._rule = MicrobatchRule(num_microbatches)
+        self._repair = repair
         self._step = 0
+        self.lost_steps = 0
 
     async def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Decoded]:
         rows = [list(prompt) for prompt in prompts]
         tables = _block_tables([len(row) + num_tokens for row in rows])
         computed = [0] * len(rows)
-        first: list[list[float]] = []
+        first: StepResult | None = None
         for _ in range(num_tokens):
-            logits = await self._run(rows, computed, tables)
-            first = first or logits.tolist()
+            result = await self._run(rows, computed, tables)
+            first = first or result
+            logits = result.logits
             computed = [len(row) for row in rows]
             for row, token in zip(rows, logits.argmax(dim=-1).tolist(), strict=True):
                 row.append(token)
+        assert first is not None
+        told = [[each.logprob for each in first.told.get(i, ())] for i in range(len(rows))]
         tokens = [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
-        return [Decoded(*pair) for pair in zip(first, tokens, strict=True)]
+        all_decoded = zip(first.logits.tolist(), told, tokens, strict=True)
+        return [Decoded(*each) for each in all_decoded]
 
     async def _run(
         self, rows: list[list[int]], computed: list[int], tables: list[tuple[int, ...]]
-    ) -> torch.Tensor:
+    ) -> StepResult:
         self._step += 1
         slices = tuple(
-            SequenceSlice(tuple(row[done:]), done, table, needs_logits=True)
+            SequenceSlice(
+                tuple(row[done:]),
+                done,
+                table,
+                needs_logits=True,
+                asked_logprobs=AskedLogprobs(tuple(row[1:]), 1) if row[done + 1 :] else None,
+            )
             for row, done, table in zip(rows, computed, tables, strict=True)
         )
         plan = StepPlan(self._step, 0, slices, self._rule.count(slices))
         result = await self._runner.execute(plan)
-        self._experts.settle()
-        return result.logits
+        if not self._experts.settle(result.lost, len(slices)):
+            return result
+        self.lost_steps += 1
+        self._repair()
+        return await self._run(rows, computed, tables)
 
 
 def num_blocks(prompts: Sequence[Sequence[int]], num_tokens: int) -> int:

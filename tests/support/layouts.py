@@ -93,7 +93,9 @@ def check(case: Case, directory: Path, references: Sequence[Reference], pool: Ra
         expected = work[parallel.attention_ranks(rank)[0]]
         for batch, decoded in zip(expected, answer["batches"], strict=True):
             for reference, one in zip(batch, decoded, strict=True):
-                _compare(reference, one["logits"], one["tokens"])
+                _compare(reference.logits.tolist(), one["logits"])
+                _compare(reference.told, one["prompt_logprobs"])
+                assert tuple(one["tokens"]) == reference.tokens
 
 
 def _work(dp_size: int, references: Sequence[Reference]) -> list[list[Sequence[Reference]]]:
@@ -102,8 +104,6 @@ def _work(dp_size: int, references: Sequence[Reference]) -> list[list[Sequence[R
     return [[share[-1:], share] for share in shares]
 
 
-def _compare(reference: Reference, logits: Sequence[float], tokens: Sequence[int]) -> None:
-    pairs = zip(reference.logits.tolist(), logits, strict=True)
-    worst = max(abs(left - right) for left, right in pairs)
+def _compare(expected: Sequence[float], logits: Sequence[float]) -> None:
+    worst = max((abs(a - b) for a, b in zip(expected, logits, strict=True)), default=0.0)
     assert worst <= LOGITS_TOLERANCE, f"logits differ by {worst}"
-    assert tuple(tokens) == reference.tokens

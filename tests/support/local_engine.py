@@ -5,7 +5,7 @@ attention tier is one process (attn_devices 1); the expert tier is whatever Para
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from attn_service.engine_stream import EngineStream
 from attn_service.expert_client import ExpertClient
 from attn_service.follow import GroupTerms
 from attn_service.microbatches import MicrobatchRule
+from attn_service.peers import Peers
 from attn_service.placements import Placements
 from attn_service.sequence import SequenceRequest
 from attn_service.settings import AttnSettings
@@ -27,6 +28,7 @@ from expert_service.expert_runner import ExpertRunner
 from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
+from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.config.parallel import ParallelConfig
 from moe_core.exchange import link_spec
 from moe_core.model.linear import packing_pays
@@ -35,7 +37,6 @@ from moe_core.placement import ExpertPlacement
 from moe_core.transport.local import LocalLink
 
 CPU = torch.device("cpu")
-EXPERT_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,13 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class LocalEngine:
-    """`links`, by expert rank, count what crossed and can be closed to play a lost process."""
+    """`links`, by expert rank, count what crossed and can be closed to play a lost process.
+    `make_link` plays a process that has come back; `peers` are who the engine asks."""
 
     engine: Engine
     links: tuple[LocalLink, ...]
+    peers: Peers
+    make_link: Callable[[int, type[LocalLink]], LocalLink]
 
     async def generate(self, requests: Iterable[SequenceRequest]) -> dict[str, Generated]:
         """All requests at once; the results by sequence id."""
@@ -85,6 +89,8 @@ async def local_engine(
     max_step_tokens: int = 64,
     microbatches: str = "1",
     device: torch.device = CPU,
+    expert_wait_s: float = DEFAULT_EXPERT_WAIT_S,
+    hedge_after_s: float | None = None,
 ) -> AsyncIterator[LocalEngine]:
     """A running engine; it is stopped on the way out."""
     checkpoint = Checkpoint.open(directory)
@@ -95,6 +101,8 @@ async def local_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
+        expert_wait_s=expert_wait_s,
+        hedge_after_s=hedge_after_s,
     )
     parallel = parallel.with_model(checkpoint.config)
     site = Site(
@@ -106,21 +114,23 @@ async def local_engine(
         rank=0,
         instance_epoch=1,
         parallel=parallel,
-        placement=ExpertPlacement.initial(checkpoint.config, parallel),
+        placements=Placements(ExpertPlacement.initial(checkpoint.config, parallel), device),
     )
-    links = tuple(_link(checkpoint, site, rank) for rank in range(parallel.expert_devices))
+    make_link = _link_maker(checkpoint, site)
+    links = tuple(make_link(rank, LocalLink) for rank in range(parallel.expert_devices))
+    peers = Peers(parallel.etp_size, links)
     terms = GroupTerms(1, settings.num_kv_blocks(checkpoint.config), settings.block_size)
     weights = _weights(checkpoint, site)
     rule = MicrobatchRule.of(microbatches, site.model, parallel, shares_device=True)
-    duty = make_duty(site, weights, _experts(site, links), None, None, terms, rule)
+    duty = make_duty(site, weights, _experts(site, peers), None, None, terms, rule)
     assert isinstance(duty, Leading)
     running = asyncio.create_task(duty.run())
     try:
-        yield LocalEngine(duty.engine, links)
+        yield LocalEngine(duty.engine, links, peers, make_link)
     finally:
         running.cancel()
         await asyncio.wait({running})
-        for link in links:
+        for link in (*links, *peers.links.values()):
             await link.close()
     if not running.cancelled():
         running.result()
@@ -138,22 +148,38 @@ def _weights(checkpoint: Checkpoint, site: Site):
     )
 
 
-def _experts(site: Site, links: tuple[LocalLink, ...]) -> ExpertClient:
+def _experts(site: Site, peers: Peers) -> ExpertClient:
     return ExpertClient(
-        links,
+        peers,
         site.parallel,
-        Placements(site.placement, site.device),
+        site.placements,
         NoTensorParallel(),
-        expert_wait_s=EXPERT_WAIT_S,
+        expert_wait_s=site.settings.expert_wait_s,
+        hedge_after_s=site.settings.hedge_after_s,
     )
 
 
-def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
-    parallel = site.parallel
+def _link_maker(checkpoint: Checkpoint, site: Site) -> Callable[[int, type[LocalLink]], LocalLink]:
+    """What links to a process of some rank; each process loads its weights once."""
+    batchers: dict[int, Batcher] = {}
+    spec = link_spec(
+        site.model, site.parallel, model_fingerprint="local", dtype=site.dtype, spare_slots=2
+    )
+
+    def make(rank: int, kind: type[LocalLink]) -> LocalLink:
+        if rank not in batchers:
+            batchers[rank] = _batcher(checkpoint, site, rank)
+        return kind(batchers[rank].submit, spec, peer=f"expert {rank} (local)")
+
+    return make
+
+
+def _batcher(checkpoint: Checkpoint, site: Site, rank: int) -> Batcher:
+    parallel, placement = site.parallel, site.placements.newest
     ep_rank, etp_rank = parallel.expert_ranks(rank)
     weights = load_expert_weights(
         checkpoint,
-        placement=site.placement,
+        placement=placement,
         ep_rank=ep_rank,
         etp_rank=etp_rank,
         etp_size=parallel.etp_size,
@@ -162,8 +188,4 @@ def _link(checkpoint: Checkpoint, site: Site, rank: int) -> LocalLink:
         device=site.device,
         packed=packing_pays(site.dtype, site.device),
     )
-    spec = link_spec(
-        site.model, parallel, model_fingerprint="local", dtype=site.dtype, spare_slots=2
-    )
-    batcher = Batcher(ExpertRunner(weights, site.placement, ep_rank, site.device))
-    return LocalLink(batcher.submit, spec, peer=f"expert {rank} (local)")
+    return Batcher(ExpertRunner(weights, placement, ep_rank, site.device))

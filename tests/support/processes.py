@@ -19,11 +19,12 @@ _END_OF_OUTPUT = "\0"
 
 
 class Running:
-    """A started `epserve …`; its stdout and stderr are read as they come."""
+    """A started `epserve …`; its stdout and stderr are read as they come. `wrapper`: a command
+    that runs the one behind it, as `ip netns exec NAME` does."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], wrapper: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*EPSERVE, *arguments],
+            [*wrapper, *EPSERVE, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -91,9 +92,9 @@ class Running:
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[Running]:
+def started(*arguments: str, wrapper: Sequence[str] = ()) -> Iterator[Running]:
     """`epserve` with these arguments; killed with all its children at the end."""
-    running = Running(arguments)
+    running = Running(arguments, wrapper)
     try:
         yield running
     finally:

@@ -83,9 +83,11 @@ class RankPool:
         num_tokens: int,
         dtype: str = "float32",
         num_microbatches: int = 1,
+        dies: tuple[int, int, int] | None = None,
     ) -> list[dict]:
         """`batches[dp_rank]` are decoded one after the other by that DP group, all groups at
-        once. Returns each attention rank's answer: {"batches": …, "links": …}."""
+        once. dies: see rank_worker.Command. Returns each attention rank's answer: {"batches": …,
+        "links": …, "lost": …, "lost_steps": …}."""
         self._instance_epoch += 1
         common = {
             "directory": str(directory),
@@ -103,6 +105,7 @@ class RankPool:
             )
             common["experts"] = [f"127.0.0.1:{port}" for port in ports]
             common["num_microbatches"] = num_microbatches
+            common["dies"] = dies
             return self._run_attention(common, parallel, batches, num_tokens)
         except (TimeoutError, RuntimeError):
             self.close()  # what state the workers are in is anybody's guess

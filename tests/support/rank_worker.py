@@ -11,12 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import uvloop
 
 from attn_service import tensor_parallel
+from attn_service.peers import Peers
 from moe_core.config.parallel import ParallelConfig
 from moe_core.model.tensor_parallel import NoTensorParallel, TensorParallel
 from moe_core.pb.epserve.v1 import expert_pb2_grpc
@@ -25,6 +27,7 @@ from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.local import LocalLink
 from moe_core.transport.servicer import ExchangeServicer
+from support.dying_links import DyingLink
 from support.layout_rank import (
     GreedyBatch,
     Layout,
@@ -39,7 +42,9 @@ COLLECTIVE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Command:
-    """`op` is "expert", "stop", "store" or "attn"; what it does not need is left out."""
+    """`op` is "expert", "stop", "store" or "attn"; what it does not need is left out. dies: with
+    local links, an attention rank's link, by expert rank, that is lost with its chunk of that
+    number; it is there again after a step that could not do without."""
 
     op: str
     directory: str = ""
@@ -54,6 +59,7 @@ class Command:
     batches: tuple[tuple[tuple[int, ...], ...], ...] = ()
     num_tokens: int = 0
     num_microbatches: int = 1
+    dies: tuple[int, int, int] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -112,28 +118,45 @@ class RankWorker:
     async def _run_attention(self, command: Command) -> object:
         layout = command.layout
         links = await self._links(command, layout)
+        peers = Peers(layout.parallel.etp_size, links)
         tp = self._join_group(command, layout.parallel)
         try:
             blocks = max(num_blocks(batch, command.num_tokens) for batch in command.batches)
-            runner = build_runner(layout, tp, links, blocks)
-            greedy = GreedyBatch(*runner, command.num_microbatches)
+            runner = build_runner(layout, tp, peers, blocks)
+            repair = partial(self._repair, layout, peers)
+            greedy = GreedyBatch(*runner, command.num_microbatches, repair)
             decoded = [
                 [asdict(one) for one in await greedy.decode(batch, command.num_tokens)]
                 for batch in command.batches
             ]
+            lost = [each.lost_because for each in links]
         finally:
             tensor_parallel.dissolve()
             self._store = None
             for link in links:
                 await link.close()
         counters = [{"transport": each.transport, **asdict(each.counters)} for each in links]
-        return {"batches": decoded, "links": counters}
+        return {
+            "batches": decoded,
+            "links": counters,
+            "lost": lost,
+            "lost_steps": greedy.lost_steps,
+        }
+
+    def _repair(self, layout: Layout, peers: Peers) -> None:
+        for rank, link in tuple(peers.links.items()):
+            if link.lost_because is not None:
+                peers.put(rank, LocalLink(build_batcher(layout, rank).submit, layout.spec))
 
     async def _links(self, command: Command, layout: Layout) -> Sequence[ExpertLink]:
         world = layout.parallel.expert_devices
         if command.transport == "local":
             batchers = [build_batcher(layout, rank) for rank in range(world)]
-            return [LocalLink(batcher.submit, layout.spec) for batcher in batchers]
+            links = [DyingLink(batcher.submit, layout.spec) for batcher in batchers]
+            if command.dies is not None and command.dies[0] == command.rank:
+                links[command.dies[1]].dies_at = command.dies[2]
+                links[command.dies[1]].moment = "posted"
+            return links
         identity = Identity(command.rank, layout.parallel.attn_devices, command.instance_epoch)
         peers = [Identity(rank, world, command.instance_epoch) for rank in range(world)]
         return [

@@ -3,6 +3,8 @@
 Knows the gateway's parts; the real wiring is gateway/process.py's.
 """
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,7 @@ from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.entrance import QueueLimits
 from gateway.generation import Generator
+from gateway.leases import Clock
 from gateway.observers import RequestObserver
 from gateway.servicer import GatewayServicer
 from gateway.tokenizer import TextTokenizer
@@ -34,11 +37,13 @@ MODEL = moe_model()
 MODEL_DIRECTORY = Path("/models/small")
 
 
-def make_registry(parallel: ParallelConfig | None = None) -> Registry:
+def make_registry(
+    parallel: ParallelConfig | None = None, clock: Clock = time.monotonic
+) -> Registry:
     settled = (parallel or ParallelConfig()).with_model(MODEL)
     placement = ExpertPlacement.initial(MODEL, settled)
     gateway = Member(Role.GATEWAY, 0, 1, "127.0.0.1:1", "cpu", MemberState.CONNECTING, 1, "here")
-    return Registry(gateway, settled, placement, FINGERPRINT)
+    return Registry(gateway, settled, placement, FINGERPRINT, clock)
 
 
 class SmallGateway:
@@ -49,6 +54,7 @@ class SmallGateway:
         limits: QueueLimits | None = None,
         observer: RequestObserver | None = None,
         *,
+        attn_wait_s: float = 0.3,
         tls: Certificates | None = None,
         keys: ApiKeys | None = None,
     ) -> None:
@@ -58,7 +64,9 @@ class SmallGateway:
         self.registry = make_registry(parallel)
         self.pool = AttentionPool(tls)
         model = ServedModel("small", MODEL, tokenizer)
-        self.generator = Generator(model, self.registry, self.pool, limits, observer)
+        self.generator = Generator(
+            model, self.registry, self.pool, limits, observer, attn_wait_s=attn_wait_s
+        )
         self.cluster = ClusterServicer(self.registry)
         self._host = GrpcHost(tls, self._keys.authenticate)
         self._port = 0
@@ -71,8 +79,8 @@ class SmallGateway:
 
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
-        GatewayServicer(self.generator, self.registry, self._keys).add_to(self._host)
-        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY, self._keys).add_to(self._host)
+        GatewayServicer(self.generator, self.registry).add_to(self._host)
+        VllmServicer(self.generator, self.registry, MODEL_DIRECTORY).add_to(self._host)
         cluster_port = None if self._tls is None else 0
         port = await self._host.start("127.0.0.1", self._port, cluster_port=cluster_port)
         self.address = f"127.0.0.1:{port}"
@@ -80,6 +88,7 @@ class SmallGateway:
         self.channel = open_channel(self.address)
         self.stub = gateway_pb2_grpc.GatewayStub(self.channel)
         self.cluster_stub = cluster_pb2_grpc.ClusterServiceStub(self.channel)
+        self._following = asyncio.create_task(self._follow())
         return self
 
     async def __aexit__(
@@ -91,9 +100,20 @@ class SmallGateway:
         for close in self._closers:
             await close()
         await self.channel.close()
+        self._following.cancel()
+        await asyncio.wait({self._following})
         self.cluster.close()
+        self.registry.close()
         await self.pool.close()
         await self._host.stop(0.2)
+
+    async def _follow(self) -> None:
+        version = 0
+        while True:
+            state = await self.registry.newer_than(version)
+            version = state.version
+            self.pool.reconcile(state)
+            self.generator.reconcile()
 
     def worker(self, role: Role, rank: int | None = None) -> FakeWorker:
         return FakeWorker(self.address, FINGERPRINT, role, rank)

@@ -86,15 +86,23 @@ def _draw(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 class Reference:
     """What transformers computes for one prompt, in float32, with its own cache.
 
-    logits: of the last prompt token, [vocab]. tokens: greedy continuation. token_margin: by how
-    much the closest greedy choice was won; router_margin: the same for the routers.
+    logits: of the last prompt token, [vocab]; prompt_logprobs: log_softmax at the others, [p - 1,
+    vocab]. tokens: greedy continuation. token_margin: by how much the closest greedy choice was
+    won; router_margin: the same for the routers.
     """
 
     prompt: tuple[int, ...]
     logits: Tensor
+    prompt_logprobs: Tensor
     tokens: tuple[int, ...]
     token_margin: float
     router_margin: float
+
+    @property
+    def told(self) -> list[float]:
+        """The logprobs of the prompt's own tokens, the first excepted."""
+        following = torch.tensor(self.prompt[1:], dtype=torch.int64)
+        return self.prompt_logprobs.gather(1, following[:, None])[:, 0].tolist()
 
 
 def prompts(vocab_size: int, lengths: Sequence[int] = (1, 5, 17, 40)) -> list[tuple[int, ...]]:
@@ -136,6 +144,7 @@ def _reference(
     token_margins: list[float] = []
     out = model(torch.tensor([prompt]), use_cache=True)
     first = out.logits[0, -1]
+    prompt_logprobs = out.logits[0, :-1].log_softmax(-1)
     for _ in range(num_tokens):
         best = out.logits[0, -1].topk(2)
         token_margins.append((best.values[0] - best.values[1]).item())
@@ -143,7 +152,9 @@ def _reference(
         out = model(
             torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True
         )
-    return Reference(prompt, first, tuple(tokens), min(token_margins), min(margins))
+    return Reference(
+        prompt, first, prompt_logprobs, tuple(tokens), min(token_margins), min(margins)
+    )
 
 
 def _router_margin(gate: torch.nn.Module, logits: Tensor, moe: MoeConfig) -> float:

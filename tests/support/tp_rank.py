@@ -47,6 +47,7 @@ class DoublingExperts:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> PendingExperts:
         if self._tp.rank == 1 and layer_id == 1 and (topk_ids == UNLUCKY_TOKEN).any():
             raise PeerLostError(f"expert 1 is gone: layer {layer_id}, step {key.step}")

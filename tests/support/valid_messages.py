@@ -62,6 +62,7 @@ def _gateway_messages() -> list[Addressed]:
         logit_bias={3: 1.5},
         min_tokens=1,
         n=1,
+        prompt_logprobs=1,
     )
     ids = gateway_pb2.TokenIds(ids=[5, 6, 7])
     by_name = {
@@ -71,6 +72,7 @@ def _gateway_messages() -> list[Addressed]:
         "Abort": gateway_pb2.AbortRequest(request_id="a request"),
         "ListModels": gateway_pb2.ListModelsRequest(),
         "GetCluster": gateway_pb2.GetClusterRequest(),
+        "WatchCluster": gateway_pb2.WatchClusterRequest(),
     }
     text = gateway_pb2.GenerateRequest(text="Once upon a time", sampling=sampling)
     messages = [_addressed("gateway", gateway_pb2, "Gateway", *each) for each in by_name.items()]
@@ -143,6 +145,7 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
     sampling = attention_pb2.EngineSampling(max_tokens=1, top_p=1.0, temperature=0.5, seed=3)
     add = attention_pb2.AddSequence(sequence_id="a", prompt_ids=[5, 6], sampling=sampling)
     abort = attention_pb2.AbortSequence(sequence_id="a")
+    find = attention_pb2.FindRequest(sequence_ids=["a", "b"])
     spec = link_spec(
         ModelConfig.from_hf(TINY_MODEL),
         state.parallel,
@@ -156,5 +159,6 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
     return [
         _addressed("attn_0", *serve, attention_pb2.EngineRequest(add=add)),
         _addressed("attn_0", *serve, attention_pb2.EngineRequest(abort=abort)),
+        _addressed("attn_0", *serve[:2], "Find", find),
         _addressed("expert_0", *exchange, expert_pb2.ExchangeRequest(hello=hello)),
     ]

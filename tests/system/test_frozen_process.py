@@ -1,4 +1,4 @@
-"""A process that is stopped in mid-request: its requests end, named, and nobody else's do."""
+"""A process that is stopped in mid-request: it is noticed, and what can go on does."""
 
 import asyncio
 import os
@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from attn_service.process import TICK_S
 from epserve.client import EpserveClient, Output, Sampling
-from moe_core.cluster import ClusterState, Role
+from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import UnavailableError
 from support.processes import serving
-from support.served_cluster import connected
+from support.served_cluster import DEADLINE_S, connected
 
 NOTICED_S = 6.0  # twice what is promised
 LAYOUT = ("--attn-devices", "2", "--dp-size", "2", "--dtype", "float64")
@@ -30,9 +31,10 @@ def state_of(target: str) -> ClusterState:
         return cluster.state
 
 
-def stop(target: str, role: Role, rank: int) -> None:
+def stop(target: str, role: Role, rank: int) -> Member:
     (member,) = (each for each in state_of(target).tier(role) if each.rank == rank)
     os.kill(member.pid, signal.SIGSTOP)
+    return member
 
 
 async def begun(client: EpserveClient) -> AsyncIterator[Output]:
@@ -50,16 +52,31 @@ async def outcome(outputs: AsyncIterator[Output]) -> str:
         return str(error)
 
 
-async def test_a_frozen_attention_process_fails_its_requests_only(target: str) -> None:
+async def test_requests_of_a_frozen_process_go_on_elsewhere_and_it_comes_back_when_it_thaws(
+    target: str,
+) -> None:
     async with EpserveClient(target) as client:
         requests = [await begun(client) for _ in range(2)]  # one on each DP group
-        stop(target, Role.ATTN, 1)
+        frozen = stop(target, Role.ATTN, 1)
         async with asyncio.timeout(NOTICED_S):
-            with pytest.raises(UnavailableError, match=r"attention group dp_rank=1 at .* was lost"):
-                _ = [output async for output in requests[1]]
             while len(state_of(target).tier(Role.ATTN)) == 2:
                 await asyncio.sleep(0.1)
-        assert await outcome(requests[0]) == "length"
+        assert [await outcome(outputs) for outputs in requests] == ["length"] * 2
+    os.kill(frozen.pid, signal.SIGCONT)
+    async with asyncio.timeout(DEADLINE_S):
+        while not is_back(frozen, target):
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(2 * TICK_S)  # until it has seen that its links are lost
+        while not is_back(frozen, target):
+            await asyncio.sleep(0.1)
+
+
+def is_back(frozen: Member, target: str) -> bool:
+    """As the same start of the same process, and ready."""
+    return any(
+        (m.pid, m.instance_epoch, m.state) == (frozen.pid, frozen.instance_epoch, MemberState.READY)
+        for m in state_of(target).tier(Role.ATTN)
+    )
 
 
 async def test_a_client_notices_a_frozen_gateway(target: str) -> None:

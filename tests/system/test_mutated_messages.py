@@ -83,7 +83,9 @@ class Sender:
                 await channel.unary_unary(path)(each.message, timeout=CALL_DEADLINE_S)
             if called.server_streaming:
                 async for _ in call:
-                    pass
+                    if called.name == "WatchCluster":  # which has no end
+                        call.cancel()
+                        break
         except grpc.aio.AioRpcError as error:
             status, details = error.code().name, error.details() or ""
         self.statuses[path, status] += 1

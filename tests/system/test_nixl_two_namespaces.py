@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,25 +11,10 @@ import pytest
 
 from support.exchange_ends import SPEC
 from support.exchange_peer import ENVIRONMENT, ROOT, PeerProcess
+from support.namespaces import run, skip_without_namespaces
 
 DISPATCHES = 100
 EXPERT_IP, ATTENTION_IP = "10.213.7.1", "10.213.7.2"
-
-
-def missing() -> str:
-    if os.geteuid() != 0:
-        return "needs root, to make network namespaces"
-    if shutil.which("ip") is None:
-        return "needs iproute2 (the ip command)"
-    made = subprocess.run(["ip", "netns", "add", "epserve-try"], capture_output=True, text=True)
-    if made.returncode != 0:
-        return f"needs a kernel that lets it make network namespaces: {made.stderr.strip()}"
-    run("ip", "netns", "delete", "epserve-try")
-    return ""
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 @dataclass(frozen=True)
@@ -44,9 +28,7 @@ class Namespace:
 
 @pytest.fixture
 def namespaces() -> Iterator[tuple[Namespace, Namespace]]:
-    reason = missing()
-    if reason:
-        pytest.skip(reason)
+    skip_without_namespaces()
     pair = Namespace(f"epserve-e{os.getpid()}"), Namespace(f"epserve-a{os.getpid()}")
     names = [namespace.name for namespace in pair]
     try:

@@ -26,8 +26,15 @@ def test_kv_cache_tokens_are_rounded_down_to_whole_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("block_size", 0), ("kv_cache_tokens", 15), ("expert_wait_s", 0.0), ("microbatches", "4")],
+    [
+        ("block_size", 0),
+        ("kv_cache_tokens", 15),
+        ("expert_wait_s", 0.0),
+        ("hedge_after_s", 31.0),
+        ("orphan_grace_s", -0.5),
+        ("microbatches", "4"),
+    ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(setting: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"^{setting}="):
+    with pytest.raises(ConfigError, match=f"^{setting.removesuffix('_s')}="):
         replace(SETTINGS, **{setting: value})

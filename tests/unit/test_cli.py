@@ -18,8 +18,8 @@ from support.full_sampling import FULL_SAMPLING
 
 TINY = Path(__file__).parents[2] / "epserve" / "tiny_model"
 COMMANDS = [
-    *("demo", "serve", "gateway", "attn", "expert", "generate", "status", "top", "manifest"),
-    *("certs", "keys"),
+    *("demo", "serve", "gateway", "attn", "expert", "generate", "status", "top", "chaos"),
+    *("manifest", "scale", "rebalance", "drain", "certs", "bench", "keys"),
 ]
 
 
@@ -57,6 +57,13 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
             "kv_cache_tokens=64: cannot be combined with memory_utilization=0.5",
         ),
         (["nonsense"], "nonsense"),
+        (["chaos", "--faults", "kill,flood"], "faults='kill,flood': 'flood' is none of them"),
+        (["chaos", "--roles", "experts"], "nearest valid: gateway,attn,expert"),
+        (["chaos", "--concurrency", "0"], "concurrency=0: must be at least 1"),
+        (["chaos", "--duration", "nan"], "duration=nan: must be a number of seconds above 0"),
+        (["chaos", "--freeze", "0"], "freeze=0.0: must be a number of seconds above 0"),
+        (["bench", "faults", "--rows", "earthquake"], "'earthquake' is none of them"),
+        (["bench", "faults", "--rounds", "0"], "rounds=0: must be at least 1"),
         (
             ["serve", "--model", str(TINY), "--grpc-port", "99999"],
             "must be at least 0 and at most 65535; nearest valid: 65535",
@@ -202,6 +209,7 @@ def test_generate_has_an_option_for_every_sampling_field(monkeypatch: pytest.Mon
         "logit_bias": "15=-2.5",
         "min_tokens": "2",
         "n": "2",
+        "prompt_logprobs": "3",
     }
     assert {*arguments, "ignore_eos"} == {field.name for field in fields(Sampling)}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]

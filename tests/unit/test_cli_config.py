@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from epserve import cli, options
 from epserve.environment import PREFIX
+from epserve.parent_death import PARENT_PID_VARIABLE
 from epserve.settings_command import SettingsCommand
 from support.command_options import (
     arguments,
@@ -120,10 +121,12 @@ def test_a_dump_is_read_back_as_it_was(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     required = ["--model", "m"] if name in ("serve", "gateway", "attn", "expert") else []
-    for given in ([name, *required], [name, *arguments(configurable()[name], 1)]):
+    required += ["--role", "attn", "--rank", "1"] if name == "drain" else []
+    words = name.split()
+    for given in ([*words, *required], [*words, *arguments(configurable()[name], 1)]):
         text = dump(given, capsys)
         (tmp_path / "dump.yaml").write_text(text)
-        again = dump([name, "--config", str(tmp_path / "dump.yaml")], capsys)
+        again = dump([*words, "--config", str(tmp_path / "dump.yaml")], capsys)
         assert yaml.safe_load(again) == yaml.safe_load(text)
 
 
@@ -226,8 +229,65 @@ def test_a_refused_argument_is_not_laid_on_a_variable(
     assert "EPSERVE_DP_SIZE" not in error
 
 
-def test_a_variable_that_kubernetes_sets_says_so(
+@pytest.mark.parametrize(
+    "given", [["status"], ["serve", "--model", str(TINY)], ["keys", "new", "x"]]
+)
+def test_a_variable_that_no_command_reads_is_refused_with_the_nearest(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("EPSERVE_API_KEY_", "a secret")
+    error = refusal(given, capsys)
+    assert "environment='EPSERVE_API_KEY_': no command has such a setting" in error
+    assert "nearest valid: EPSERVE_API_KEY, EPSERVE_API_KEYS" in error
+    assert "a secret" not in error
+
+
+@pytest.mark.parametrize("given", [["--help"], ["status", "--help"], ["attn", "-h"]])
+def test_help_is_shown_whatever_the_variables(given: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EPSERVE_DP_SICE", "2")
+    assert cli.run(given) == 0
+
+
+def test_a_variable_of_another_command_is_no_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("EPSERVE_PORT", "tcp://10.0.0.1:80")
-    assert "Kubernetes" in refusal(["attn", "--model", str(TINY)], capsys)
+    for name in ("EPSERVE_RANK", "EPSERVE_PROMPT", PARENT_PID_VARIABLE, options.LAUNCHER_KEY_HASH):
+        monkeypatch.setenv(name, "1")
+    assert yaml.safe_load(dump(["status"], capsys))["json"] is False
+
+
+def test_variables_that_kubernetes_makes_up_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """For Services called epserve, epserve-gateway and epserve-grpc, in any container beside."""
+    for name, value in {
+        "EPSERVE_SERVICE_HOST": "10.0.0.1",
+        "EPSERVE_SERVICE_PORT": "8000",
+        "EPSERVE_SERVICE_PORT_HTTP": "8000",
+        "EPSERVE_PORT": "tcp://10.0.0.1:8000",
+        "EPSERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "EPSERVE_PORT_8000_TCP_PROTO": "tcp",
+        "EPSERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "EPSERVE_GATEWAY_SERVICE_HOST": "10.0.0.2",
+        "EPSERVE_GATEWAY_PORT": "udp://10.0.0.2:1",
+        "EPSERVE_GATEWAY_PORT_1_UDP_PORT": "1",
+        "EPSERVE_GRPC_PORT": "tcp://10.0.0.3:9",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert cli.run(["gateway", "--model", "m", "--dump-config"]) == 0
+    captured = capsys.readouterr()
+    values = yaml.safe_load(captured.out)
+    assert (values["port"], values["grpc-port"]) == (8000, 50051)
+    told = captured.err.splitlines()
+    assert [line.partition("=")[0] for line in told] == [
+        "epserve: EPSERVE_GRPC_PORT",
+        "epserve: EPSERVE_PORT",
+    ]
+    assert all("Kubernetes sets it" in line for line in told)
+
+
+def test_a_port_that_is_no_link_is_still_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("EPSERVE_PORT", "http://10.0.0.1:80")
+    assert "EPSERVE_PORT=http://10.0.0.1:80" in refusal(["gateway", "--model", "m"], capsys)

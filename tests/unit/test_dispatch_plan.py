@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attn_service.dispatch_plan import (
     GroupDispatch,
-    LayerTables,
     plan_dispatch,
     with_shared_weight,
 )
+from attn_service.replica_choice import LayerTables
 from moe_core.config.parallel import ParallelConfig
 from moe_core.placement import ExpertPlacement, LayerPlacement
 from support.moe_configs import moe_model

@@ -73,13 +73,13 @@ async def test_a_mixed_batch_gives_each_sequence_its_own_continuation() -> None:
 async def test_a_step_answers_each_stream_with_one_message() -> None:
     async with running(FakeRunner()) as engine:
         streams = [engine.open_stream(), engine.open_stream()]
-        for stream in streams:
-            for name in "ab":  # ids are each stream's own
+        for stream, names in zip(streams, ("ab", "cd"), strict=True):
+            for name in names:
                 stream.add(request(name, 1, 2, max_tokens=1))
             stream.end_of_requests()
-        for stream in streams:
+        for stream, names in zip(streams, ("ab", "cd"), strict=True):
             steps = [step async for step in stream.outputs()]
-            assert [[o.sequence_id for o in step.outputs] for step in steps] == [["a", "b"]]
+            assert [[o.sequence_id for o in step.outputs] for step in steps] == [[*names]]
 
 
 async def test_a_late_arrival_joins_the_batch_of_the_next_step() -> None:
@@ -163,10 +163,10 @@ async def test_closing_a_stream_frees_all_its_sequences() -> None:
     async with running(FakeRunner()) as engine:
         kept, closed = engine.open_stream(), engine.open_stream()
         closed.add(request("a", 1, max_tokens=50))
-        kept.add(request("a", 1))
+        kept.add(request("b", 1))
         await anext(aiter(closed.outputs()))
         closed.close()
-        assert (await collect(kept))["a"] == (continuation((1,), 6), "length")
+        assert (await collect(kept))["b"] == (continuation((1,), 6), "length")
         await asyncio.sleep(0)
         assert engine.load.free_kv_blocks == NUM_BLOCKS
 

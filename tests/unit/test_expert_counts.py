@@ -22,6 +22,7 @@ class NotedExperts:
         hidden_states: torch.Tensor,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> PendingExperts:
         self.seen.append((layer_id, topk_ids.tolist()))
         return self
@@ -47,3 +48,11 @@ async def test_tokens_are_counted_by_layer_and_logical_expert_and_handed_on() ->
     await dispatch(1, [[3, 0]])
     assert counted.load == ExpertLoad((1, 2), ((4, 2, 0, 2), (0, 0, 1, 1)))
     assert inner.seen == [(1, [[0, 1], [0, 3], [0, 1]]), (2, [[2, 3]]), (1, [[3, 0]])]
+
+
+async def test_only_the_rows_that_are_asked_for_are_counted() -> None:
+    counted = CountedExperts(NotedExperts(), MODEL, torch.device("cpu"))
+    ids = torch.tensor([[0, 1], [0, 3], [2, 1]])
+    hidden, weights = torch.zeros(3, MODEL.hidden_size), torch.ones(ids.shape)
+    await counted.dispatch(KEY, 1, hidden, ids, weights, torch.tensor([0, 2]))
+    assert counted.load == ExpertLoad((1, 2), ((1, 2, 1, 0), (0,) * 4))

@@ -1,15 +1,15 @@
-from dataclasses import dataclass, field
+import asyncio
+from dataclasses import dataclass, field, replace
 
 import pytest
-import torch
 
 from attn_service.expert_links import ExpertLinks
-from attn_service.experts import StepKey
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import LinkCounters
+from support.moe_configs import moe_model
 
 
 @dataclass
@@ -30,20 +30,23 @@ class Tier:
     def __init__(self) -> None:
         self.made: list[FakeLink] = []
         self.refuse: dict[int, Exception] = {}
-        self.in_use: list[FakeLink] = []
-        self.links = ExpertLinks(2, self._connect, self._make)
+        self.hangs: set[int] = set()
+        self.links = ExpertLinks(1, self._connect)
+
+    @property
+    def in_use(self) -> dict[int, FakeLink]:
+        return dict(sorted(self.links.peers.links.items()))
 
     async def _connect(self, member: Member) -> FakeLink:
         if member.rank in self.refuse:
             raise self.refuse[member.rank]
+        if member.rank in self.hangs:
+            await asyncio.sleep(3600)
         self.made.append(FakeLink(member))
         return self.made[-1]
 
-    def _make(self, links: list[FakeLink]) -> None:
-        self.in_use = list(links)
-
     def used(self) -> list[tuple[int, int]]:
-        return [(link.member.rank, link.member.instance_epoch) for link in self.in_use]
+        return [(link.member.rank, link.member.instance_epoch) for link in self.in_use.values()]
 
 
 def state(*experts: tuple[int, int, MemberState]) -> ClusterState:
@@ -51,21 +54,69 @@ def state(*experts: tuple[int, int, MemberState]) -> ClusterState:
         Member(Role.EXPERT, rank, 1, f"host:{rank}", "cpu", member_state, epoch, "host")
         for rank, epoch, member_state in experts
     )
-    return ClusterState(1, ParallelConfig(expert_devices=2), members, ExpertPlacement(0, 4, 1, ()))
+    return ClusterState(1, PARALLEL, members, placement(2))
 
 
+def placement(ep_size: int, redundant: int = 0) -> ExpertPlacement:
+    parallel = ParallelConfig(
+        expert_devices=ep_size, ep_size=ep_size, num_redundant_experts=redundant
+    )
+    return ExpertPlacement.initial(moe_model(), parallel)
+
+
+PARALLEL = ParallelConfig(expert_devices=2, ep_size=2)
 READY, LOADING = MemberState.READY, MemberState.LOADING
 BOTH = state((0, 10, READY), (1, 20, READY))
 
 
-async def test_experts_are_there_once_every_process_is_connected() -> None:
+async def test_processes_are_connected_as_they_become_ready() -> None:
     tier = Tier()
-    await tier.links.reconcile(state((1, 20, READY), (0, 10, LOADING)))
-    assert tier.in_use == []
+    assert await tier.links.reconcile(state((1, 20, READY), (0, 10, LOADING)))
+    assert tier.used() == [(1, 20)]
     assert tier.links.missing == ("expert 0: not ready",)
-    await tier.links.reconcile(BOTH)
+    assert await tier.links.reconcile(BOTH)
     assert tier.used() == [(0, 10), (1, 20)]
     assert tier.links.missing == ()
+    assert not await tier.links.reconcile(BOTH)
+
+
+async def test_one_copy_of_every_expert_is_enough_to_serve() -> None:
+    tier = Tier()
+    await tier.links.reconcile(state((1, 20, READY)))
+    assert not tier.links.can_serve(placement(2))
+    assert tier.links.can_serve(placement(2, redundant=8))
+    assert BOTH.holds_all_experts(placement(2))
+    assert not state((1, 20, READY), (0, 10, LOADING)).holds_all_experts(placement(2))
+    await tier.links.reconcile(BOTH)
+    assert tier.links.can_serve(placement(2))
+
+
+async def test_a_process_that_does_not_answer_keeps_no_other_waiting() -> None:
+    tier = Tier()
+    tier.hangs.add(0)
+    async with asyncio.timeout(5.0):
+        await tier.links.reconcile(BOTH)
+    assert tier.used() == [(1, 20)]
+    assert tier.links.missing == ("expert 0: does not answer yet",)
+    before = len(asyncio.all_tasks())
+    await tier.links.close()
+    assert len(asyncio.all_tasks()) == before - 1
+
+
+async def test_ranks_are_followed_beyond_what_was_configured() -> None:
+    tier = Tier()
+    await tier.links.reconcile(BOTH)
+    grown = replace(state((0, 10, READY), (1, 20, READY), (2, 30, READY)), placement=placement(4))
+    await tier.links.reconcile(grown)
+    assert tier.used() == [(0, 10), (1, 20), (2, 30)]
+    assert tier.links.missing == ("expert 3: not ready",)
+    gone = tier.in_use[2]
+    await tier.links.reconcile(BOTH)  # scaled down, but the process is still there
+    assert 2 in tier.in_use
+    gone.lost_because = "left"
+    await tier.links.reconcile(BOTH)
+    assert tier.used() == [(0, 10), (1, 20)]
+    assert gone.closed
 
 
 async def test_a_healthy_link_is_kept_even_when_the_cluster_forgets_its_peer() -> None:
@@ -115,14 +166,18 @@ async def test_a_process_that_does_not_fit_is_an_error() -> None:
     tier = Tier()
     tier.refuse[0] = ProtocolError("hidden_size is 64 here, 32 there")
     with pytest.raises(ProtocolError, match="hidden_size"):
-        await tier.links.reconcile(BOTH)
+        await tier.links.reconcile(state((0, 10, READY)))
 
 
-async def test_a_dispatch_before_there_are_links_names_layer_and_cause() -> None:
+async def test_one_that_does_not_fit_ends_nothing_where_others_do() -> None:
     tier = Tier()
-    nothing = torch.zeros(1, 1)
-    with pytest.raises(PeerLostError, match=r"layer 5 .* no expert process"):
-        await tier.links.dispatch(StepKey(0, 1), 5, nothing, nothing, nothing)
+    await tier.links.reconcile(state((0, 10, READY)))
+    tier.refuse[1] = ProtocolError("it has been restarted")
+    await tier.links.reconcile(BOTH)
+    assert tier.links.missing == ("expert 1: it has been restarted",)
+    tier.refuse.clear()
+    await tier.links.reconcile(BOTH)
+    assert tier.links.missing == ()
 
 
 async def test_stats_are_by_rank_and_name_both_ends() -> None:

@@ -13,6 +13,7 @@ from expert_service.process import ExpertSettings
 from gateway.entrance import QueueLimits
 from gateway.process import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
+from moe_core.errors import ConfigError
 
 Run = Callable[[str, str, str], object]
 PARALLEL = """
@@ -49,6 +50,7 @@ device: cuda:1
 dtype: bfloat16
 transport: grpc
 threads: 2
+drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
 GATEWAY = """
@@ -58,7 +60,10 @@ grpc-port: 7
 port: 8
 cluster-port: 9
 max-queued-requests: 10
+rebalance-interval: 60
+attn-wait: 4.5
 api-keys: keys.yaml
+drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
 CACHE = """
@@ -66,6 +71,9 @@ kv-cache-memory: 1KiB
 max-num-seqs: 5
 block-size: 32
 microbatches: 2
+expert-wait: 7
+hedge-after: 0.5
+orphan-grace: 2.5
 """
 
 
@@ -95,8 +103,11 @@ def test_the_gateway_gets_its_settings(settings_of_run: Run):
         parallel=CUT,
         model_name="other",
         limits=QueueLimits(max_requests=10),
+        attn_wait_s=4.5,
+        rebalance_interval=60.0,
         insecure=True,
         api_keys=Path("keys.yaml"),
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
     )
 
@@ -107,6 +118,7 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         model=Path("m"),
         host="0.0.0.0",
         insecure=True,
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
@@ -118,6 +130,9 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
         block_size=32,
         max_num_seqs=5,
         microbatches="2",
+        expert_wait_s=7.0,
+        hedge_after_s=0.5,
+        orphan_grace_s=2.5,
         threads=2,
     )
 
@@ -128,6 +143,7 @@ def test_an_expert_process_gets_its_settings(settings_of_run: Run):
         model=Path("m"),
         host="0.0.0.0",
         insecure=True,
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         port=8,
         advertise_address="near:8",
@@ -153,14 +169,20 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         http_port=8,
         cluster_port=9,
         max_queued_requests=10,
+        rebalance_interval=60.0,
+        attn_wait=4.5,
+        orphan_grace=2.5,
         insecure=True,
         api_keys=Path("keys.yaml").absolute(),
+        drain_timeout_s=2.5,
         otlp_traces_endpoint="http://127.0.0.1:4317",
         log_json=True,
         kv_cache_memory=1024,
         block_size=32,
         max_num_seqs=5,
         microbatches="2",
+        expert_wait_s=7.0,
+        hedge_after_s=0.5,
         debug=True,
     )
 
@@ -173,4 +195,20 @@ def test_the_size_of_the_kv_cache_may_be_given_otherwise(size: str, settings_of_
 
 
 def test_every_parallel_setting_was_tried():
-    assert all(getattr(CUT, field.name) != field.default for field in fields(ParallelConfig))
+    tried = [field for field in fields(ParallelConfig) if field.name != "live"]  # no setting
+    assert all(getattr(CUT, field.name) != field.default for field in tried)
+
+
+@pytest.mark.parametrize("value", ["-1", "inf", "nan"])
+@pytest.mark.parametrize("option", ["--attn-wait", "--orphan-grace"])
+def test_seconds_that_nobody_can_wait_are_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run(["serve", "--model", "m", option, value]) == 2
+    name = option.removeprefix("--").replace("-", "_")
+    assert f"{name}={float(value)}: must be a number of seconds" in capsys.readouterr().err
+
+
+def test_a_gateway_waits_for_no_negative_time():
+    with pytest.raises(ConfigError, match="attn_wait_s=-1"):
+        GatewaySettings(Path("m"), "127.0.0.1", 0, ParallelConfig(), attn_wait_s=-1)

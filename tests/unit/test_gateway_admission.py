@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from gateway import admission
 from gateway.admission import ServedModel, admit, check_sizes
 from gateway.requests import GenerationRequest, Sampling, Sequence
 from moe_core.errors import RequestError
@@ -33,6 +34,7 @@ def admitted(
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"min_p": 1.5}, "min_p=1.5"),
         ({"max_tokens": 0}, "max_tokens=0"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs=21"),
         ({"max_tokens": 96}, "max_tokens=96: with 2 prompt tokens.*KV pool, of 96.*at most 95"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5"),
         ({"stop": ("",)}, "stop"),
@@ -60,6 +62,16 @@ def test_bad_sampling_value_is_refused_by_name(sampling: dict[str, Any], message
 def test_longest_prompt_leaves_one_token() -> None:
     assert admitted((5,) * 127, kv_tokens=1000).max_tokens == 1
     assert admitted((5,) * 96).max_tokens == 1
+
+
+def test_logprobs_of_a_prompt_are_limited_over_all_its_choices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission, "MAX_PROMPT_LOGPROBS", 40)
+    assert admitted((5,) * 10, n=2, prompt_logprobs=1, max_tokens=0).max_tokens == 0
+    rule = "prompt_logprobs=1: for 10 prompt tokens and n=3 makes 60 numbers; at most 40"
+    with pytest.raises(RequestError, match=rule):
+        admitted((5,) * 10, n=3, prompt_logprobs=1)
 
 
 @pytest.mark.parametrize("priority", [-(2**31), 0, 3])
@@ -92,6 +104,7 @@ def test_every_field_reaches_the_engines_sequence() -> None:
         "frequency_penalty": 2.0,
         "logit_bias": {3: -100.0, 63: 100.0},
         "logprobs": 20,
+        "prompt_logprobs": 20,
         "min_tokens": 4,
         "max_tokens": 9,
     }

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.balancer import Balancer, Group, require_groups, usable_groups
+from gateway.balancer import (
+    Balancer,
+    Group,
+    known_groups,
+    leaving_groups,
+    require_groups,
+    usable_groups,
+)
 from moe_core.cluster import AttentionLoad, Join, Member, MemberState, Role, StatusReport
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
@@ -78,3 +85,25 @@ def test_group_is_usable_when_all_its_ranks_are_ready() -> None:
 def test_no_usable_group_is_unavailable_naming_the_missing() -> None:
     with pytest.raises(UnavailableError, match="attn 0: not joined; expert 0: not joined"):
         require_groups(make_registry().state)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+async def test_a_group_of_which_one_rank_leaves_takes_nothing_and_can_still_be_asked(
+    drains: bool,
+) -> None:
+    registry = make_registry(ParallelConfig(attn_devices=2))
+    for rank in range(2):
+        load = AttentionLoad(0, 0, 8, 8, 4, 8) if rank == 0 else None
+        join = Join(Role.ATTN, "h:1", "cpu", 7, FINGERPRINT, 5 + rank, "float32", "here", rank)
+        registry.report(registry.join(join), StatusReport(MemberState.READY, attention_load=load))
+    state = registry.state
+    changes = {"state": MemberState.DRAINING} if drains else {"leaving": True}
+    members = [
+        replace(member, **changes) if member.tp_rank == 1 else member for member in state.members
+    ]
+    leaving = replace(state, members=tuple(members))
+    assert (len(usable_groups(state)), leaving_groups(state)) == (1, frozenset())
+    assert (len(usable_groups(leaving)), leaving_groups(leaving)) == (0, frozenset({(0, 5)}))
+    assert [group.key for group in known_groups(leaving)] == [(0, 5)]
+    with pytest.raises(UnavailableError, match="attn 1: draining" if drains else "attn 1: leaving"):
+        require_groups(leaving)

@@ -58,6 +58,7 @@ def test_a_wrong_token_is_refused_by_name(changes: dict[str, object], message: s
         ({"presence_penalty": NAN}, "presence_penalty=nan"),
         ({"frequency_penalty": -INF}, "frequency_penalty=-inf"),
         ({"logprobs": 21}, "logprobs=21: must be at most 20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs=21: must be at most 20"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(changes: dict[str, object], message: str) -> None:

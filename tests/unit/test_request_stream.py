@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from gateway.attention_pool import Delta, RequestStream
+from gateway.attention_pool import Delta, GroupLostError, RequestStream
 from moe_core.errors import UnavailableError
 
 
@@ -29,7 +29,7 @@ async def following(stream: RequestStream) -> list[tuple[int, Delta]]:
 
 async def test_what_was_on_its_way_to_a_dropped_choice_concerns_nobody() -> None:
     link = Link("a", "b")
-    stream = RequestStream(link, ["a", "b"])
+    stream = RequestStream(link, {0: "a", 1: "b"})
     stream.put(0, Delta((5,)))
     assert await following(stream) == [(0, Delta((5,)))]
     stream.put(0, Delta((6,)))
@@ -41,7 +41,7 @@ async def test_what_was_on_its_way_to_a_dropped_choice_concerns_nobody() -> None
 
 
 async def test_an_error_waits_behind_what_came_before_it_and_concerns_nobody_once_dropped() -> None:
-    stream = RequestStream(Link("a", "b"), ["a", "b"])
+    stream = RequestStream(Link("a", "b"), {0: "a", 1: "b"})
     stream.put(0, Delta((5,)))
     stream.put(1, Delta((6,)))
     stream.put(0, UnavailableError("the experts are gone"))
@@ -53,14 +53,27 @@ async def test_an_error_waits_behind_what_came_before_it_and_concerns_nobody_onc
 
 async def test_abort_ends_the_choices_that_are_still_running() -> None:
     link = Link("b", "c")
-    stream = RequestStream(link, ["a", "b", "c"])
+    stream = RequestStream(link, {0: "a", 1: "b", 2: "c"})
     stream.abort()
     assert await following(stream) == [(1, Delta((), "abort")), (2, Delta((), "abort"))]
     assert link.forgotten == ["b", "c"]
 
 
 async def test_the_error_of_one_choice_is_the_requests() -> None:
-    stream = RequestStream(Link("a", "b"), ["a", "b"])
+    stream = RequestStream(Link("a", "b"), {0: "a", 1: "b"})
     stream.put(1, UnavailableError("gone"))
     with pytest.raises(UnavailableError, match="gone"):
         await following(stream)
+
+
+async def test_a_group_that_is_left_is_told_at_once_and_what_came_before_is_given_out() -> None:
+    link = Link("b")
+    stream = RequestStream(link, {0: "a", 1: "b"})
+    stream.put(1, Delta((5,)))
+    stream.leave(GroupLostError("it drains"))
+    stream.leave(GroupLostError("told twice"))
+    assert link.forgotten == ["b"]
+    assert await following(stream) == [(1, Delta((5,)))]
+    with pytest.raises(GroupLostError, match="it drains"):
+        await following(stream)
+    assert stream._items.empty()

@@ -238,10 +238,16 @@ def test_a_request_that_exceeds_the_context_is_refused_with_the_numbers() -> Non
         under_test.add(sequence("too long", 10, outputs=11))
 
 
-@pytest.mark.parametrize(("prompt", "outputs"), [(0, 1), (1, 0)])
-def test_an_empty_prompt_or_no_output_is_refused(prompt: int, outputs: int) -> None:
-    with pytest.raises(RequestError, match="must be at least 1"):
-        scheduler().add(sequence("empty", prompt, outputs))
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(RequestError, match="must have at least 1"):
+        scheduler().add(sequence("empty", 0, 1))
+
+
+def test_a_prompt_without_outputs_is_computed_and_needs_no_logits() -> None:
+    under_test = scheduler()
+    under_test.add(sequence("scored", 3, 0))
+    (item,) = under_test.schedule()
+    assert (item.num_new_tokens, item.catches_up, item.needs_logits) == (3, True, False)
 
 
 def test_removing_a_waiting_sequence_forgets_it() -> None:

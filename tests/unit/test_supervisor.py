@@ -169,6 +169,38 @@ async def test_guard_hands_on_result_and_error_of_the_work():
             await supervisor.guard(fails())
 
 
+async def test_a_child_that_has_ended_can_be_started_again_under_its_name():
+    async with Supervisor([child("a", SLEEP), child("b", SLEEP)], Lines()) as supervisor:
+        first = supervisor.pids["a"]
+        os.kill(first, signal.SIGKILL)
+        async with asyncio.timeout(10):
+            end = await supervisor.next_end()
+        assert (end.name, end.pid, end.status) == ("a", first, -9)
+        supervisor.forget(end)
+        assert list(supervisor.pids) == ["b"]
+        await supervisor.start(child("a", SLEEP))
+        pids = supervisor.pids
+        assert pids["a"] != first
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+
+
+async def test_ends_are_told_one_by_one():
+    specs = [child(name, f"raise SystemExit({status})") for name, status in (("a", 3), ("b", 4))]
+    async with Supervisor(specs, Lines()) as supervisor, asyncio.timeout(10):
+        ends = [await supervisor.next_end() for _ in specs]
+    assert {(end.name, end.status) for end in ends} == {("a", 3), ("b", 4)}
+
+
+async def test_a_start_that_is_cancelled_leaves_no_child():
+    async with Supervisor([], Lines()) as supervisor:
+        starting = asyncio.create_task(supervisor.start(child("a", SLEEP)))
+        await asyncio.sleep(0.005)  # it is under way
+        starting.cancel()
+        await asyncio.wait({starting})
+        started = psutil.Process().children()
+        assert len(started) == len(supervisor.pids)
+
+
 def test_statuses_are_described_in_words():
     assert describe_status(2) == "ended with exit status 2"
     assert describe_status(-9) == "was ended by signal 9 (SIGKILL)"

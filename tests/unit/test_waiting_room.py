@@ -166,7 +166,7 @@ async def test_abort_ends_the_wait_without_a_group() -> None:
 
 async def test_who_waits_is_told_when_the_last_group_leaves() -> None:
     registry, (key,) = registry_with()
-    visitors = Visitors(room := WaitingRoom(registry))
+    visitors = Visitors(room := WaitingRoom(registry, attn_wait_s=0.01))
     places = [await visitors.come(request()) for _ in range(SEATS + 2)]
     registry.leave(key)
     room.pump()

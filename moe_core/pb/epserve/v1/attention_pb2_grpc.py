@@ -44,6 +44,11 @@ class AttentionServiceStub:
                 request_serializer=epserve_dot_v1_dot_attention__pb2.FollowRequest.SerializeToString,
                 response_deserializer=epserve_dot_v1_dot_attention__pb2.StepPlan.FromString,
                 _registered_method=True)
+        self.Find = channel.unary_unary(
+                '/epserve.v1.AttentionService/Find',
+                request_serializer=epserve_dot_v1_dot_attention__pb2.FindRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_attention__pb2.FindResponse.FromString,
+                _registered_method=True)
 
 
 class AttentionServiceServicer:
@@ -64,6 +69,13 @@ class AttentionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Find(self, request, context):
+        """Which of these sequences run here, or have ended within the last --orphan-grace seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttentionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     servicer.Follow,
                     request_deserializer=epserve_dot_v1_dot_attention__pb2.FollowRequest.FromString,
                     response_serializer=epserve_dot_v1_dot_attention__pb2.StepPlan.SerializeToString,
+            ),
+            'Find': grpc.unary_unary_rpc_method_handler(
+                    servicer.Find,
+                    request_deserializer=epserve_dot_v1_dot_attention__pb2.FindRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_attention__pb2.FindResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class AttentionService:
             '/epserve.v1.AttentionService/Follow',
             epserve_dot_v1_dot_attention__pb2.FollowRequest.SerializeToString,
             epserve_dot_v1_dot_attention__pb2.StepPlan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Find(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/epserve.v1.AttentionService/Find',
+            epserve_dot_v1_dot_attention__pb2.FindRequest.SerializeToString,
+            epserve_dot_v1_dot_attention__pb2.FindResponse.FromString,
             options,
             channel_credentials,
             insecure,

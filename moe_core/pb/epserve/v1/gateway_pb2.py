@@ -26,7 +26,7 @@ from moe_core.pb.epserve.v1 import cluster_pb2 as epserve_dot_v1_dot_cluster__pb
 from moe_core.pb.epserve.v1 import logprobs_pb2 as epserve_dot_v1_dot_logprobs__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65pserve/v1/gateway.proto\x12\nepserve.v1\x1a\x18\x65pserve/v1/cluster.proto\x1a\x19\x65pserve/v1/logprobs.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.epserve.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.epserve.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x13\n\x0bresume_from\x18\x07 \x03(\rB\x08\n\x06prompt\"\x87\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).epserve.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_n\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xbc\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.epserve.v1.Usage\x12+\n\x08logprobs\x18\x07 \x03(\x0b\x32\x19.epserve.v1.TokenLogprobs\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.epserve.v1.ModelCard\"m\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\"(\n\x11GetClusterRequest\x12\x13\n\x0b\x65xpert_load\x18\x01 \x01(\x08\"\x15\n\x13WatchClusterRequest2\xf1\x02\n\x07Gateway\x12G\n\x08Generate\x12\x1b.epserve.v1.GenerateRequest\x1a\x1c.epserve.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.epserve.v1.AbortRequest\x1a\x19.epserve.v1.AbortResponse\x12K\n\nListModels\x12\x1d.epserve.v1.ListModelsRequest\x1a\x1e.epserve.v1.ListModelsResponse\x12\x45\n\nGetCluster\x12\x1d.epserve.v1.GetClusterRequest\x1a\x18.epserve.v1.ClusterState\x12K\n\x0cWatchCluster\x12\x1f.epserve.v1.WatchClusterRequest\x1a\x18.epserve.v1.ClusterState0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65pserve/v1/gateway.proto\x12\nepserve.v1\x1a\x18\x65pserve/v1/cluster.proto\x1a\x19\x65pserve/v1/logprobs.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.epserve.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.epserve.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x13\n\x0bresume_from\x18\x07 \x03(\rB\x08\n\x06prompt\"\xb9\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\t\x88\x01\x01\x12=\n\nlogit_bias\x18\x0e \x03(\x0b\x32).epserve.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x0e\n\x01n\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\r\n\x0b_min_tokensB\x04\n\x02_nB\x12\n\x10_prompt_logprobs\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xf0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12 \n\x05usage\x18\x06 \x01(\x0b\x32\x11.epserve.v1.Usage\x12+\n\x08logprobs\x18\x07 \x03(\x0b\x32\x19.epserve.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x19.epserve.v1.TokenLogprobs\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1e\n\rAbortResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.epserve.v1.ModelCard\"m\n\tModelCard\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\"(\n\x11GetClusterRequest\x12\x13\n\x0b\x65xpert_load\x18\x01 \x01(\x08\"\x15\n\x13WatchClusterRequest2\xf1\x02\n\x07Gateway\x12G\n\x08Generate\x12\x1b.epserve.v1.GenerateRequest\x1a\x1c.epserve.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.epserve.v1.AbortRequest\x1a\x19.epserve.v1.AbortResponse\x12K\n\nListModels\x12\x1d.epserve.v1.ListModelsRequest\x1a\x1e.epserve.v1.ListModelsResponse\x12\x45\n\nGetCluster\x12\x1d.epserve.v1.GetClusterRequest\x1a\x18.epserve.v1.ClusterState\x12K\n\x0cWatchCluster\x12\x1f.epserve.v1.WatchClusterRequest\x1a\x18.epserve.v1.ClusterState0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,27 +40,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=119
   _globals['_GENERATEREQUEST']._serialized_end=325
   _globals['_SAMPLINGPARAMS']._serialized_start=328
-  _globals['_SAMPLINGPARAMS']._serialized_end=975
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=757
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=805
-  _globals['_USAGE']._serialized_start=977
-  _globals['_USAGE']._serialized_end=1057
-  _globals['_GENERATERESPONSE']._serialized_start=1060
-  _globals['_GENERATERESPONSE']._serialized_end=1248
-  _globals['_ABORTREQUEST']._serialized_start=1250
-  _globals['_ABORTREQUEST']._serialized_end=1284
-  _globals['_ABORTRESPONSE']._serialized_start=1286
-  _globals['_ABORTRESPONSE']._serialized_end=1316
-  _globals['_LISTMODELSREQUEST']._serialized_start=1318
-  _globals['_LISTMODELSREQUEST']._serialized_end=1337
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1339
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1398
-  _globals['_MODELCARD']._serialized_start=1400
-  _globals['_MODELCARD']._serialized_end=1509
-  _globals['_GETCLUSTERREQUEST']._serialized_start=1511
-  _globals['_GETCLUSTERREQUEST']._serialized_end=1551
-  _globals['_WATCHCLUSTERREQUEST']._serialized_start=1553
-  _globals['_WATCHCLUSTERREQUEST']._serialized_end=1574
-  _globals['_GATEWAY']._serialized_start=1577
-  _globals['_GATEWAY']._serialized_end=1946
+  _globals['_SAMPLINGPARAMS']._serialized_end=1025
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=787
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=835
+  _globals['_USAGE']._serialized_start=1027
+  _globals['_USAGE']._serialized_end=1107
+  _globals['_GENERATERESPONSE']._serialized_start=1110
+  _globals['_GENERATERESPONSE']._serialized_end=1350
+  _globals['_ABORTREQUEST']._serialized_start=1352
+  _globals['_ABORTREQUEST']._serialized_end=1386
+  _globals['_ABORTRESPONSE']._serialized_start=1388
+  _globals['_ABORTRESPONSE']._serialized_end=1418
+  _globals['_LISTMODELSREQUEST']._serialized_start=1420
+  _globals['_LISTMODELSREQUEST']._serialized_end=1439
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1441
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1500
+  _globals['_MODELCARD']._serialized_start=1502
+  _globals['_MODELCARD']._serialized_end=1611
+  _globals['_GETCLUSTERREQUEST']._serialized_start=1613
+  _globals['_GETCLUSTERREQUEST']._serialized_end=1653
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=1655
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=1676
+  _globals['_GATEWAY']._serialized_start=1679
+  _globals['_GATEWAY']._serialized_end=2048
 # @@protoc_insertion_point(module_scope)

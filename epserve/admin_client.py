@@ -1,0 +1,106 @@
+"""A small asynchronous client of the Admin service.
+
+Knows admin.proto and turns it into plain values. Knows nothing of what a change takes.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc.aio
+
+from epserve.client import Target, metadata_of, server_check
+from moe_core.cluster import Role, TierSizes
+from moe_core.pb.epserve.v1 import admin_pb2 as pb
+from moe_core.pb.epserve.v1 import admin_pb2_grpc
+from moe_core.service.cluster_codec import role_to_pb
+from moe_core.service.grpc_channel import error_from_rpc, open_channel
+
+# A tier grows by processes that load large weights from slow disks, a layer of experts does not.
+SCALE_TIMEOUT_S = 3600.0
+REBALANCE_TIMEOUT_S = 1800.0
+DRAIN_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of a change of sizes: what is waited for, or that it is done, and the sizes in force."""
+
+    phase: str
+    done: bool
+    sizes: TierSizes
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalanced:
+    """load_before, load_after: of the most loaded EP group over the mean, in the mean of all
+    layers. `reason` says why nothing was changed, and is empty where something was."""
+
+    layers_changed: int
+    experts_moved: int
+    load_before: float
+    load_after: float
+    placement_epoch: int
+    reason: str
+
+
+class AdminClient:
+    """Async context manager. All calls raise EpserveError subclasses, never gRPC's own."""
+
+    def __init__(self, target: Target) -> None:
+        """Raises ConfigError for TLS files or a key that cannot be used."""
+        self._target = target.address
+        self._metadata = metadata_of(target.api_key)
+        self._channel = open_channel(target.address, server_check(target.tls))
+        self._stub: Any = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+
+    async def __aenter__(self) -> "AdminClient":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._channel.close(None)
+
+    async def scale(
+        self, *, attn_devices: int | None = None, expert_devices: int | None = None
+    ) -> AsyncIterator[Progress]:
+        """Closing the iterator takes the change back, as far as it is not done."""
+        request = pb.ScaleRequest(attn_devices=attn_devices, expert_devices=expert_devices)
+        call = self._stub.Scale(request, timeout=SCALE_TIMEOUT_S, metadata=self._metadata)
+        try:
+            async for answer in call:
+                sizes = TierSizes(answer.sizes.attn_devices, answer.sizes.expert_devices)
+                yield Progress(answer.phase, answer.done, sizes)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"scale at {self._target}") from error
+        finally:
+            call.cancel()
+
+    async def rebalance(self, *, force: bool = False, dry_run: bool = False) -> Rebalanced:
+        request = pb.RebalanceRequest(force=force, dry_run=dry_run)
+        try:
+            answer = await self._stub.Rebalance(
+                request, timeout=REBALANCE_TIMEOUT_S, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"rebalance at {self._target}") from error
+        return Rebalanced(
+            answer.layers_changed,
+            answer.experts_moved,
+            answer.load_before,
+            answer.load_after,
+            answer.placement_epoch,
+            answer.reason,
+        )
+
+    async def drain(self, role: Role, rank: int) -> None:
+        request = pb.DrainRequest(role=role_to_pb(role), rank=rank)
+        try:
+            await self._stub.Drain(request, timeout=DRAIN_TIMEOUT_S, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, f"drain at {self._target}") from error

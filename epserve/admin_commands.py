@@ -1,0 +1,126 @@
+"""The commands that change a running cluster: `epserve scale`, `rebalance` and `drain`.
+
+Knows their options and what they print. Knows nothing of how a change is made.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from epserve import options as o
+from moe_core.cluster import Role
+from moe_core.errors import ConfigError
+from moe_core.service.tls_files import TlsFiles
+
+if TYPE_CHECKING:
+    from epserve.client import Target
+
+MAX_DEVICES = 1 << 16
+
+
+def scale(
+    target: o.TargetOption = o.DEFAULT_TARGET,
+    attn: Annotated[
+        int | None, typer.Option("--attn", help="Processes of the attention tier, in whole groups.")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option("--experts", help="Processes of the expert tier, in whole groups.")
+    ] = None,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Change how many processes the tiers have, while they serve."""
+    from epserve.client import Target
+
+    if attn is None and experts is None:
+        raise ConfigError("experts", None, "give --experts, --attn or both")
+    for name, value in (("attn", attn), ("experts", experts)):
+        if value is not None and not 1 <= value <= MAX_DEVICES:
+            raise ConfigError(name, value, f"must be from 1 to {MAX_DEVICES}", (1,))
+    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    asyncio.run(_scale(gateway, attn, experts))
+
+
+def rebalance(
+    target: o.TargetOption = o.DEFAULT_TARGET,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where little is to be gained.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be changed.")
+    ] = False,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Place and copy experts so that the expert tier is loaded evenly."""
+    from epserve.client import Target
+
+    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    asyncio.run(_rebalance(gateway, force=force, dry_run=dry_run))
+
+
+def drain(
+    role: Annotated[Literal["attn", "expert"], typer.Option(help="Its tier.")],
+    rank: Annotated[int, typer.Option(min=0, max=MAX_DEVICES, help="Of the process.")],
+    target: o.TargetOption = o.DEFAULT_TARGET,
+    tls_ca: o.TlsCaOption = None,
+    tls_cert: o.TlsCertOption = None,
+    tls_key: o.TlsKeyOption = None,
+    api_key: o.ApiKeyOption = None,
+    config: o.ConfigOption = None,
+    dump_config: o.DumpConfigOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Ask one process to end in order; its work goes to others."""
+    from epserve.client import Target
+
+    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    asyncio.run(_drain(gateway, Role(role), rank))
+
+
+async def _scale(gateway: "Target", attn: int | None, experts: int | None) -> None:
+    from epserve.admin_client import AdminClient
+
+    async with AdminClient(gateway) as client:
+        async for progress in client.scale(attn_devices=attn, expert_devices=experts):
+            sizes = progress.sizes
+            typer.echo(
+                f"done: {sizes.attn_devices} attention and {sizes.expert_devices} expert processes"
+                if progress.done
+                else progress.phase
+            )
+
+
+async def _rebalance(gateway: "Target", *, force: bool, dry_run: bool) -> None:
+    from epserve.admin_client import AdminClient
+
+    async with AdminClient(gateway) as client:
+        done = await client.rebalance(force=force, dry_run=dry_run)
+    if done.reason:
+        typer.echo(f"nothing to do: {done.reason}")
+        return
+    verb = "would change" if dry_run else "changed"
+    typer.echo(
+        f"{verb} {done.layers_changed} layers, {done.experts_moved} experts moved; the most loaded "
+        f"EP group has {done.load_after:.2f} of the mean load, {done.load_before:.2f} before; "
+        f"placement epoch {done.placement_epoch}"
+    )
+
+
+async def _drain(gateway: "Target", role: Role, rank: int) -> None:
+    from epserve.admin_client import AdminClient
+
+    async with AdminClient(gateway) as client:
+        await client.drain(role, rank)
+    typer.echo(f"{role} {rank} is asked to drain and to leave")

@@ -1,0 +1,1 @@
+"""Benchmarks that start clusters of their own."""

@@ -1,0 +1,1 @@
+"""A running cluster, its processes killed and stopped while the tokens it sends are checked."""

@@ -1,0 +1,157 @@
+"""A request while it runs: its choices on one group, and on another where that one is lost.
+
+Knows which tokens of each choice have come, and how a choice goes on elsewhere. Knows no text and
+no client. What counts as a lost group, and what does not, is GroupLostError's to say.
+
+A choice that moves is given to the next group with the tokens that have come. What the lost group
+had generated beyond them is generated again, and is the same: sampling is keyed by seed, index and
+position, and the seed was fixed when the request was admitted.
+"""
+
+from collections.abc import Collection
+from collections.abc import Sequence as Many
+from dataclasses import replace
+
+import structlog
+
+from gateway.attention_pool import ABORTED, AttentionPool, Delta, GroupLostError
+from gateway.balancer import Group, GroupKey
+from gateway.observers import RequestWatch
+from gateway.place import Place
+from gateway.requests import Sequence
+from moe_core.errors import UnavailableError
+
+log = structlog.get_logger(__name__)
+
+# A request that ends every process that it runs on must not end all of them.
+MAX_LOSSES = 5
+
+
+class GroupLeavingError(GroupLostError):
+    """The group drains. It would finish the request, but another can."""
+
+
+class RunningRequest:
+    """`place` has a seat in `group`. With `take_over` the group may have the choices already."""
+
+    def __init__(
+        self,
+        pool: AttentionPool,
+        place: Place,
+        choices: Many[Sequence],
+        group: Group,
+        watch: RequestWatch,
+        *,
+        take_over: bool = False,
+    ) -> None:
+        self._pool = pool
+        self._place = place
+        self._group = group
+        self._watch = watch
+        self._running = {choice.index: choice for choice in choices}
+        self._received: dict[int, list[int]] = {choice.index: [] for choice in choices}
+        self._losses = 0
+        self._stream = pool.submit(group, choices, take_over=take_over)
+
+    async def next(self) -> list[tuple[int, Delta]]:
+        """All that has come, as RequestStream.next gives it; each delta that is used must be told
+        to `took`. Raises UnavailableError where the group was lost and no other goes on, or the
+        error with which an engine ended a choice."""
+        while True:
+            try:
+                return await self._stream.next()
+            except GroupLostError as lost:
+                if ended := await self._go_on_elsewhere(lost):
+                    return ended
+
+    def took(self, index: int, delta: Delta) -> Delta:
+        """The delta as the client may see it: only the first group's words on the prompt count."""
+        if delta.token_ids:
+            self._place.received(len(delta.token_ids), delta.cached_tokens)
+        received = self._received[index]
+        if received and (delta.cached_tokens or delta.queued_s is not None):
+            delta = replace(delta, cached_tokens=0, queued_s=None)
+        received.extend(delta.token_ids)
+        return delta
+
+    def drop(self, index: int) -> None:
+        """Let go of one choice, which has ended here or there."""
+        if self._running.pop(index, None) is not None:
+            self._stream.drop(index)
+            self._place.ended()
+
+    def abort(self) -> None:
+        """End the request now: `next` gives each choice that is still running a last delta."""
+        self._place.abort()
+        self._stream.abort()
+
+    def leave(self, leaving: Collection[GroupKey]) -> None:
+        """Move on if the group is one of `leaving` and there is another now; else stay, and end
+        there if it lasts so long."""
+        if self._group.key in leaving and self._place.has_other_group():
+            self._stream.leave(GroupLeavingError(f"{self._group.name} is leaving"))
+
+    def close(self) -> None:
+        """Let go of all choices."""
+        self._stream.close()
+
+    async def _go_on_elsewhere(self, lost: GroupLostError) -> list[tuple[int, Delta]]:
+        """Find another group for what has not ended; returns the ends that need no group."""
+        self._stream.close()
+        if self._place.aborted:
+            return self._end_all(ABORTED)
+        self._losses += not isinstance(lost, GroupLeavingError)
+        if self._losses > MAX_LOSSES:
+            raise UnavailableError(f"{lost}; so were {MAX_LOSSES} groups before it: giving up")
+        ended = self._end_complete()
+        if not self._running:
+            return ended
+        rest = [_continued(each, self._received[i]) for i, each in self._running.items()]
+        try:
+            group = await self._place.next_group(rest, self._group)
+        except UnavailableError as error:
+            raise UnavailableError(f"{lost}; {error}") from None
+        if group is None:
+            return ended + self._end_all(ABORTED)
+        log.info(
+            "a request goes on elsewhere",
+            request_id=rest[0].request_id,
+            cause=str(lost),
+            to=group.name,
+            tokens=[len(each.output_ids) for each in rest],
+        )
+        self._group = group
+        self._stream = self._pool.submit(group, rest, take_over=True)
+        self._watch.moved(group.dp_rank)
+        return ended
+
+    def _end_complete(self) -> list[tuple[int, Delta]]:
+        """The choices of which all tokens have come, and only the word that they were the last."""
+        ended = []
+        for index, choice in tuple(self._running.items()):
+            if reason := _end_of(choice, self._received[index]):
+                del self._running[index]
+                ended.append((index, Delta((), reason)))
+        return ended
+
+    def _end_all(self, reason: str) -> list[tuple[int, Delta]]:
+        ended = [(index, Delta((), reason)) for index in self._running]
+        self._running.clear()
+        return ended
+
+
+def _continued(choice: Sequence, received: Many[int]) -> Sequence:
+    """How a choice goes on elsewhere: another group computes it from its tokens. The one place that
+    decides so; keys and values that travel with it would be named here. What is told of the prompt
+    has come with the first token."""
+    asked = None if received else choice.prompt_logprobs
+    return replace(choice, output_ids=tuple(received), prompt_logprobs=asked)
+
+
+def _end_of(choice: Sequence, received: Many[int]) -> str:
+    """Why `received` is all of a choice; empty where it is not."""
+    if not received:
+        return ""
+    if received[-1] in choice.stop_token_ids:
+        return "stop"
+    return "length" if len(received) >= choice.max_tokens else ""

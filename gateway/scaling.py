@@ -1,0 +1,147 @@
+"""Changes how many processes a tier has, while it serves.
+
+Knows targets, who has come and who has left, and that the expert tier's size changes with a
+placement of its experts. Starts no process: whoever does, follows `ClusterState.target`.
+
+Invariant: a tier's size in force changes only once everything that the new size needs is there;
+what goes wrong before that is taken back, and processes that came are asked to leave again.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+import structlog
+
+from gateway.cluster import Registry
+from gateway.expert_totals import ExpertTotals
+from gateway.placement_leader import PlacementLeader
+from moe_core.cluster import ClusterState, MemberState, Role, TierSizes
+from moe_core.config.model import ModelConfig
+from moe_core.config.parallel import ParallelConfig
+from moe_core.eplb import resized
+from moe_core.errors import ConfigError, UnavailableError
+from moe_core.placement import LayerPlacement
+
+log = structlog.get_logger(__name__)
+
+ARRIVAL_TIMEOUT_S = 1800.0  # of processes that load large weights from slow disks
+LEAVE_TIMEOUT_S = 120.0
+
+Lagging = Callable[[ClusterState, Role, range], Sequence[str]]
+"""Who of some ranks is not as awaited yet, in words."""
+
+
+class Scaling:
+    def __init__(self, registry: Registry, leader: PlacementLeader, model: ModelConfig) -> None:
+        self._registry = registry
+        self._leader = leader
+        self._model = model
+
+    async def scale(
+        self, attn_devices: int | None, expert_devices: int | None
+    ) -> AsyncGenerator[str, None]:
+        """Says in words what is waited for, and ends when the tiers have so many processes; None
+        leaves a tier as it is. The expert tier changes first.
+
+        Raises ConfigError for a size that cannot be, UnavailableError when another change is under
+        way or this one fails: then the tier that it failed on is as it was.
+        """
+        old = self._registry.parallel
+        if old.colocated:
+            rule = "each device hosts a rank of both tiers, so neither can change alone"
+            raise ConfigError("colocated", True, rule)
+        new = old.resized(self._model, attn_devices=attn_devices, expert_devices=expert_devices)
+        what = f"scaling to attn_devices={new.attn_devices}, expert_devices={new.expert_devices}"
+        with self._leader.turn(what):
+            between = old.resized(self._model, expert_devices=new.expert_devices)
+            for role, before, after in ((Role.EXPERT, old, between), (Role.ATTN, between, new)):
+                async with aclosing(self._resize(role, before, after)) as phases:
+                    async for phase in phases:
+                        yield phase
+
+    def _resize(
+        self, role: Role, before: ParallelConfig, after: ParallelConfig
+    ) -> AsyncGenerator[str, None]:
+        if _size(before, role) < _size(after, role):
+            return self._grow(role, before, after)
+        return self._shrink(role, before, after)
+
+    async def _grow(
+        self, role: Role, before: ParallelConfig, after: ParallelConfig
+    ) -> AsyncGenerator[str, None]:
+        coming = range(_size(before, role), _size(after, role))
+        self._registry.set_sizes(before, TierSizes(after.attn_devices, after.expert_devices))
+        try:
+            yield f"waiting for {role} {_ranks(coming)} to come"
+            await self._until(role, coming, _not_ready, ARRIVAL_TIMEOUT_S)
+            if role is Role.EXPERT:
+                yield f"loading experts on {role} {_ranks(coming)}"
+                await self._place(after)
+        except BaseException:
+            self._registry.set_sizes(before, None)
+            self._registry.set_leaving(role, coming)
+            raise
+        self._registry.set_sizes(after, None)
+
+    async def _shrink(
+        self, role: Role, before: ParallelConfig, after: ParallelConfig
+    ) -> AsyncGenerator[str, None]:
+        going = range(_size(after, role), _size(before, role))
+        if not going:
+            return
+        if role is Role.EXPERT:
+            yield f"loading the experts of {role} {_ranks(going)} elsewhere"
+            await self._place(after)
+        sizes = self._registry.parallel
+        self._registry.set_sizes(sizes, TierSizes(after.attn_devices, after.expert_devices))
+        try:
+            yield f"waiting for {role} {_ranks(going)} to leave"
+            self._registry.set_leaving(role, going)
+            await self._until(role, going, _still_here, LEAVE_TIMEOUT_S)
+        except BaseException:  # what was asked to leave may be started again
+            self._registry.set_sizes(sizes, None)
+            raise
+        self._registry.set_sizes(after, None)
+
+    async def _place(self, parallel: ParallelConfig) -> None:
+        """All experts on the EP groups of `parallel`, as few of them moved as can be."""
+        state = self._registry.state
+        totals = ExpertTotals()
+        totals.update(state)
+        level = ((1.0,) * self._model.moe.num_experts,) * len(state.placement.layers)
+        loads: Sequence[Sequence[float]] = level if totals.load is None else totals.load.tokens
+        layers = [
+            LayerPlacement.of(
+                layer.layer_id,
+                resized(layer.held(state.placement.ep_size), load, parallel.ep_size),
+            )
+            for layer, load in zip(state.placement.layers, loads, strict=True)
+        ]
+        await self._leader.change(layers, parallel, timeout_s=ARRIVAL_TIMEOUT_S)
+
+    async def _until(self, role: Role, ranks: range, lagging: Lagging, timeout_s: float) -> None:
+        state, words = self._registry.state, ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while words := "; ".join(lagging(state, role, ranks)):
+                    state = await self._registry.newer_than(state.version)
+        except TimeoutError:
+            raise UnavailableError(f"not done within {timeout_s:g} s: {words}") from None
+
+
+def _not_ready(state: ClusterState, role: Role, ranks: range) -> list[str]:
+    ready = {m.rank for m in state.tier(role) if m.state is MemberState.READY}
+    return [f"{role} {rank} is not ready" for rank in ranks if rank not in ready]
+
+
+def _still_here(state: ClusterState, role: Role, ranks: range) -> list[str]:
+    return [f"{role} {m.rank} is {m.state}" for m in state.tier(role) if m.rank in ranks]
+
+
+def _size(parallel: ParallelConfig, role: Role) -> int:
+    return parallel.attn_devices if role is Role.ATTN else parallel.expert_devices
+
+
+def _ranks(ranks: range) -> str:
+    return ", ".join(map(str, ranks))

@@ -1,0 +1,72 @@
+"""Both tiers grow and shrink, and experts move, under streams that keep every token."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from epserve.client import EpserveClient, Sampling
+from moe_core.cluster import Role
+from support.processes import epserve, serving
+from support.served_cluster import connected
+
+LAYOUT = (
+    *("--expert-devices", "2", "--ep-size", "2", "--expert-parallel-degree", "2"),
+    *("--num-redundant-experts", "4", "--dtype", "float64", "--kv-cache-tokens", "4096"),
+)
+STREAMS = 4
+DEADLINE_S = 150.0
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    with serving(*LAYOUT) as (_, address):
+        yield address
+
+
+async def tokens(client: EpserveClient, stream: int) -> list[int]:
+    sampling = Sampling(max_tokens=40, ignore_eos=True, temperature=1.0, seed=stream)
+    outputs = client.generate((5, 6, 7 + stream), sampling)
+    return [token async for output in outputs for token in output.token_ids]
+
+
+async def change(target: str, *arguments: str) -> str:
+    done = await asyncio.to_thread(epserve, *arguments, "--target", target, timeout_s=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def under_load(target: str, *arguments: str) -> str:
+    """What a change prints that is made while streams come and go, each exactly as it was."""
+    async with EpserveClient(target) as client, asyncio.timeout(DEADLINE_S):
+        quiet = [await tokens(client, stream) for stream in range(STREAMS)]
+        changing = asyncio.create_task(change(target, *arguments))
+        rounds = 0
+        while not changing.done() or rounds == 0:
+            found = await asyncio.gather(*(tokens(client, each) for each in range(STREAMS)))
+            assert found == quiet
+            rounds += 1
+        after = await asyncio.gather(*(tokens(client, each) for each in range(STREAMS)))
+        assert after == quiet
+        return await changing
+
+
+@pytest.mark.parametrize("size", [4, 3, 2])
+def test_expert_tier_changes_its_size_under_load(target: str, size: int) -> None:
+    words = asyncio.run(under_load(target, "scale", "--experts", str(size)))
+    assert words.splitlines()[-1] == f"done: 1 attention and {size} expert processes"
+    with connected(target) as cluster:
+        state = cluster.state
+        assert [member.rank for member in state.tier(Role.EXPERT)] == [*range(size)]
+        assert state.placement.ep_size == size
+
+
+@pytest.mark.parametrize("size", [2, 1])
+def test_attention_tier_changes_its_size_under_load(target: str, size: int) -> None:
+    words = asyncio.run(under_load(target, "scale", "--attn", str(size)))
+    assert words.splitlines()[-1] == f"done: {size} attention and 2 expert processes"
+
+
+def test_experts_are_placed_anew_under_load(target: str) -> None:
+    words = asyncio.run(under_load(target, "rebalance", "--force"))
+    assert words.startswith("changed") or words.startswith("nothing to do: no layer gains")
