@@ -147,10 +147,6 @@ class AttentionProcess:
         assert self._membership is not None
         await told_to_leave(self._membership, Role.ATTN)
 
-    async def asked_to_leave(self) -> None:
-        assert self._membership is not None
-        await told_to_leave(self._membership, Role.ATTN)
-
     async def drain(self) -> None:
         self._draining = True
         if self._duty is not None and self._membership is not None:
