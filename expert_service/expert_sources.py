@@ -62,6 +62,7 @@ class PeerSource:
         self._fetches: dict[int, Fetch] = {}  # by the peer's instance epoch
         self._failed: set[int] = set()
         self._closed = False
+        self._told = 0
         self.bytes_fetched = 0
 
     async def expert(self, layer_id: int, logical: int, state: ClusterState) -> ExpertWeights:
@@ -106,6 +107,9 @@ class PeerSource:
 
     async def rest(self) -> None:
         """Close what is open."""
+        if self.bytes_fetched > self._told:
+            log.info("experts fetched", bytes_fetched=self.bytes_fetched - self._told)
+            self._told = self.bytes_fetched
         self._failed.clear()
         while self._fetches:
             await self._fetches.popitem()[1].close()

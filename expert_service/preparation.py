@@ -69,6 +69,11 @@ class Preparation:
         """Of the newest placement that is served."""
         return self._runner.served[-1].epoch
 
+    @property
+    def refused_epoch(self) -> int | None:
+        """Of the next placement, where it cannot be prepared; `refusal` says why."""
+        return None if self._refused is None else self._refused.epoch
+
     async def run(self) -> None:
         """Until the membership is lost. Raises what keeps this process from serving the placement
         that is in use; what keeps it from a next one is `refusal`."""

@@ -160,6 +160,7 @@ class ExpertProcess:
             MemberState.DRAINING if self._draining else MemberState.READY,
             detail=self._preparation.refusal,
             prepared_epoch=self._preparation.prepared_epoch,
+            refused_epoch=self._preparation.refused_epoch,
         )
 
     async def drain(self) -> None:
