@@ -283,8 +283,8 @@ SpareExpertSlotsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Experts, over all layers, that a process may hold more than either placement asks for "
-        "while they move; a move that needs more is refused. Without it: what memory allows.",
+        help="Experts, over all layers, that a process may hold more than either placement asks "
+        "for while they move; a move that needs more is refused. Without it: what memory allows.",
         rich_help_panel=PARALLEL,
     ),
 ]

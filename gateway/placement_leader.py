@@ -51,9 +51,9 @@ class PlacementLeader:
         """Place all MoE layers as `layers` says, on the tier sizes of `parallel`; only within a
         `turn`. Returns the placement that is used from then on.
 
-        Raises UnavailableError when a process that is to hold something is lost, refuses, or is not prepared
-        within `timeout_s`: then all is as it was. When attention processes do not take it up
-        within ADOPT_TIMEOUT_S it raises that too, and the new placement stays.
+        Raises UnavailableError when a process that is to hold something is lost, refuses, or is not
+        prepared within `timeout_s`: then all is as it was. When attention processes do not take it
+        up within ADOPT_TIMEOUT_S it raises that too, and the new placement stays.
         """
         now = self._registry.state.placement
         wanted = ExpertPlacement(

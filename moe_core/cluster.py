@@ -93,8 +93,8 @@ class LinkStats:
 @dataclass(frozen=True, slots=True)
 class Member:
     """One process. The ranks that its role does not have are None. expert_load is known to the
-    gateway only. prepared_epoch, used_epoch, refused_epoch: see StatusReport. leaving: it is asked to drain, and
-    then to leave."""
+    gateway only. prepared_epoch, used_epoch, refused_epoch: see StatusReport. leaving: it is asked
+    to drain, and then to leave."""
 
     role: Role
     rank: int
