@@ -78,6 +78,7 @@ def serve(
     microbatches: o.MicrobatchesOption = "auto",
     expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
     hedge_after: o.HedgeAfterOption = None,
+    spare_expert_slots: o.SpareExpertSlotsOption = None,
     max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
     rebalance_interval: o.RebalanceIntervalOption = 0.0,
     attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,

@@ -62,6 +62,7 @@ class ClusterSettings:
     microbatches: str | None = None
     expert_wait_s: float = DEFAULT_EXPERT_WAIT_S
     hedge_after_s: float | None = None
+    spare_expert_slots: int | None = None
     max_queued_requests: int | None = None
     rebalance_interval: float | None = None  # seconds
     attn_wait: float | None = None  # seconds
@@ -158,6 +159,8 @@ class LaunchPlan:
             arguments += ["--expert-wait", str(settings.expert_wait_s)]
             arguments += _given("--hedge-after", settings.hedge_after_s)
             arguments += _given("--orphan-grace", settings.orphan_grace)
+        else:
+            arguments += _given("--spare-expert-slots", settings.spare_expert_slots)
         return arguments
 
     def _gateway_arguments(self) -> list[str]:

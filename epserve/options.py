@@ -279,6 +279,15 @@ EnableMlaOption = Annotated[
 RedundantOption = Annotated[
     int, typer.Option(help="Extra copies of experts per layer.", rich_help_panel=PARALLEL)
 ]
+SpareExpertSlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Experts, over all layers, that a process may hold more than either placement asks "
+        "for while they move; a move that needs more is refused. Without it: what memory allows.",
+        rich_help_panel=PARALLEL,
+    ),
+]
 SharedExpertsOption = Annotated[
     SharedExpertsOn,
     typer.Option(help="Tier that runs the shared expert.", rich_help_panel=PARALLEL),

@@ -124,6 +124,7 @@ def expert(
     device: o.DeviceOption = "auto",
     dtype: o.DtypeOption = "auto",
     transport: o.TransportOption = "auto",
+    spare_expert_slots: o.SpareExpertSlotsOption = None,
     threads: o.ThreadsOption = None,
     tls_cert: o.TlsCertOption = None,
     tls_key: o.TlsKeyOption = None,

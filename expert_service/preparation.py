@@ -65,10 +65,14 @@ class Preparation:
         self.refusal = ""
 
     @property
-    def prepared_epoch(self) -> int | None:
-        """Of the newest placement that is served; None while none is."""
-        served = self._runner.served
-        return served[-1].epoch if served else None
+    def prepared_epoch(self) -> int:
+        """Of the newest placement that is served."""
+        return self._runner.served[-1].epoch
+
+    @property
+    def refused_epoch(self) -> int | None:
+        """Of the next placement, where it cannot be prepared; `refusal` says why."""
+        return None if self._refused is None else self._refused.epoch
 
     async def run(self) -> None:
         """Until the membership is lost. Raises what keeps this process from serving the placement
@@ -95,7 +99,7 @@ class Preparation:
         if state.placement.epoch >= self._current.epoch:  # a new gateway may not know it yet
             self._current = state.placement
         current, coming = self._current, state.next_placement
-        oldest = _oldest_used(state)
+        oldest = _oldest_used(state) if current in self._runner.served else 0
         kept = (each for each in self._runner.served if oldest <= each.epoch < current.epoch)
         if coming is None or coming != self._refused:
             self._refuse(None)

@@ -12,8 +12,10 @@ import structlog
 import torch
 
 from expert_service.batcher import Batcher
+from expert_service.expert_bytes import ExpertForm
 from expert_service.expert_runner import ExpertRunner
-from expert_service.expert_sources import DiskSource
+from expert_service.expert_sources import DiskSource, PeerSource
+from expert_service.handovers import Handovers
 from expert_service.preparation import Preparation, still_needed
 from expert_service.servicer import ExchangeGate
 from expert_service.settings import ExpertSettings
@@ -66,6 +68,7 @@ class ExpertProcess:
         self._host = GrpcHost(self._tls)
         self._membership: Membership | None = None
         self._batcher: Batcher | None = None
+        self._source: PeerSource | None = None
         self._preparation: Preparation | None = None
         self._spans: Spans | None = None
         self._draining = False
@@ -75,6 +78,11 @@ class ExpertProcess:
     def weight_bytes_read(self) -> int:
         """Of the checkpoint's tensors, since the process began."""
         return 0 if self._checkpoint is None else self._checkpoint.bytes_read
+
+    @property
+    def weight_bytes_fetched(self) -> int:
+        """Of experts that peers have given, since the process began."""
+        return 0 if self._source is None else self._source.bytes_fetched
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError or UnavailableError."""
@@ -90,12 +98,20 @@ class ExpertProcess:
         shard = await self._shard(membership, dtype)
         runner = await self._load(membership, checkpoint, shard)
         self._batcher = self._make_batcher(runner, membership.rank)
-        self._gate.open(self._servicer(membership, checkpoint, fingerprint, dtype, self._batcher))
+        identity = Identity(membership.rank, membership.parallel.expert_devices, self._epoch)
+        exchange = self._servicer(membership, identity, checkpoint, dtype, self._batcher)
+        form = ExpertForm.of(checkpoint.config, shard)
+        handovers = Handovers(
+            runner, form, fingerprint, identity, self._options, exchange.endpoint, self._tls
+        )
+        self._gate.open(exchange, handovers.servicer)
+        disk = DiskSource(checkpoint, shard)
+        self._source = PeerSource(form, membership.rank, handovers.connect, disk)
         self._preparation = Preparation(
             membership,
             runner,
             self._batcher,
-            DiskSource(checkpoint, shard),
+            self._source,
             self._report,
             self._settings.spare_expert_slots,
         )
@@ -144,6 +160,7 @@ class ExpertProcess:
             MemberState.DRAINING if self._draining else MemberState.READY,
             detail=self._preparation.refusal,
             prepared_epoch=self._preparation.prepared_epoch,
+            refused_epoch=self._preparation.refused_epoch,
         )
 
     async def drain(self) -> None:
@@ -155,6 +172,8 @@ class ExpertProcess:
             self._membership.report(MemberState.DRAINING)
         if self._batcher is not None:
             await self._batcher.idle(IDLE_TIMEOUT_S)
+        if self._source is not None:
+            await self._source.close()
         await self._gate.close()
         await self._host.stop(STOP_GRACE_S)
         if self._membership is not None:
@@ -236,20 +255,18 @@ class ExpertProcess:
     def _servicer(
         self,
         membership: Membership,
+        identity: Identity,
         checkpoint: Checkpoint,
-        fingerprint: str,
         dtype: torch.dtype,
         batcher: Batcher,
     ) -> ExchangeServicer:
-        parallel = membership.parallel
         spec = link_spec(
             checkpoint.config,
-            parallel,
-            model_fingerprint=fingerprint,
+            membership.parallel,
+            model_fingerprint=checkpoint.fingerprint(),
             dtype=dtype,
             spare_slots=self._options.spare_slots,
         )
-        identity = Identity(membership.rank, parallel.expert_devices, self._epoch)
         return ExchangeServicer(
             batcher.submit,
             spec,

@@ -167,6 +167,7 @@ class Registry:
             links=report.links,
             prepared_epoch=report.prepared_epoch,
             used_epoch=report.used_epoch,
+            refused_epoch=report.refused_epoch,
         )
         self._members[key.role, key.rank] = new
         if _visible(old) != _visible(new):
@@ -320,7 +321,7 @@ def _not_joined(key: MemberKey) -> NotFoundError:
 def _visible(member: Member) -> tuple[object, ...]:
     """What of a report others act upon: of a load, only that there is one."""
     has_load = member.attention_load is not None
-    epochs = (member.prepared_epoch, member.used_epoch)
+    epochs = (member.prepared_epoch, member.used_epoch, member.refused_epoch)
     return member.state, member.detail, member.store_address, has_load, epochs
 
 

@@ -51,9 +51,9 @@ class PlacementLeader:
         """Place all MoE layers as `layers` says, on the tier sizes of `parallel`; only within a
         `turn`. Returns the placement that is used from then on.
 
-        Raises UnavailableError when a process that is to hold something is lost or not prepared
-        within `timeout_s`: then all is as it was. When attention processes do not take it up
-        within ADOPT_TIMEOUT_S it raises that too, and the new placement stays.
+        Raises UnavailableError when a process that is to hold something is lost, refuses, or is not
+        prepared within `timeout_s`: then all is as it was. When attention processes do not take it
+        up within ADOPT_TIMEOUT_S it raises that too, and the new placement stays.
         """
         now = self._registry.state.placement
         wanted = ExpertPlacement(
@@ -92,7 +92,8 @@ class PlacementLeader:
 
 
 class _Preparation:
-    """Who has still to prepare for `wanted`. Raises UnavailableError when one of them is lost."""
+    """Who has still to prepare for `wanted`. Raises UnavailableError when one of them is lost, or
+    cannot."""
 
     def __init__(
         self, wanted: ExpertPlacement, parallel: ParallelConfig, state: ClusterState
@@ -114,6 +115,8 @@ class _Preparation:
                 raise UnavailableError(f"expert {rank} was lost before it had its experts")
             if member.state in _GONE:
                 raise UnavailableError(f"expert {rank} is {member.state}: {member.detail}")
+            if member.refused_epoch == self._epoch:
+                raise UnavailableError(f"expert {rank} refuses: {member.detail}")
             if (member.prepared_epoch or 0) < self._epoch:
                 lagging.append(f"expert {rank} is not prepared for placement epoch {self._epoch}")
         return lagging

@@ -93,8 +93,8 @@ class LinkStats:
 @dataclass(frozen=True, slots=True)
 class Member:
     """One process. The ranks that its role does not have are None. expert_load is known to the
-    gateway only. prepared_epoch, used_epoch: see StatusReport. leaving: it is asked to drain, and
-    then to leave."""
+    gateway only. prepared_epoch, used_epoch, refused_epoch: see StatusReport. leaving: it is asked
+    to drain, and then to leave."""
 
     role: Role
     rank: int
@@ -119,6 +119,7 @@ class Member:
     prepared_epoch: int | None = None
     used_epoch: int | None = None
     leaving: bool = False
+    refused_epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,8 @@ class StatusReport:
     """What a worker says of itself from time to time; each report replaces the one before.
 
     prepared_epoch: of an expert process, the newest placement that it can serve. used_epoch: of an
-    attention process, the oldest placement that a step of its may still use.
+    attention process, the oldest placement that a step of its may still use. refused_epoch: of an
+    expert process, the next placement that it cannot prepare; `detail` says why.
     """
 
     state: MemberState
@@ -157,6 +159,7 @@ class StatusReport:
     engine_metrics: EngineMetrics | None = None
     prepared_epoch: int | None = None
     used_epoch: int | None = None
+    refused_epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

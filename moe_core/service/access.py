@@ -61,6 +61,7 @@ RULES: Mapping[str, Rule] = {
     "epserve.v1.AttentionService": _only(PeerRole.GATEWAY),
     "/epserve.v1.AttentionService/Follow": _only(PeerRole.ATTN),
     "epserve.v1.ExpertService": _only(PeerRole.ATTN),
+    "/epserve.v1.ExpertService/Handover": _only(PeerRole.EXPERT),
 }
 
 

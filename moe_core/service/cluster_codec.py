@@ -108,6 +108,7 @@ def report_to_pb(report: StatusReport) -> pb.StatusReport:
         links=[link_to_pb(link) for link in report.links],
         prepared_epoch=report.prepared_epoch,
         used_epoch=report.used_epoch,
+        refused_epoch=report.refused_epoch,
     )
 
 
@@ -121,11 +122,13 @@ def report_from_pb(message: pb.StatusReport) -> StatusReport:
         links=tuple(link_from_pb(link) for link in message.links),
         prepared_epoch=_epoch(message, "prepared_epoch"),
         used_epoch=_epoch(message, "used_epoch"),
+        refused_epoch=_epoch(message, "refused_epoch"),
     )
 
 
 def _epoch(
-    message: pb.StatusReport | pb.Member, name: Literal["prepared_epoch", "used_epoch"]
+    message: pb.StatusReport | pb.Member,
+    name: Literal["prepared_epoch", "used_epoch", "refused_epoch"],
 ) -> int | None:
     epoch: int = getattr(message, name)
     return epoch if message.HasField(name) else None
@@ -204,6 +207,7 @@ def member_to_pb(member: Member) -> pb.Member:
         queued_requests=member.queued_requests,
         prepared_epoch=member.prepared_epoch,
         used_epoch=member.used_epoch,
+        refused_epoch=member.refused_epoch,
         leaving=member.leaving,
         **{name: getattr(member, name) for name in RANKS},
     )
@@ -230,6 +234,7 @@ def member_from_pb(message: pb.Member) -> Member:
         leaving=message.leaving,
         prepared_epoch=_epoch(message, "prepared_epoch"),
         used_epoch=_epoch(message, "used_epoch"),
+        refused_epoch=_epoch(message, "refused_epoch"),
         **ranks,
     )
 

@@ -109,6 +109,7 @@ class Membership:
         engine_metrics: EngineMetrics | None = None,
         prepared_epoch: int | None = None,
         used_epoch: int | None = None,
+        refused_epoch: int | None = None,
     ) -> None:
         """Tell the gateway, and so everybody, how this worker is. Replaces the last report; of
         several that wait to be sent only the newest is. Another gateway is told it again."""
@@ -121,6 +122,7 @@ class Membership:
             engine_metrics,
             prepared_epoch,
             used_epoch,
+            refused_epoch,
         )
         self._outbox.put(self._status)
 

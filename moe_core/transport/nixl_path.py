@@ -56,6 +56,7 @@ class NixlPath:
         self._handles: list[tuple[int, Any] | None] = [None] * slot_count
         self._unfinished: dict[int, asyncio.Future[Exception | None] | None] = {}
         self._grant: pb.NixlGrant | None = None
+        self._writer: HostProcess | None = None  # who may write into `incoming`
         self._bell: Bell | None = None
         self._counters = LinkCounters()
         self.failure: Exception | None = None
@@ -89,9 +90,14 @@ class NixlPath:
         self._check(grant)
         self._endpoint.add_peer(grant.agent_name, grant.agent_metadata)
         self._grant = grant
+        self.granted_to(grant.process)
         self._prove_range()
         self._counters = counters
         self._bell = self._bell_of(grant.process, ring_stream)
+
+    def granted_to(self, process: pb.HostProcess) -> None:
+        """From now on `process` may write into `incoming`; `open` says so of its peer."""
+        self._writer = HostProcess(process.host_id, process.pid, process.start_ticks)
 
     def _check(self, grant: pb.NixlGrant) -> None:
         size = self._outgoing_bytes
@@ -231,12 +237,10 @@ class NixlPath:
         if self._bell is not None:
             self._bell.close()
             self._bell = None
-        if self._grant is None or (in_order and not self._unfinished):
+        if self._writer is None or (in_order and not self._unfinished):
             self._release()
             return
-        process = self._grant.process
-        owner = HostProcess(process.host_id, process.pid, process.start_ticks)
-        self._endpoint.retired.add(self._num_bytes, self.peer, owner, self._release)
+        self._endpoint.retired.add(self._num_bytes, self.peer, self._writer, self._release)
 
     def _release(self) -> None:
         for known in self._handles:

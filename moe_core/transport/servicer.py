@@ -17,6 +17,7 @@ from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
 from moe_core.service.grpc_channel import status_code
 from moe_core.transport.base import DispatchHandler, Identity, LinkSpec, TransportOptions
 from moe_core.transport.choice import open_endpoint
+from moe_core.transport.endpoint import NixlEndpoint
 from moe_core.transport.grpc_link import GrpcSession
 from moe_core.transport.handshake import Agreement, accept_hello
 from moe_core.transport.nixl_session import NixlSession
@@ -56,6 +57,11 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
     def peers(self) -> tuple[PeerSession, ...]:
         """The connected attention processes, by rank: `peer`, `transport`, `counters`."""
         return tuple(self._exchanges[rank].session for rank in sorted(self._exchanges))
+
+    @property
+    def endpoint(self) -> NixlEndpoint | None:
+        """This process's one, until `close`; None where there is no NIXL, or none is wanted."""
+        return self._endpoint
 
     @property
     def retired_bytes(self) -> int:

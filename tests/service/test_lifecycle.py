@@ -52,6 +52,19 @@ def test_one_signal_drains_and_is_success(number: signal.Signals) -> None:
     assert (status, stdout) == (0, "draining\ndrained\n")
 
 
+def test_being_asked_to_leave_drains_and_is_success() -> None:
+    with scripted("asked to leave") as process:
+        status, stdout, _ = finish(process)
+    assert (status, stdout) == (0, "serving\ndraining\ndrained\n")
+
+
+def test_what_cannot_be_asked_any_more_has_failed() -> None:
+    with scripted("lost while serving") as process:
+        status, stdout, stderr = finish(process)
+    assert (status, stderr) == (1, "epserve scripted: lost its place in the cluster\n")
+    assert stdout == "serving\ndraining\ndrained\n"
+
+
 def test_second_signal_leaves_at_once() -> None:
     with scripted("stuck") as process:
         wait_for(process, "serving")

@@ -42,6 +42,12 @@ class Scripted:
             await asyncio.Event().wait()
         self._say("drained")
 
+    async def asked_to_leave(self) -> None:
+        if self.behaviour == "lost while serving":
+            raise UnavailableError("lost its place in the cluster")
+        if self.behaviour != "asked to leave":
+            await asyncio.Event().wait()
+
     def _say(self, what: str) -> None:
         print(what, flush=True)
 

@@ -14,6 +14,7 @@ from moe_core.exchange import link_spec
 from moe_core.pb.epserve.v1 import attention_pb2, cluster_pb2, expert_pb2, gateway_pb2
 from moe_core.pb.smg import common_pb2, vllm_engine_pb2
 from moe_core.transport.base import Identity, TransportOptions
+from moe_core.transport.handover import HandoverSpec
 from moe_core.transport.handshake import make_hello
 from support.processes import TINY_MODEL
 from support.served_cluster import method
@@ -154,6 +155,8 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
         spare_slots=TransportOptions().spare_slots,
     )
     hello = make_hello(spec, Identity(0, 1, 1), Identity(0, 1, 0), ("grpc",), None)
+    whole = HandoverSpec(spec.model_fingerprint, "float32", 0, 1, 64)
+    handover_request = expert_pb2.HandoverRequest(hello=whole.hello(0, ("grpc",)))
     serve = (attention_pb2, "AttentionService", "Serve")
     exchange = (expert_pb2, "ExpertService", "Exchange")
     return [
@@ -161,4 +164,5 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
         _addressed("attn_0", *serve, attention_pb2.EngineRequest(abort=abort)),
         _addressed("attn_0", *serve[:2], "Find", find),
         _addressed("expert_0", *exchange, expert_pb2.ExchangeRequest(hello=hello)),
+        _addressed("expert_0", *exchange[:2], "Handover", handover_request),
     ]

@@ -53,6 +53,7 @@ threads: 2
 drain-timeout: 2.5
 otlp-traces-endpoint: http://127.0.0.1:4317
 """
+SPARE = "spare-expert-slots: 3\n"
 GATEWAY = """
 host: 0.0.0.0
 insecure: true
@@ -138,7 +139,9 @@ def test_an_attention_process_gets_its_settings(settings_of_run: Run):
 
 
 def test_an_expert_process_gets_its_settings(settings_of_run: Run):
-    assert settings_of_run("expert", "expert_service.process.main", WORKER) == ExpertSettings(
+    assert settings_of_run(
+        "expert", "expert_service.process.main", f"{WORKER}{SPARE}"
+    ) == ExpertSettings(
         gateway="far:7",
         model=Path("m"),
         host="0.0.0.0",
@@ -152,11 +155,12 @@ def test_an_expert_process_gets_its_settings(settings_of_run: Run):
         dtype="bfloat16",
         transport="grpc",
         threads=2,
+        spare_expert_slots=3,
     )
 
 
 def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
-    content = f"{PARALLEL}{CACHE}{GATEWAY}model: m\ntransport: grpc\ndevice: cpu\n"
+    content = f"{PARALLEL}{CACHE}{GATEWAY}{SPARE}model: m\ntransport: grpc\ndevice: cpu\n"
     content += "dtype: float32\nlog-json: true\ndebug: true\n"
     assert settings_of_run("serve", "epserve.serve.serve", content) == ClusterSettings(
         model=Path("m").absolute(),
@@ -183,6 +187,7 @@ def test_a_whole_cluster_gets_its_settings(settings_of_run: Run):
         microbatches="2",
         expert_wait_s=7.0,
         hedge_after_s=0.5,
+        spare_expert_slots=3,
         debug=True,
     )
 

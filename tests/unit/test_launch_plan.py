@@ -63,6 +63,12 @@ def test_the_number_of_micro_batches_travels_to_attention_processes():
     assert "--microbatches" not in command_of(plan, "expert 0")
 
 
+def test_spare_expert_slots_travel_to_expert_processes():
+    plan = make_plan(settings(spare_expert_slots=4))
+    assert "--spare-expert-slots 4" in command_of(plan, "expert 0")
+    assert "--spare-expert-slots" not in command_of(plan, "attn 0")
+
+
 def test_two_sizes_of_the_kv_cache_are_refused():
     with pytest.raises(ConfigError, match=r"kv_cache_tokens=64: .*memory_utilization=0\.4"):
         settings(kv_cache_tokens=64, memory_utilization=0.4)

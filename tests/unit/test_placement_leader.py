@@ -6,7 +6,7 @@ import pytest
 
 import gateway.placement_leader as leader_module
 from gateway.placement_leader import PlacementLeader
-from moe_core.cluster import Role
+from moe_core.cluster import MemberState, Role, StatusReport
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
 from moe_core.placement import LayerPlacement
@@ -85,6 +85,25 @@ async def test_unprepared_process_takes_the_change_back_and_its_epoch_is_not_use
         assert (state.placement.epoch, state.next_placement) == (0, None)
         cluster.stubborn.clear()
         assert await change(cluster, leader) == 2
+
+
+async def test_process_that_cannot_prepare_takes_the_change_back_at_once_and_says_why() -> None:
+    async with obedient(PARALLEL) as cluster:
+        cluster.stubborn.add(1)
+        changing = asyncio.create_task(change(cluster, PlacementLeader(cluster.registry)))
+        while (wanted := cluster.registry.state.next_placement) is None:
+            await asyncio.sleep(0)
+        earlier, now = (
+            StatusReport(MemberState.READY, "the disk is gone", refused_epoch=epoch)
+            for epoch in (wanted.epoch - 1, wanted.epoch)
+        )
+        cluster.registry.report(cluster.keys[Role.EXPERT, 1], earlier)
+        await asyncio.sleep(0.01)
+        assert not changing.done()
+        cluster.registry.report(cluster.keys[Role.EXPERT, 1], now)
+        with pytest.raises(UnavailableError, match="expert 1 refuses: the disk is gone"):
+            await changing
+        assert cluster.registry.state.next_placement is None
 
 
 async def test_loss_of_a_holder_takes_the_change_back_at_once() -> None:

@@ -59,7 +59,7 @@ def test_cluster_state_survives_the_wire() -> None:
             engine_metrics=METRICS, used_epoch=2,
         ),
         Member(Role.EXPERT, 0, 3, "h:3", "cuda:0", MemberState.FAILED, 5, "there",
-               ep_rank=0, etp_rank=0, experts=9, prepared_epoch=0, leaving=True),
+               ep_rank=0, etp_rank=0, experts=9, prepared_epoch=0, leaving=True, refused_epoch=4),
     )  # fmt: skip
     placement = ExpertPlacement(3, 4, 2, (LayerPlacement(1, (0, 1, 2, 3), (0, 0, 1, 1)),))
     load = ExpertLoad((1,), ((2**40, 0, 1, 2),))

@@ -78,7 +78,7 @@ class Join(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ...) -> None: ...
 
 class StatusReport(_message.Message):
-    __slots__ = ("state", "detail", "store_address", "attention_load", "links", "engine_metrics", "prepared_epoch", "used_epoch")
+    __slots__ = ("state", "detail", "store_address", "attention_load", "links", "engine_metrics", "prepared_epoch", "used_epoch", "refused_epoch")
     STATE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class StatusReport(_message.Message):
     ENGINE_METRICS_FIELD_NUMBER: _ClassVar[int]
     PREPARED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     USED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     state: MemberState
     detail: str
     store_address: str
@@ -95,7 +96,8 @@ class StatusReport(_message.Message):
     engine_metrics: EngineMetrics
     prepared_epoch: int
     used_epoch: int
-    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ...) -> None: ...
+    refused_epoch: int
+    def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., refused_epoch: _Optional[int] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size", "max_num_seqs")
@@ -214,7 +216,7 @@ class ParallelSettings(_message.Message):
     def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., enable_mla: _Optional[bool] = ..., expert_parallel_degree: _Optional[int] = ..., num_redundant_experts: _Optional[int] = ..., shared_experts: _Optional[str] = ..., colocated: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests", "prepared_epoch", "used_epoch", "leaving")
+    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests", "prepared_epoch", "used_epoch", "leaving", "refused_epoch")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +239,7 @@ class Member(_message.Message):
     PREPARED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     USED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     dp_rank: int
@@ -259,7 +262,8 @@ class Member(_message.Message):
     prepared_epoch: int
     used_epoch: int
     leaving: bool
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., leaving: _Optional[bool] = ...) -> None: ...
+    refused_epoch: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., leaving: _Optional[bool] = ..., refused_epoch: _Optional[int] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("epoch", "num_logical_experts", "ep_size", "layers")

@@ -24,37 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65pserve/v1/expert.proto\x12\nepserve.v1\"\x98\x01\n\x0f\x45xchangeRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.epserve.v1.HelloH\x00\x12/\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x1b.epserve.v1.DispatchMessageH\x00\x12(\n\x08\x64oorbell\x18\x03 \x01(\x0b\x32\x14.epserve.v1.DoorbellH\x00\x42\x06\n\x04kind\"\xcb\x01\n\x10\x45xchangeResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.epserve.v1.WelcomeH\x00\x12-\n\x07\x63ombine\x18\x02 \x01(\x0b\x32\x1a.epserve.v1.CombineMessageH\x00\x12(\n\x08\x64oorbell\x18\x03 \x01(\x0b\x32\x14.epserve.v1.DoorbellH\x00\x12.\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1b.epserve.v1.DispatchFailureH\x00\x42\x06\n\x04kind\"\xc2\x02\n\x05Hello\x12\x19\n\x11protocol_versions\x18\x01 \x03(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x11\n\tattn_rank\x18\x03 \x01(\r\x12\x12\n\nattn_world\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x13\n\x0bnum_columns\x18\x07 \x01(\r\x12\x12\n\nslot_count\x18\x08 \x01(\r\x12\x13\n\x0bslot_tokens\x18\t \x01(\r\x12\x16\n\x0einstance_epoch\x18\n \x01(\x04\x12\x12\n\ntransports\x18\x0b \x03(\t\x12#\n\x04nixl\x18\x0c \x01(\x0b\x32\x15.epserve.v1.NixlGrant\x12\x13\n\x0b\x65xpert_rank\x18\r \x01(\r\x12\x14\n\x0c\x65xpert_world\x18\x0e \x01(\r\"\x8d\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x18\n\x10transport_reason\x18\x03 \x01(\t\x12\x16\n\x0einstance_epoch\x18\x04 \x01(\x04\x12#\n\x04nixl\x18\x05 \x01(\x0b\x32\x15.epserve.v1.NixlGrant\"\xd8\x01\n\tNixlGrant\x12\x12\n\nagent_name\x18\x01 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x03 \x01(\x04\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\x12\x12\n\nslot_count\x18\x05 \x01(\r\x12\x11\n\tdevice_id\x18\x06 \x01(\r\x12\x13\n\x0bmemory_type\x18\x07 \x01(\t\x12\x0f\n\x07link_id\x18\x08 \x01(\x04\x12(\n\x07process\x18\t \x01(\x0b\x32\x17.epserve.v1.HostProcess\"e\n\x0bHostProcess\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x13\n\x0bstart_ticks\x18\x03 \x01(\x04\x12\x10\n\x08\x64oorbell\x18\x04 \x01(\t\x12\x11\n\tparked_fd\x18\x05 \x01(\r\"r\n\x03Key\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08layer_id\x18\x03 \x01(\r\x12\x12\n\nmicrobatch\x18\x04 \x01(\r\x12\r\n\x05\x63hunk\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\"%\n\x03Tag\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xa4\x01\n\x0f\x44ispatchMessage\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.epserve.v1.Tag\x12\x1c\n\x03key\x18\x02 \x01(\x0b\x32\x0f.epserve.v1.Key\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x15\n\rhidden_states\x18\x04 \x01(\x0c\x12\x14\n\x0cphysical_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctopk_weights\x18\x06 \x01(\x0c\"y\n\x0e\x43ombineMessage\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.epserve.v1.Tag\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07partial\x18\x03 \x01(\x0c\x12\x10\n\x08queue_us\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\r\"N\n\x0f\x44ispatchFailure\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.epserve.v1.Tag\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\n\n\x08\x44oorbell2Z\n\rExpertService\x12I\n\x08\x45xchange\x12\x1b.epserve.v1.ExchangeRequest\x1a\x1c.epserve.v1.ExchangeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x65pserve/v1/expert.proto\x12\nepserve.v1\"\x97\x01\n\x0fHandoverRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.epserve.v1.HandoverHelloH\x00\x12&\n\x05grant\x18\x02 \x01(\x0b\x32\x15.epserve.v1.NixlGrantH\x00\x12(\n\x06\x65xpert\x18\x03 \x01(\x0b\x32\x16.epserve.v1.ExpertNameH\x00\x42\x06\n\x04kind\"\x82\x01\n\x10HandoverResponse\x12.\n\x07welcome\x18\x01 \x01(\x0b\x32\x1b.epserve.v1.HandoverWelcomeH\x00\x12\x0e\n\x04part\x18\x02 \x01(\x0cH\x00\x12&\n\x04sent\x18\x03 \x01(\x0b\x32\x16.epserve.v1.ExpertSentH\x00\x42\x06\n\x04kind\"\xb0\x01\n\rHandoverHello\x12\x19\n\x11protocol_versions\x18\x01 \x03(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x10\n\x08\x65tp_rank\x18\x04 \x01(\r\x12\x10\n\x08\x65tp_size\x18\x05 \x01(\r\x12\x14\n\x0c\x65xpert_bytes\x18\x06 \x01(\x04\x12\x12\n\ntransports\x18\x07 \x03(\t\x12\x0c\n\x04rank\x18\x08 \x01(\r\"\xae\x01\n\x0fHandoverWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x18\n\x10transport_reason\x18\x03 \x01(\t\x12\x16\n\x0einstance_epoch\x18\x04 \x01(\x04\x12\x12\n\nagent_name\x18\x05 \x01(\t\x12(\n\x07process\x18\x06 \x01(\x0b\x32\x17.epserve.v1.HostProcess\"2\n\nExpertName\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x12\n\nlogical_id\x18\x02 \x01(\r\"*\n\nExpertSent\x12\x0c\n\x04held\x18\x01 \x01(\x08\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\"\x98\x01\n\x0f\x45xchangeRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.epserve.v1.HelloH\x00\x12/\n\x08\x64ispatch\x18\x02 \x01(\x0b\x32\x1b.epserve.v1.DispatchMessageH\x00\x12(\n\x08\x64oorbell\x18\x03 \x01(\x0b\x32\x14.epserve.v1.DoorbellH\x00\x42\x06\n\x04kind\"\xcb\x01\n\x10\x45xchangeResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.epserve.v1.WelcomeH\x00\x12-\n\x07\x63ombine\x18\x02 \x01(\x0b\x32\x1a.epserve.v1.CombineMessageH\x00\x12(\n\x08\x64oorbell\x18\x03 \x01(\x0b\x32\x14.epserve.v1.DoorbellH\x00\x12.\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1b.epserve.v1.DispatchFailureH\x00\x42\x06\n\x04kind\"\xc2\x02\n\x05Hello\x12\x19\n\x11protocol_versions\x18\x01 \x03(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x11\n\tattn_rank\x18\x03 \x01(\r\x12\x12\n\nattn_world\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x13\n\x0bnum_columns\x18\x07 \x01(\r\x12\x12\n\nslot_count\x18\x08 \x01(\r\x12\x13\n\x0bslot_tokens\x18\t \x01(\r\x12\x16\n\x0einstance_epoch\x18\n \x01(\x04\x12\x12\n\ntransports\x18\x0b \x03(\t\x12#\n\x04nixl\x18\x0c \x01(\x0b\x32\x15.epserve.v1.NixlGrant\x12\x13\n\x0b\x65xpert_rank\x18\r \x01(\r\x12\x14\n\x0c\x65xpert_world\x18\x0e \x01(\r\"\x8d\x01\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x18\n\x10transport_reason\x18\x03 \x01(\t\x12\x16\n\x0einstance_epoch\x18\x04 \x01(\x04\x12#\n\x04nixl\x18\x05 \x01(\x0b\x32\x15.epserve.v1.NixlGrant\"\xd8\x01\n\tNixlGrant\x12\x12\n\nagent_name\x18\x01 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x02 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x03 \x01(\x04\x12\x12\n\nslot_bytes\x18\x04 \x01(\x04\x12\x12\n\nslot_count\x18\x05 \x01(\r\x12\x11\n\tdevice_id\x18\x06 \x01(\r\x12\x13\n\x0bmemory_type\x18\x07 \x01(\t\x12\x0f\n\x07link_id\x18\x08 \x01(\x04\x12(\n\x07process\x18\t \x01(\x0b\x32\x17.epserve.v1.HostProcess\"e\n\x0bHostProcess\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x13\n\x0bstart_ticks\x18\x03 \x01(\x04\x12\x10\n\x08\x64oorbell\x18\x04 \x01(\t\x12\x11\n\tparked_fd\x18\x05 \x01(\r\"r\n\x03Key\x12\x17\n\x0fplacement_epoch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x10\n\x08layer_id\x18\x03 \x01(\r\x12\x12\n\nmicrobatch\x18\x04 \x01(\r\x12\r\n\x05\x63hunk\x18\x05 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\"%\n\x03Tag\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x10\n\x08sequence\x18\x02 \x01(\x04\"\xa4\x01\n\x0f\x44ispatchMessage\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.epserve.v1.Tag\x12\x1c\n\x03key\x18\x02 \x01(\x0b\x32\x0f.epserve.v1.Key\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x15\n\rhidden_states\x18\x04 \x01(\x0c\x12\x14\n\x0cphysical_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctopk_weights\x18\x06 \x01(\x0c\"y\n\x0e\x43ombineMessage\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.epserve.v1.Tag\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0f\n\x07partial\x18\x03 \x01(\x0c\x12\x10\n\x08queue_us\x18\x04 \x01(\r\x12\x12\n\ncompute_us\x18\x05 \x01(\r\"N\n\x0f\x44ispatchFailure\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.epserve.v1.Tag\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\n\n\x08\x44oorbell2\xa5\x01\n\rExpertService\x12I\n\x08\x45xchange\x12\x1b.epserve.v1.ExchangeRequest\x1a\x1c.epserve.v1.ExchangeResponse(\x01\x30\x01\x12I\n\x08Handover\x12\x1b.epserve.v1.HandoverRequest\x1a\x1c.epserve.v1.HandoverResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'epserve.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXCHANGEREQUEST']._serialized_start=40
-  _globals['_EXCHANGEREQUEST']._serialized_end=192
-  _globals['_EXCHANGERESPONSE']._serialized_start=195
-  _globals['_EXCHANGERESPONSE']._serialized_end=398
-  _globals['_HELLO']._serialized_start=401
-  _globals['_HELLO']._serialized_end=723
-  _globals['_WELCOME']._serialized_start=726
-  _globals['_WELCOME']._serialized_end=867
-  _globals['_NIXLGRANT']._serialized_start=870
-  _globals['_NIXLGRANT']._serialized_end=1086
-  _globals['_HOSTPROCESS']._serialized_start=1088
-  _globals['_HOSTPROCESS']._serialized_end=1189
-  _globals['_KEY']._serialized_start=1191
-  _globals['_KEY']._serialized_end=1305
-  _globals['_TAG']._serialized_start=1307
-  _globals['_TAG']._serialized_end=1344
-  _globals['_DISPATCHMESSAGE']._serialized_start=1347
-  _globals['_DISPATCHMESSAGE']._serialized_end=1511
-  _globals['_COMBINEMESSAGE']._serialized_start=1513
-  _globals['_COMBINEMESSAGE']._serialized_end=1634
-  _globals['_DISPATCHFAILURE']._serialized_start=1636
-  _globals['_DISPATCHFAILURE']._serialized_end=1714
-  _globals['_DOORBELL']._serialized_start=1716
-  _globals['_DOORBELL']._serialized_end=1726
-  _globals['_EXPERTSERVICE']._serialized_start=1728
-  _globals['_EXPERTSERVICE']._serialized_end=1818
+  _globals['_HANDOVERREQUEST']._serialized_start=40
+  _globals['_HANDOVERREQUEST']._serialized_end=191
+  _globals['_HANDOVERRESPONSE']._serialized_start=194
+  _globals['_HANDOVERRESPONSE']._serialized_end=324
+  _globals['_HANDOVERHELLO']._serialized_start=327
+  _globals['_HANDOVERHELLO']._serialized_end=503
+  _globals['_HANDOVERWELCOME']._serialized_start=506
+  _globals['_HANDOVERWELCOME']._serialized_end=680
+  _globals['_EXPERTNAME']._serialized_start=682
+  _globals['_EXPERTNAME']._serialized_end=732
+  _globals['_EXPERTSENT']._serialized_start=734
+  _globals['_EXPERTSENT']._serialized_end=776
+  _globals['_EXCHANGEREQUEST']._serialized_start=779
+  _globals['_EXCHANGEREQUEST']._serialized_end=931
+  _globals['_EXCHANGERESPONSE']._serialized_start=934
+  _globals['_EXCHANGERESPONSE']._serialized_end=1137
+  _globals['_HELLO']._serialized_start=1140
+  _globals['_HELLO']._serialized_end=1462
+  _globals['_WELCOME']._serialized_start=1465
+  _globals['_WELCOME']._serialized_end=1606
+  _globals['_NIXLGRANT']._serialized_start=1609
+  _globals['_NIXLGRANT']._serialized_end=1825
+  _globals['_HOSTPROCESS']._serialized_start=1827
+  _globals['_HOSTPROCESS']._serialized_end=1928
+  _globals['_KEY']._serialized_start=1930
+  _globals['_KEY']._serialized_end=2044
+  _globals['_TAG']._serialized_start=2046
+  _globals['_TAG']._serialized_end=2083
+  _globals['_DISPATCHMESSAGE']._serialized_start=2086
+  _globals['_DISPATCHMESSAGE']._serialized_end=2250
+  _globals['_COMBINEMESSAGE']._serialized_start=2252
+  _globals['_COMBINEMESSAGE']._serialized_end=2373
+  _globals['_DISPATCHFAILURE']._serialized_start=2375
+  _globals['_DISPATCHFAILURE']._serialized_end=2453
+  _globals['_DOORBELL']._serialized_start=2455
+  _globals['_DOORBELL']._serialized_end=2465
+  _globals['_EXPERTSERVICE']._serialized_start=2468
+  _globals['_EXPERTSERVICE']._serialized_end=2633
 # @@protoc_insertion_point(module_scope)

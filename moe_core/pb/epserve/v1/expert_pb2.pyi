@@ -6,6 +6,78 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class HandoverRequest(_message.Message):
+    __slots__ = ("hello", "grant", "expert")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    hello: HandoverHello
+    grant: NixlGrant
+    expert: ExpertName
+    def __init__(self, hello: _Optional[_Union[HandoverHello, _Mapping]] = ..., grant: _Optional[_Union[NixlGrant, _Mapping]] = ..., expert: _Optional[_Union[ExpertName, _Mapping]] = ...) -> None: ...
+
+class HandoverResponse(_message.Message):
+    __slots__ = ("welcome", "part", "sent")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    welcome: HandoverWelcome
+    part: bytes
+    sent: ExpertSent
+    def __init__(self, welcome: _Optional[_Union[HandoverWelcome, _Mapping]] = ..., part: _Optional[bytes] = ..., sent: _Optional[_Union[ExpertSent, _Mapping]] = ...) -> None: ...
+
+class HandoverHello(_message.Message):
+    __slots__ = ("protocol_versions", "model_fingerprint", "dtype", "etp_rank", "etp_size", "expert_bytes", "transports", "rank")
+    PROTOCOL_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ETP_RANK_FIELD_NUMBER: _ClassVar[int]
+    ETP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    protocol_versions: _containers.RepeatedScalarFieldContainer[int]
+    model_fingerprint: str
+    dtype: str
+    etp_rank: int
+    etp_size: int
+    expert_bytes: int
+    transports: _containers.RepeatedScalarFieldContainer[str]
+    rank: int
+    def __init__(self, protocol_versions: _Optional[_Iterable[int]] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., etp_rank: _Optional[int] = ..., etp_size: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class HandoverWelcome(_message.Message):
+    __slots__ = ("protocol_version", "transport", "transport_reason", "instance_epoch", "agent_name", "process")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_REASON_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    AGENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    transport: str
+    transport_reason: str
+    instance_epoch: int
+    agent_name: str
+    process: HostProcess
+    def __init__(self, protocol_version: _Optional[int] = ..., transport: _Optional[str] = ..., transport_reason: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., agent_name: _Optional[str] = ..., process: _Optional[_Union[HostProcess, _Mapping]] = ...) -> None: ...
+
+class ExpertName(_message.Message):
+    __slots__ = ("layer_id", "logical_id")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGICAL_ID_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    logical_id: int
+    def __init__(self, layer_id: _Optional[int] = ..., logical_id: _Optional[int] = ...) -> None: ...
+
+class ExpertSent(_message.Message):
+    __slots__ = ("held", "blake3")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    BLAKE3_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    blake3: bytes
+    def __init__(self, held: _Optional[bool] = ..., blake3: _Optional[bytes] = ...) -> None: ...
+
 class ExchangeRequest(_message.Message):
     __slots__ = ("hello", "dispatch", "doorbell")
     HELLO_FIELD_NUMBER: _ClassVar[int]

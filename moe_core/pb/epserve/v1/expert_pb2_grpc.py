@@ -39,6 +39,11 @@ class ExpertServiceStub:
                 request_serializer=epserve_dot_v1_dot_expert__pb2.ExchangeRequest.SerializeToString,
                 response_deserializer=epserve_dot_v1_dot_expert__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
+        self.Handover = channel.stream_stream(
+                '/epserve.v1.ExpertService/Handover',
+                request_serializer=epserve_dot_v1_dot_expert__pb2.HandoverRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_expert__pb2.HandoverResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer:
@@ -55,6 +60,17 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Handover(self, request_iterator, context):
+        """Gives experts' weights to another expert process, one after the other. The first message is a
+        HandoverHello, the first answer a HandoverWelcome; a hello that does not fit ends the stream with
+        FAILED_PRECONDITION. Where the welcome chooses nixl, the caller then grants memory for one
+        expert. Each ExpertName is answered with its bytes, by WRITEs into that memory or in `part`s,
+        and then by what they were; no write comes after that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +78,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=epserve_dot_v1_dot_expert__pb2.ExchangeRequest.FromString,
                     response_serializer=epserve_dot_v1_dot_expert__pb2.ExchangeResponse.SerializeToString,
+            ),
+            'Handover': grpc.stream_stream_rpc_method_handler(
+                    servicer.Handover,
+                    request_deserializer=epserve_dot_v1_dot_expert__pb2.HandoverRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_expert__pb2.HandoverResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +112,33 @@ class ExpertService:
             '/epserve.v1.ExpertService/Exchange',
             epserve_dot_v1_dot_expert__pb2.ExchangeRequest.SerializeToString,
             epserve_dot_v1_dot_expert__pb2.ExchangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Handover(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/epserve.v1.ExpertService/Handover',
+            epserve_dot_v1_dot_expert__pb2.HandoverRequest.SerializeToString,
+            epserve_dot_v1_dot_expert__pb2.HandoverResponse.FromString,
             options,
             channel_credentials,
             insecure,
