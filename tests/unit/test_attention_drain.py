@@ -43,7 +43,7 @@ class Parts:
     def add(self, placement: object) -> None:
         """It knows them all."""
 
-    forget_before = add
+    def forget_unused(self) -> None: ...
 
     def can_serve(self, placement: object) -> bool:
         return True
