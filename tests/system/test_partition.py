@@ -35,7 +35,8 @@ def cluster() -> Iterator[tuple[OtherHost, str]]:
         port = target.rpartition(":")[2]
         ports = ("--grpc-port", port, "--port", "0")
         here = ("--host", HERE_IP, "--insecure")
-        worker = (*MODEL, "--gateway", target, "--device", "cpu", "--dtype", "float64")
+        settings = ("--device", "cpu", "--dtype", "float64", "--threads", "1")
+        worker = (*MODEL, "--gateway", target, *settings)
         gateway = stack.enter_context(started("gateway", *MODEL, *here, *ports))
         cache = ("--kv-cache-tokens", "1024")
         stack.enter_context(started("attn", *worker, *here, *cache, "--transport", "grpc"))
