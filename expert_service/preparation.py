@@ -16,7 +16,7 @@ import torch
 
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
-from moe_core.cluster import ClusterState, Role
+from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import ConfigError, EpserveError
 from moe_core.model.weights import ExpertWeights
 from moe_core.placement import ExpertPlacement
@@ -171,11 +171,16 @@ class Preparation:
 def still_needed(state: ClusterState, ep_rank: int) -> bool:
     """Whether a step may yet send something to this EP rank, as far as `state` tells."""
     placed = any(layer.physical_experts(ep_rank) for layer in state.placement.layers)
-    return placed or (bool(state.tier(Role.ATTN)) and _oldest_used(state) < state.placement.epoch)
+    return placed or (bool(_users(state)) and _oldest_used(state) < state.placement.epoch)
 
 
 def _oldest_used(state: ClusterState) -> int:
     """No step uses a placement of an older epoch. Who has not said so may use any."""
-    used = [member.used_epoch for member in state.tier(Role.ATTN)]
+    used = [member.used_epoch for member in _users(state)]
     known = [epoch for epoch in used if epoch is not None]
     return min(known) if known and len(known) == len(used) else 0
+
+
+def _users(state: ClusterState) -> list[Member]:
+    """Who may have steps under way. Who has failed is out of the cluster until it joins again."""
+    return [m for m in state.tier(Role.ATTN) if m.state is not MemberState.FAILED]

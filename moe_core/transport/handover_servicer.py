@@ -11,7 +11,13 @@ from typing import Any
 import grpc.aio
 import torch
 
-from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError, UnavailableError
+from moe_core.errors import (
+    PeerLostError,
+    PeerTimeoutError,
+    ProtocolError,
+    TooManyRequestsError,
+    UnavailableError,
+)
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.transport.base import LinkCounters
 from moe_core.transport.endpoint import NixlEndpoint
@@ -22,6 +28,7 @@ from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.wire import tensor_bytes
 
 MAX_HANDOVERS = 8  # at a time; each holds one expert's bytes
+RETRY_AFTER_S = 1.0
 HELLO_TIMEOUT_S = 10.0
 NOTE = b"handover"
 
@@ -49,7 +56,9 @@ class HandoverServicer:
 
     async def Handover(self, request_iterator: Any, context: Context) -> None:  # noqa: ANN401
         if len(self._running) >= MAX_HANDOVERS:
-            raise UnavailableError(f"{MAX_HANDOVERS} handovers are under way here already")
+            raise TooManyRequestsError(
+                f"{MAX_HANDOVERS} handovers are under way here already", RETRY_AFTER_S
+            )
         running = asyncio.create_task(self._serve(context), name="handover")
         self._running.add(running)
         try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError, UnavailableError
+from moe_core.service.grpc_channel import RemoteError
 from moe_core.transport import handover_client
 from moe_core.transport.handover import HandoverSpec, digest_of
 from moe_core.transport.handover_servicer import MAX_HANDOVERS
@@ -115,7 +116,7 @@ async def test_more_handovers_than_allowed_are_refused():
                 fetch = handover_client.ExpertFetch(address, "expert 0", SPEC, None)
                 opened.append(fetch)
                 await fetch.open(1, ("grpc",), None)
-            with pytest.raises(UnavailableError, match="8 handovers are under way"):
+            with pytest.raises(RemoteError, match="8 handovers are under way"):
                 async with fetching(address, "grpc", None):
                     pass
         finally:

@@ -145,6 +145,13 @@ async def test_old_placements_go_once_no_attention_process_uses_them() -> None:
         assert process.runner.expert(2, 7) is None
 
 
+async def test_a_failed_attention_process_keeps_no_placement() -> None:
+    frozen = replace(attention(1, 0), state=MemberState.FAILED)
+    async with preparing() as process:
+        await process.states.become(placement=SECOND, members=(attention(0, 1), frozen))
+        await process.until(lambda: process.runner.served == (SECOND,))
+
+
 async def test_a_withdrawn_placement_is_dropped_also_in_the_middle_of_loading() -> None:
     wide = after(FIRST, {1: [[4, 5, 6, 7], [0, 1, 2, 3]]})
     async with preparing() as process:
