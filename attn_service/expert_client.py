@@ -35,6 +35,7 @@ from attn_service.placements import Placements
 from attn_service.replica_choice import LayerTables
 from attn_service.sends import Send
 from moe_core.config.parallel import ParallelConfig
+from moe_core.even_parts import even_parts
 from moe_core.model.experts import accumulation_dtype
 from moe_core.model.tensor_parallel import TensorParallel
 from moe_core.placement import LayerPlacement
@@ -231,11 +232,6 @@ class PendingLayer:
         for rows_lost in lost:
             total[rows_lost.rows] = 0
         return total.to(like.dtype)
-
-
-def even_parts(total: int, parts: int) -> list[int]:
-    """`total` rows over `parts` ranks, the first ones one longer where it does not divide."""
-    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _rows_within(rows: Tensor | None, own: slice, device: torch.device) -> Tensor:

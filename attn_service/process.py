@@ -297,7 +297,8 @@ class AttentionProcess:
         """Steps that are planned from now on use it, once its experts can be reached. A rank that
         follows knows it at once, since the leader may."""
         assert self._links is not None
-        if not isinstance(self._duty, Leading) or self._links.can_serve(latest):
+        is_new = latest.epoch > placements.newest.epoch
+        if is_new and (not isinstance(self._duty, Leading) or self._links.can_serve(latest)):
             placements.add(latest)
         placements.forget_unused()
         self._used_epoch = placements.oldest_in_use

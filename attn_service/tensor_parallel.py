@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 # torch exports these, but does not say so to type checkers.
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # torch exports it silently
 
 from moe_core.errors import UnavailableError
 from moe_core.service.binding import is_loopback

@@ -5,17 +5,16 @@ Knows admin.proto and turns it into plain values. Knows nothing of what a change
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import grpc.aio
 
-from epserve.client import Target, metadata_of, server_check
+from epserve.client import GatewayConnection, Target
 from moe_core.cluster import Role, TierSizes
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
 from moe_core.pb.epserve.v1 import admin_pb2_grpc
 from moe_core.service.cluster_codec import role_to_pb
-from moe_core.service.grpc_channel import error_from_rpc, open_channel
+from moe_core.service.grpc_channel import error_from_rpc
 
 # A tier grows by processes that load large weights from slow disks, a layer of experts does not.
 SCALE_TIMEOUT_S = 3600.0
@@ -45,26 +44,12 @@ class Rebalanced:
     reason: str
 
 
-class AdminClient:
-    """Async context manager. All calls raise EpserveError subclasses, never gRPC's own."""
+class AdminClient(GatewayConnection):
+    """All calls raise EpserveError subclasses, never gRPC's own."""
 
-    def __init__(self, target: Target) -> None:
-        """Raises ConfigError for TLS files or a key that cannot be used."""
-        self._target = target.address
-        self._metadata = metadata_of(target.api_key)
-        self._channel = open_channel(target.address, server_check(target.tls))
+    def __init__(self, target: str | Target) -> None:
+        super().__init__(target)
         self._stub: Any = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]  # generated
-
-    async def __aenter__(self) -> "AdminClient":
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._channel.close(None)
 
     async def scale(
         self, *, attn_devices: int | None = None, expert_devices: int | None = None
@@ -77,7 +62,7 @@ class AdminClient:
                 sizes = TierSizes(answer.sizes.attn_devices, answer.sizes.expert_devices)
                 yield Progress(answer.phase, answer.done, sizes)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"scale at {self._target}") from error
+            raise error_from_rpc(error, f"scale at {self.target}") from error
         finally:
             call.cancel()
 
@@ -88,7 +73,7 @@ class AdminClient:
                 request, timeout=REBALANCE_TIMEOUT_S, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"rebalance at {self._target}") from error
+            raise error_from_rpc(error, f"rebalance at {self.target}") from error
         return Rebalanced(
             answer.layers_changed,
             answer.experts_moved,
@@ -103,4 +88,4 @@ class AdminClient:
         try:
             await self._stub.Drain(request, timeout=DRAIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"drain at {self._target}") from error
+            raise error_from_rpc(error, f"drain at {self.target}") from error

@@ -11,7 +11,6 @@ import typer
 from epserve import options as o
 from moe_core.cluster import Role
 from moe_core.errors import ConfigError
-from moe_core.service.tls_files import TlsFiles
 
 if TYPE_CHECKING:
     from epserve.client import Target
@@ -43,7 +42,7 @@ def scale(
     for name, value in (("attn", attn), ("experts", experts)):
         if value is not None and not 1 <= value <= MAX_DEVICES:
             raise ConfigError(name, value, f"must be from 1 to {MAX_DEVICES}", (1,))
-    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
     asyncio.run(_scale(gateway, attn, experts))
 
 
@@ -66,7 +65,7 @@ def rebalance(
     """Place and copy experts so that the expert tier is loaded evenly."""
     from epserve.client import Target
 
-    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
     asyncio.run(_rebalance(gateway, force=force, dry_run=dry_run))
 
 
@@ -85,7 +84,7 @@ def drain(
     """Ask one process to end in order; its work goes to others."""
     from epserve.client import Target
 
-    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
     asyncio.run(_drain(gateway, Role(role), rank))
 
 

@@ -174,7 +174,7 @@ def generate(
         prompt_logprobs=prompt_logprobs,
     )
     ids = g.token_ids("prompt_ids", prompt_ids)
-    gateway = Target(target, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
     finished = run_generate(gateway, ids if prompt is None else prompt, sampling, as_json=json)
     if not finished:
         raise EpserveError("interrupted")
@@ -196,8 +196,8 @@ def status(
     from epserve.client import Target
     from epserve.status import status as run_status
 
-    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
-    run_status(Target(target, tls, api_key), as_json=json)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
+    run_status(gateway, as_json=json)
 
 
 @app.command(cls=SettingsCommand)
@@ -216,8 +216,8 @@ def top(
     from epserve.client import Target
     from epserve.top import top as run_top
 
-    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
-    run_top(Target(target, tls, api_key), once=once)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
+    run_top(gateway, once=once)
 
 
 app.command(cls=SettingsCommand)(trial_commands.chaos)

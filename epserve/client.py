@@ -7,8 +7,9 @@ package sees only those. Knows nothing of how a request is served.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc.aio
 from google.protobuf.message import Message
@@ -101,20 +102,31 @@ class Target:
     tls: TlsFiles | None = None
     api_key: str | None = field(default=None, repr=False)
 
+    @classmethod
+    def of_options(
+        cls,
+        address: str,
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        api_key: str | None,
+    ) -> Self:
+        """What the options of every command that asks a gateway say. Raises ConfigError."""
+        return cls(address, TlsFiles.of_client(tls_ca, tls_cert, tls_key), api_key)
 
-class EpserveClient:
-    """Async context manager. All calls raise EpserveError subclasses, never gRPC's own."""
+
+class GatewayConnection:
+    """A channel to a gateway and what is shown on it. Async context manager."""
 
     def __init__(self, target: str | Target) -> None:
         """Raises ConfigError for TLS files or a key that cannot be used."""
         if isinstance(target, str):
             target = Target(target)
         self.target = target.address
-        self._metadata = metadata_of(target.api_key)
-        self._channel = open_channel(target.address, server_check(target.tls))
-        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+        self._metadata = _metadata(target.api_key)
+        self._channel = open_channel(target.address, _server_check(target.tls))
 
-    async def __aenter__(self) -> "EpserveClient":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -127,6 +139,14 @@ class EpserveClient:
 
     async def close(self) -> None:
         await self._channel.close(None)
+
+
+class EpserveClient(GatewayConnection):
+    """All calls raise EpserveError subclasses, never gRPC's own."""
+
+    def __init__(self, target: str | Target) -> None:
+        super().__init__(target)
+        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     async def generate(
         self,
@@ -207,7 +227,7 @@ class EpserveClient:
             call.cancel()
 
 
-def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     if not api_key:
         return ()
     if not api_key.isascii() or not api_key.isprintable():
@@ -215,7 +235,7 @@ def metadata_of(api_key: str | None) -> tuple[tuple[str, str], ...]:
     return ((AUTHORIZATION, f"Bearer {api_key}"),)
 
 
-def server_check(tls: TlsFiles | None) -> ServerCheck | None:
+def _server_check(tls: TlsFiles | None) -> ServerCheck | None:
     return None if tls is None else ServerCheck(Certificates(tls), PeerRole.GATEWAY)
 
 

@@ -12,7 +12,6 @@ import typer
 from epserve import options as o
 from epserve.settings_command import SettingsCommand
 from moe_core.errors import ConfigError
-from moe_core.service.tls_files import TlsFiles
 
 FAULTS, LOAD = "Faults", "Load"
 ALL_FAULTS, WORKERS = "kill,freeze,delay,restart", "attn,expert"
@@ -92,8 +91,8 @@ def chaos(
         _names("faults", faults, Fault), _names("roles", roles, Role), seed, pause, freeze
     )
     settings = ChaosSettings(nemesis, duration, concurrency, max_tokens, deadline)
-    tls = TlsFiles.of_client(tls_ca, tls_cert, tls_key)
-    run_chaos(Target(target, tls, api_key), settings, as_json=json)
+    gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
+    run_chaos(gateway, settings, as_json=json)
 
 
 @bench.callback()

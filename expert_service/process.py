@@ -204,8 +204,8 @@ class ExpertProcess:
 
     @staticmethod
     def _ranks(membership: Membership) -> tuple[int, int]:
-        """(ep_rank, etp_rank), also of a rank that the tier only grows to."""
-        return divmod(membership.rank, membership.parallel.etp_size)
+        """(ep_rank, etp_rank); the sizes that a worker is told have room for its rank."""
+        return membership.parallel.expert_ranks(membership.rank)
 
     async def _shard(self, membership: Membership, dtype: torch.dtype) -> ExpertShard:
         packed = await in_own_thread(packing_pays, dtype, self._device)

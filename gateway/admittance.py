@@ -69,7 +69,7 @@ def has_exited(member: Member, own_host_id: str) -> bool:
 
 
 def new_member(join: Join, rank: int, parallel: ParallelConfig) -> Member:
-    """A process that has only just joined; while a tier grows its rank may be beyond `parallel`."""
+    """A process that has only just joined, as a rank of `parallel`."""
     member = Member(
         role=join.role,
         rank=rank,
@@ -81,9 +81,9 @@ def new_member(join: Join, rank: int, parallel: ParallelConfig) -> Member:
         host_id=join.host_id,
     )
     if join.role is Role.ATTN:
-        dp_rank, tp_rank = divmod(rank, parallel.tp_size)
+        dp_rank, tp_rank = parallel.attention_ranks(rank)
         return replace(member, dp_rank=dp_rank, tp_rank=tp_rank)
-    ep_rank, etp_rank = divmod(rank, parallel.etp_size)
+    ep_rank, etp_rank = parallel.expert_ranks(rank)
     return replace(member, ep_rank=ep_rank, etp_rank=etp_rank)
 
 

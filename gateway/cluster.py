@@ -14,7 +14,7 @@ A load or a link total changes all the time and concerns only this process, so i
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from gateway.admittance import Place, check_same_model, has_exited, new_member, rank_for
@@ -31,7 +31,7 @@ from moe_core.cluster import (
     TierSizes,
 )
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import NotFoundError, RequestError
+from moe_core.errors import NotFoundError, RequestError, UnavailableError
 from moe_core.placement import ExpertPlacement
 
 LEASE_LOST_S = 3.0
@@ -108,6 +108,19 @@ class Registry:
             await self._changed.wait()
         return self.state
 
+    async def until_none(
+        self, lagging: Callable[[ClusterState], Iterable[str]], timeout_s: float
+    ) -> None:
+        """Until `lagging` has nobody left to name. Raises UnavailableError with its last words
+        after `timeout_s`, and whatever it raises."""
+        state, words = self.state, ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while words := "; ".join(lagging(state)):
+                    state = await self.newer_than(state.version)
+        except TimeoutError:
+            raise UnavailableError(f"not done within {timeout_s:g} s: {words}") from None
+
     async def states(self) -> AsyncGenerator[ClusterState, None]:
         """The state now and whenever it has changed, until `close`; who is slow skips some."""
         version = 0
@@ -138,7 +151,7 @@ class Registry:
         self._layout = layout
         place, key = (join.role, rank), MemberKey(join.role, rank, join.instance_epoch)
         self._forget(place)
-        self._members[place] = new_member(join, rank, layout.parallel)
+        self._members[place] = new_member(join, rank, self.accepted)
         self._keys[place] = key
         self._dtypes[place] = join.dtype
         self._leases[place] = LeaseClock(self._clock)

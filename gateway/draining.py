@@ -36,10 +36,10 @@ def drain(registry: Registry, role: Role, rank: int) -> None:
 
 
 def _staying(state: ClusterState, ep_rank: int | None) -> set[int]:
-    """EP groups whose processes are all ready, without that of `ep_rank`."""
-    ready: dict[int, int] = {}
-    for member in state.tier(Role.EXPERT):
-        if member.ep_rank is not None and member.state is MemberState.READY and not member.leaving:
-            ready[member.ep_rank] = ready.get(member.ep_rank, 0) + 1
-    whole = {rank for rank, count in ready.items() if count == state.parallel.etp_size}
-    return whole - ({ep_rank} if ep_rank is not None else set())
+    """EP groups whose processes are all ready and stay, without that of `ep_rank`."""
+    ranks = {
+        member.rank
+        for member in state.tier(Role.EXPERT)
+        if member.state is MemberState.READY and not member.leaving
+    }
+    return state.whole_ep_groups(state.placement, ranks) - {ep_rank}

@@ -9,9 +9,9 @@ so a change that fails is taken back by forgetting it. No epoch is given out twi
 has prepared for one that was taken back cannot be mistaken for one that has prepared for another.
 """
 
-import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import structlog
 
@@ -61,14 +61,15 @@ class PlacementLeader:
         )
         self._registry.set_next(wanted)
         try:
-            await self._until(_Preparation(wanted, parallel, self._registry.state), timeout_s)
+            preparation = _Preparation(wanted, parallel, self._registry.state)
+            await self._registry.until_none(preparation, timeout_s)
         except BaseException as error:
             self._registry.set_next(None)
             log.warning("a placement was taken back", epoch=wanted.epoch, reason=str(error))
             raise
         self._registry.set_placement(wanted, parallel)
         log.info("placement", epoch=wanted.epoch, ep_size=wanted.ep_size)
-        await self._until(lambda state: _not_adopted(state, wanted.epoch), ADOPT_TIMEOUT_S)
+        await self._registry.until_none(partial(_not_adopted, wanted.epoch), ADOPT_TIMEOUT_S)
         return wanted
 
     def _next_epoch(self) -> int:
@@ -77,18 +78,6 @@ class PlacementLeader:
         known = [member.prepared_epoch or 0 for member in state.members]
         self._last_epoch = max(self._last_epoch, state.placement.epoch, *known) + 1
         return self._last_epoch
-
-    async def _until(
-        self, lagging: Callable[[ClusterState], Sequence[str]], timeout_s: float
-    ) -> None:
-        """Until `lagging` has nobody left to name."""
-        state, words = self._registry.state, ""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while words := "; ".join(lagging(state)):
-                    state = await self._registry.newer_than(state.version)
-        except TimeoutError:
-            raise UnavailableError(f"not done within {timeout_s:g} s: {words}") from None
 
 
 class _Preparation:
@@ -122,7 +111,7 @@ class _Preparation:
         return lagging
 
 
-def _not_adopted(state: ClusterState, epoch: int) -> list[str]:
+def _not_adopted(epoch: int, state: ClusterState) -> list[str]:
     """An attention process that has not said what it uses has run no step yet."""
     return [
         f"{member.role} {member.rank} may still use placement epoch {member.used_epoch}"

@@ -109,7 +109,7 @@ class Rebalancer:
         if total is None:
             return None
         same = self._seen is not None and self._seen[0] == sources
-        load = _minus(total, self._seen[1]) if same and self._seen is not None else total
+        load = total.since(self._seen[1]) if same and self._seen is not None else total
         if not keep:
             self._seen = sources, total
         return load if any(map(any, load.tokens)) else None
@@ -162,14 +162,6 @@ def _summary(
         load_after=sum(after) / len(changes),
         placement_epoch=epoch,
         reason=reason,
-    )
-
-
-def _minus(total: ExpertLoad, before: ExpertLoad) -> ExpertLoad:
-    rows = zip(total.tokens, before.tokens, strict=True)
-    return ExpertLoad(
-        total.layer_ids,
-        tuple(tuple(now - then for now, then in zip(*row, strict=True)) for row in rows),
     )
 
 

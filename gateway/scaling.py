@@ -7,9 +7,9 @@ Invariant: a tier's size in force changes only once everything that the new size
 what goes wrong before that is taken back, and processes that came are asked to leave again.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 import structlog
 
@@ -20,16 +20,13 @@ from moe_core.cluster import ClusterState, MemberState, Role, TierSizes
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.eplb import resized
-from moe_core.errors import ConfigError, UnavailableError
+from moe_core.errors import ConfigError
 from moe_core.placement import LayerPlacement
 
 log = structlog.get_logger(__name__)
 
 ARRIVAL_TIMEOUT_S = 1800.0  # of processes that load large weights from slow disks
 LEAVE_TIMEOUT_S = 120.0
-
-Lagging = Callable[[ClusterState, Role, range], Sequence[str]]
-"""Who of some ranks is not as awaited yet, in words."""
 
 
 class Scaling:
@@ -74,7 +71,7 @@ class Scaling:
         self._registry.set_sizes(before, TierSizes(after.attn_devices, after.expert_devices))
         try:
             yield f"waiting for {role} {_ranks(coming)} to come"
-            await self._until(role, coming, _not_ready, ARRIVAL_TIMEOUT_S)
+            await self._registry.until_none(partial(_not_ready, role, coming), ARRIVAL_TIMEOUT_S)
             if role is Role.EXPERT:
                 yield f"loading experts on {role} {_ranks(coming)}"
                 await self._place(after)
@@ -98,7 +95,7 @@ class Scaling:
         try:
             yield f"waiting for {role} {_ranks(going)} to leave"
             self._registry.set_leaving(role, going)
-            await self._until(role, going, _still_here, LEAVE_TIMEOUT_S)
+            await self._registry.until_none(partial(_still_here, role, going), LEAVE_TIMEOUT_S)
         except BaseException:  # what was asked to leave may be started again
             self._registry.set_sizes(sizes, None)
             raise
@@ -120,22 +117,13 @@ class Scaling:
         ]
         await self._leader.change(layers, parallel, timeout_s=ARRIVAL_TIMEOUT_S)
 
-    async def _until(self, role: Role, ranks: range, lagging: Lagging, timeout_s: float) -> None:
-        state, words = self._registry.state, ""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while words := "; ".join(lagging(state, role, ranks)):
-                    state = await self._registry.newer_than(state.version)
-        except TimeoutError:
-            raise UnavailableError(f"not done within {timeout_s:g} s: {words}") from None
 
-
-def _not_ready(state: ClusterState, role: Role, ranks: range) -> list[str]:
+def _not_ready(role: Role, ranks: range, state: ClusterState) -> list[str]:
     ready = {m.rank for m in state.tier(role) if m.state is MemberState.READY}
     return [f"{role} {rank} is not ready" for rank in ranks if rank not in ready]
 
 
-def _still_here(state: ClusterState, role: Role, ranks: range) -> list[str]:
+def _still_here(role: Role, ranks: range, state: ClusterState) -> list[str]:
     return [f"{role} {m.rank} is {m.state}" for m in state.tier(role) if m.rank in ranks]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from moe_core.cluster import Join
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import ConfigError, RequestError
+from moe_core.errors import RequestError
 from moe_core.placement import ExpertPlacement
 
 # A running cluster may change its other sizes; these are the same for its whole life.
@@ -41,18 +41,10 @@ def take_over(known: Layout, join: Join) -> Layout:
     if known.settled or told.epoch < known.placement.epoch:
         return known
     if told.epoch == known.placement.epoch and known.told:
-        return replace(known, parallel=_larger(known.parallel, join.parallel))
+        told_sizes = join.parallel
+        parallel = known.parallel.covering(told_sizes.attn_devices, told_sizes.expert_devices)
+        return replace(known, parallel=parallel)
     return replace(known, parallel=join.parallel, placement=told, told=True)
-
-
-def _larger(known: ParallelConfig, told: ParallelConfig) -> ParallelConfig:
-    """Each tier as it is where it is larger; as known, should those not go together."""
-    attn = max(known, told, key=lambda each: each.attn_devices)
-    expert = max(known, told, key=lambda each: each.expert_devices)
-    try:
-        return replace(expert, attn_devices=attn.attn_devices, dp_size=attn.dp_size)
-    except ConfigError:
-        return known
 
 
 def _check_fixed(known: ParallelConfig, told: ParallelConfig, join: Join) -> None:

@@ -4,6 +4,7 @@ Plain values that the ClusterService's two ends exchange; knows neither gRPC nor
 is served.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -71,6 +72,14 @@ class ExpertLoad:
 
     layer_ids: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
+
+    def since(self, before: "ExpertLoad") -> "ExpertLoad":
+        """What came after `before`, an earlier report of the same processes."""
+        rows = zip(self.tokens, before.tokens, strict=True)
+        return ExpertLoad(
+            self.layer_ids,
+            tuple(tuple(now - then for now, then in zip(*row, strict=True)) for row in rows),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +207,13 @@ class ClusterState:
     def holds_all_experts(self, placement: ExpertPlacement) -> bool:
         """Whether READY processes hold every expert of `placement`; of a TP-sharded one, all."""
         ready = {m.rank for m in self.tier(Role.EXPERT) if m.state is MemberState.READY}
+        return placement.is_covered_by(self.whole_ep_groups(placement, ready))
+
+    def whole_ep_groups(self, placement: ExpertPlacement, ranks: Set[int]) -> set[int]:
+        """The EP groups of `placement` of which all processes are among `ranks`."""
         size = self.parallel.etp_size
         groups = range(placement.ep_size)
-        whole = {g for g in groups if ready.issuperset(range(g * size, (g + 1) * size))}
-        return placement.is_covered_by(whole)
+        return {g for g in groups if ranks >= {*range(g * size, (g + 1) * size)}}
 
     def size(self, role: Role) -> int:
         """How many members of this role the configuration asks for."""

@@ -17,12 +17,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_core.even_parts import even_parts
+
 Held = Sequence[Sequence[int]]
-
-
-def even_parts(total: int, parts: int) -> list[int]:
-    """`total` slots over `parts` groups, the first ones one longer where it does not divide."""
-    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def balanced(

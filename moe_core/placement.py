@@ -15,8 +15,8 @@ from typing import Self
 
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
-from moe_core.eplb import even_parts
 from moe_core.errors import ConfigError
+from moe_core.even_parts import even_parts
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from epserve.bench.served import ServedCluster, command, served, under_load
 from epserve.chaos.load import all_of
 from epserve.chaos.timeline import spread
 from epserve.client import Sampling
+from moe_core import eplb
 from moe_core.cluster import ClusterState, ExpertLoad, Role
 from moe_core.errors import UnavailableError
 from moe_core.placement import ExpertPlacement
@@ -111,18 +112,12 @@ async def _skewed_load(cluster: ServedCluster) -> None:
 def imbalance(then: ExpertLoad | None, now: ExpertLoad, placement: ExpertPlacement) -> float:
     """Tokens of the most loaded EP group over the mean, in the mean of layers, of what came between
     two loads; an expert's tokens are shared out evenly over its copies."""
-    ratios = []
-    for index, layer in enumerate(now.layer_ids):
-        old = then.tokens[index] if then is not None else (0,) * len(now.tokens[index])
-        tokens = [new - was for new, was in zip(now.tokens[index], old, strict=True)]
-        groups = [0.0] * placement.ep_size
-        tables = placement.layer(layer)
-        for logical, ep_rank in zip(
-            tables.physical_to_logical, tables.physical_to_ep_rank, strict=True
-        ):
-            groups[ep_rank] += tokens[logical] / len(tables.replicas(logical))
-        if sum(groups):
-            ratios.append(max(groups) * len(groups) / sum(groups))
+    load = now if then is None else now.since(then)
+    ratios = [
+        eplb.imbalance(tokens, placement.layer(layer_id).held(placement.ep_size))
+        for layer_id, tokens in zip(load.layer_ids, load.tokens, strict=True)
+        if any(tokens)
+    ]
     return statistics.mean(ratios) if ratios else 1.0
 
 

@@ -9,7 +9,6 @@ import sys
 import torch
 
 from attn_service.engine import StepResult, StepRunner
-from attn_service.expert_client import even_parts
 from attn_service.experts import Combined, ExpertTimes, PendingExperts, StepKey
 from attn_service.follow import GroupTerms, follow
 from attn_service.group_experts import GroupExperts, GroupRunner
@@ -17,6 +16,7 @@ from attn_service.sequence import StepPlan
 from attn_service.step_times import StepTimes
 from attn_service.tensor_parallel import GroupRank, dissolve, form, join_store
 from moe_core.errors import PeerLostError
+from moe_core.even_parts import even_parts
 from moe_core.model.tensor_parallel import TensorParallel
 
 VOCAB = 32

@@ -18,7 +18,8 @@ class Parts:
 
     load = metrics = expert_load = None
     missing: tuple[str, ...] = ()
-    state = SimpleNamespace(placement=None)
+    newest = SimpleNamespace(epoch=0)
+    state = SimpleNamespace(placement=newest)
     rank = oldest_in_use = 0
 
     def __init__(self) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from attn_service.engine import Engine, StepResult
-from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
 from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
 from attn_service.scheduler import SchedulerConfig
@@ -14,7 +13,7 @@ from attn_service.sequence import FinishReason, Sampling, SequenceRequest
 from attn_service.step_times import StepTimes
 from moe_core.errors import PeerLostError, RequestError, UnavailableError
 from support.fake_runner import VOCAB, FakeRunner, continuation
-from support.small_engine import running_engine
+from support.small_engine import collect, running_engine
 
 TIMEOUT_S = 5.0
 NUM_BLOCKS = 32
@@ -43,18 +42,6 @@ async def running(
         asyncio.timeout(TIMEOUT_S),
     ):
         yield engine
-
-
-async def collect(stream: EngineStream) -> dict[str, tuple[list[int], str]]:
-    """Tokens and the last word (finish reason, or the error's text) per sequence."""
-    tokens: dict[str, list[int]] = {}
-    last: dict[str, str] = {}
-    stream.end_of_requests()
-    async for step in stream.outputs():
-        for output in step.outputs:
-            tokens.setdefault(output.sequence_id, []).extend(output.token_ids)
-            last[output.sequence_id] = output.error or output.finish_reason or ""
-    return {name: (tokens[name], last[name]) for name in tokens}
 
 
 async def test_a_mixed_batch_gives_each_sequence_its_own_continuation() -> None:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from attn_service.engine import Engine, StepResult
-from attn_service.engine_stream import EngineStream
 from attn_service.sequence import Sampling, SequenceRequest, SequenceSlice, StepPlan
 from support.fake_runner import FakeRunner, continuation
-from support.small_engine import running_engine
+from support.small_engine import collect, running_engine
 
 REASON = "layer 2 needs experts 3 of expert 1, which is gone; no other process holds them"
 TIMEOUT_S = 5.0
@@ -50,17 +49,6 @@ def _end(part: SequenceSlice) -> int:
 
 def request(name: str, *prompt: int, max_tokens: int = 6) -> SequenceRequest:
     return SequenceRequest(name, prompt, Sampling(max_tokens=max_tokens))
-
-
-async def collect(stream: EngineStream) -> dict[str, tuple[list[int], str]]:
-    tokens: dict[str, list[int]] = {}
-    last: dict[str, str] = {}
-    stream.end_of_requests()
-    async for step in stream.outputs():
-        for output in step.outputs:
-            tokens.setdefault(output.sequence_id, []).extend(output.token_ids)
-            last[output.sequence_id] = output.error or output.finish_reason or ""
-    return {name: (tokens[name], last[name]) for name in tokens}
 
 
 async def test_what_is_lost_is_computed_again_and_the_others_go_on() -> None:

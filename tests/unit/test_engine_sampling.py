@@ -1,18 +1,14 @@
 """What the engine hands to the sampler and puts out of it, and that a resumed sequence goes on."""
 
-import asyncio
-
 import pytest
 import torch
 
-from attn_service.engine import Engine
 from attn_service.sequence import Sampling, SequenceOutput, SequenceRequest
 from moe_core.errors import RequestError
 from support import plain_sampler
 from support.fake_runner import VOCAB, FakeRunner, continuation, next_token
-from support.small_engine import running_engine
+from support.small_engine import outputs_of, running_engine
 
-TIMEOUT_S = 10.0
 PROMPT = (3, 9, 3, 27)
 ALL_KINDS = {
     "penalties": Sampling(
@@ -29,19 +25,6 @@ ALL_KINDS = {
     ),
     "filters": Sampling(max_tokens=24, temperature=2.0, seed=7, top_k=9, top_p=0.8),
 }
-
-
-async def outputs_of(engine: Engine, *requests: SequenceRequest) -> dict[str, list[SequenceOutput]]:
-    stream = engine.open_stream()
-    for request in requests:
-        stream.add(request)
-    stream.end_of_requests()
-    outputs: dict[str, list[SequenceOutput]] = {request.sequence_id: [] for request in requests}
-    async with asyncio.timeout(TIMEOUT_S):
-        async for step in stream.outputs():
-            for output in step.outputs:
-                outputs[output.sequence_id].append(output)
-    return outputs
 
 
 def tokens_of(outputs: list[SequenceOutput]) -> list[int]:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from moe_core.eplb import (
     Held,
     balanced,
-    even_parts,
     imbalance,
     least_moved,
     num_moved,
     resized,
 )
+from moe_core.even_parts import even_parts
 
 # The example of the EPLB project's README: two layers, 16 slots, 4 groups of experts, 2 nodes and
 # 8 GPUs; below it what it prints.

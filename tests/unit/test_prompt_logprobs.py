@@ -1,6 +1,5 @@
 """Logprobs of a prompt's own tokens: told once, whole, and never from the prefix cache."""
 
-import asyncio
 import math
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_service import prompt_logprobs
-from attn_service.engine import Engine, StepResult
+from attn_service.engine import StepResult
 from attn_service.follow import plan_from_pb, plan_to_pb
 from attn_service.logprobs import token_logprobs
 from attn_service.sequence import (
@@ -21,24 +20,10 @@ from attn_service.sequence import (
     StepPlan,
 )
 from support.fake_runner import VOCAB, FakeRunner, continuation, next_token
-from support.small_engine import running_engine
+from support.small_engine import outputs_of, running_engine
 
-TIMEOUT_S = 10.0
 PROMPT = tuple((7 * n + 3) % VOCAB for n in range(21))
 ASKED = Sampling(max_tokens=4, prompt_logprobs=2)
-
-
-async def outputs_of(engine: Engine, *requests: SequenceRequest) -> dict[str, list[SequenceOutput]]:
-    stream = engine.open_stream()
-    for request in requests:
-        stream.add(request)
-    stream.end_of_requests()
-    outputs: dict[str, list[SequenceOutput]] = {request.sequence_id: [] for request in requests}
-    async with asyncio.timeout(TIMEOUT_S):
-        async for step in stream.outputs():
-            for output in step.outputs:
-                outputs[output.sequence_id].append(output)
-    return outputs
 
 
 def check_told(output: SequenceOutput, prompt: tuple[int, ...], num_top: int = 2) -> None:
