@@ -7,8 +7,9 @@ CLIENTS := .venv-clients/.installed
 # The suites that need only Python, git and make.
 SUITES := tests/unit tests/equivalence tests/contract tests/service tests/e2e
 
-# Of random faults.
+# Of random faults: alone, and among the others of `make test-system`.
 SOAK_SECONDS ?= 1800
+SHORT_SOAK_SECONDS ?= 180
 
 .PHONY: help install demo test test-system soak lint format protos clean
 
@@ -39,7 +40,7 @@ $(CLIENTS): tests/system/clients.txt tests/system/make_clients.sh $(INSTALLED)
 	tests/system/make_clients.sh $(PYTHON)
 
 test-system: $(INSTALLED) $(CLIENTS)
-	$(BIN)/python -m pytest tests/system
+	$(BIN)/python -m pytest tests/system --soak $(SHORT_SOAK_SECONDS)
 
 soak: $(INSTALLED)
 	$(BIN)/python -m pytest tests/system/test_soak.py --soak $(SOAK_SECONDS)

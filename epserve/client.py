@@ -5,7 +5,7 @@ package sees only those. Knows nothing of how a request is served.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -157,7 +157,7 @@ class EpserveClient(GatewayConnection):
         request_id: str = "",
         resume_from: Sequence[int] = (),
         idle_timeout_s: float = 120.0,
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output, None]:
         """The outputs of all choices as they come. Closing the iterator cancels the request.
 
         `resume_from`, with the request_id of a request whose gateway was lost: how many tokens of

@@ -4,7 +4,7 @@ Knows a clock and the deaths of one process. Knows no process.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -17,6 +17,14 @@ class RestartLimits:
     within_s: float = 60.0
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
+
+    def rest_s(self, deaths: Sequence[float], now: float) -> float:
+        """Seconds until a process that died at these times, in their order, can be ended on purpose
+        and is still started again: with one death to spare, which nobody meant."""
+        most = max(1, self.deaths - 2)
+        if len(deaths) < most:
+            return 0.0
+        return max(0.0, deaths[-most] + self.within_s - now)
 
     def __str__(self) -> str:
         return f"{self.deaths} times within {self.within_s:g} s or without being ready"

@@ -8,10 +8,12 @@ import random
 import signal
 import statistics
 from collections.abc import Sequence
+from itertools import product
 
-from epserve.bench.losses import TWO_HALVES, failed, num_experts, replicated
+from epserve.bench.layouts import TWO_GROUPS, TWO_HALVES, num_experts, replicated
+from epserve.bench.loaded import failed, loaded
 from epserve.bench.row import BenchSettings, Measured, Row
-from epserve.bench.served import ServedCluster, command, served, under_load
+from epserve.bench.served import ServedCluster, command, served
 from epserve.chaos.load import all_of
 from epserve.chaos.timeline import spread
 from epserve.client import Sampling
@@ -39,13 +41,12 @@ async def _scale(
     settings: BenchSettings, arguments: tuple[str, ...], option: str, sizes: Sequence[int]
 ) -> Measured:
     ratios, num_failed = [], 0
-    async with served(settings.model, *arguments) as cluster:
-        load = await cluster.load()
-        expected = await load.quiet_results()
+    async with loaded(settings.model, *arguments) as loads:
+        cluster = loads.cluster
         for _ in range(settings.rounds):
-            async with under_load(load, expected) as before:
+            async with loads.under_load() as before:
                 await asyncio.sleep(BEFORE_S)
-            async with under_load(load, expected) as during:
+            async with loads.under_load() as during:
                 for size in sizes:
                     await command("scale", "--target", cluster.target, option, str(size))
                     await cluster.whole_after()
@@ -123,18 +124,12 @@ def imbalance(then: ExpertLoad | None, now: ExpertLoad, placement: ExpertPlaceme
 
 async def _rolling_restart(settings: BenchSettings) -> Measured:
     num_failed, slowest = 0, 0.0
-    arguments = (*replicated(settings), "--attn-devices", "2", "--dp-size", "2")
-    async with served(settings.model, *arguments) as cluster:
-        load = await cluster.load()
-        expected = await load.quiet_results()
+    async with loaded(settings.model, *replicated(settings), *TWO_GROUPS) as loads:
         for _ in range(settings.rounds):
-            async with under_load(load, expected) as results:
-                for role in (Role.EXPERT, Role.ATTN):
-                    for rank in range(2):
-                        old = await cluster.member(role, rank)
-                        with await cluster.process(role, rank) as process:
-                            process.send(signal.SIGTERM)
-                        slowest = max(slowest, await cluster.whole_after(old))
+            async with loads.under_load() as results:
+                for role, rank in product((Role.EXPERT, Role.ATTN), range(2)):
+                    old, _ = await loads.cluster.end(role, rank, signal.SIGTERM)
+                    slowest = max(slowest, await loads.cluster.whole_after(old))
             num_failed += failed(results)
     figures = {"failed_requests": num_failed, "slowest_restart_s": slowest}
     return Measured(num_failed == 0, figures)

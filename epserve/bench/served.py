@@ -1,25 +1,25 @@
-"""A cluster that `epserve serve` runs, as a benchmark starts it, loads it and hits its members.
+"""A cluster that `epserve serve` runs, as a benchmark starts it and hits its members.
 
-Knows the command line, the client and the chaos load. Knows no goal.
+Knows the command line and the client. Knows no load and no goal.
 """
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from epserve.bench.row import NotAvailableError
-from epserve.chaos.load import Expected, Load, Results
 from epserve.chaos.processes import LocalProcess
-from epserve.chaos.requests import draw_requests
 from epserve.client import EpserveClient
 from epserve.environment import without_settings
 from epserve.parent_death import PARENT_PID_VARIABLE
+from epserve.restarts import RestartLimits
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import EpserveError, UnavailableError
 
@@ -28,7 +28,7 @@ READY_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 45.0
 WHOLE_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 300.0
 POLL_S = 0.05
-REQUESTS, CONCURRENCY, MAX_TOKENS, DEADLINE_S = 32, 16, 64, 60.0
+LIMITS = RestartLimits()
 _REFUSED = 2  # the exit status
 _TAIL_LINES = 20
 
@@ -121,11 +121,7 @@ async def command(*arguments: str) -> str:
 class ServedCluster:
     target: str
     client: EpserveClient
-
-    async def load(self, concurrency: int = CONCURRENCY, max_tokens: int = MAX_TOKENS) -> Load:
-        (model,) = await self.client.list_models()
-        requests = draw_requests(model, max(REQUESTS, concurrency), max_tokens, seed=11)
-        return Load(self.client, requests, concurrency, DEADLINE_S)
+    _ends: dict[tuple[Role, int], list[float]] = field(default_factory=dict)
 
     async def member(self, role: Role, rank: int) -> Member:
         tier = (await self.client.cluster()).tier(role)
@@ -136,6 +132,17 @@ class ServedCluster:
 
     async def process(self, role: Role, rank: int) -> LocalProcess:
         return LocalProcess(await self.member(role, rank))
+
+    async def end(self, role: Role, rank: int, number: signal.Signals) -> tuple[Member, float]:
+        """Who was sent the signal that ends it, and when: not so often that it would not be started
+        again."""
+        ends = self._ends.setdefault((role, rank), [])
+        await asyncio.sleep(LIMITS.rest_s(ends, time.monotonic()))
+        member = await self.member(role, rank)
+        with LocalProcess(member) as process:
+            process.send(number)
+        ends.append(time.monotonic())
+        return member, ends[-1]
 
     async def seconds_until_gone(self, old: Member, timeout_s: float) -> float | None:
         """Until the cluster no longer has the member as READY; None: it still has."""
@@ -153,15 +160,17 @@ class ServedCluster:
             raise UnavailableError(f"the cluster is not whole after {WHOLE_TIMEOUT_S:g} s")
         return found
 
-    async def idle(self) -> None:
-        """Until no attention group has a sequence. Raises UnavailableError."""
+    async def idle(self) -> float:
+        """Seconds until no attention group has a sequence. Raises UnavailableError."""
 
         def is_idle(state: ClusterState) -> bool:
             loads = [member.attention_load for member in state.tier(Role.ATTN)]
             return all(load and load.num_running + load.num_waiting == 0 for load in loads)
 
-        if await self._seconds_until(is_idle, WHOLE_TIMEOUT_S) is None:
+        found = await self._seconds_until(is_idle, WHOLE_TIMEOUT_S)
+        if found is None:
             raise UnavailableError(f"sequences are left after {WHOLE_TIMEOUT_S:g} s")
+        return found
 
     async def _seconds_until(
         self, holds: Callable[[ClusterState], bool], timeout_s: float
@@ -180,17 +189,3 @@ def _is_ready(state: ClusterState, old: Member) -> bool:
         member.instance_epoch == old.instance_epoch and member.state is MemberState.READY
         for member in state.tier(old.role)
     )
-
-
-@asynccontextmanager
-async def under_load(load: Load, expected: Expected) -> AsyncIterator[Results]:
-    """The load for as long as this is entered. What has begun by then still ends."""
-    results, stop = Results(time.monotonic()), asyncio.Event()
-    running = asyncio.create_task(load.until(stop, expected, results))
-    try:
-        yield results
-        stop.set()
-        await running
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)

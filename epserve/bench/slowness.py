@@ -8,9 +8,10 @@ import signal
 import statistics
 import time
 
-from epserve.bench.losses import failed, replicated
+from epserve.bench.layouts import TWO_GROUPS, replicated
+from epserve.bench.loaded import failed, loaded
 from epserve.bench.row import BenchSettings, Measured, Row
-from epserve.bench.served import ServedCluster, served, under_load
+from epserve.bench.served import ServedCluster
 from epserve.chaos.nemesis import slow_down
 from epserve.chaos.timeline import spread
 from moe_core.cluster import Role
@@ -18,7 +19,6 @@ from moe_core.cluster import Role
 FROZEN_S, MOST_UNTIL_NOTICED_S = 6.0, 3.0
 SLOW_S, STOP_S, HEDGE_AFTER_S = 10.0, 0.05, 0.03
 MOST_SLOWER = 3.0
-WARM_S = 2.0
 
 
 async def _expert_frozen(settings: BenchSettings) -> Measured:
@@ -26,20 +26,17 @@ async def _expert_frozen(settings: BenchSettings) -> Measured:
 
 
 async def _attention_frozen(settings: BenchSettings) -> Measured:
-    return await _frozen(settings, Role.ATTN, ("--attn-devices", "2", "--dp-size", "2"))
+    return await _frozen(settings, Role.ATTN, TWO_GROUPS)
 
 
 async def _frozen(settings: BenchSettings, role: Role, arguments: tuple[str, ...]) -> Measured:
     noticed, num_failed = [], 0
-    async with served(settings.model, *arguments) as cluster:
-        load = await cluster.load()
-        expected = await load.quiet_results()
+    async with loaded(settings.model, *arguments) as loads:
         for _ in range(settings.rounds):
-            async with under_load(load, expected) as results:
-                await asyncio.sleep(WARM_S)
-                noticed.append(await _freeze(cluster, role))
+            async with loads.under_load() as results:
+                noticed.append(await _freeze(loads.cluster, role))
             num_failed += failed(results)
-            await cluster.whole_after()
+            await loads.cluster.whole_after()
     late = None in noticed
     longest = max((each for each in noticed if each is not None), default=None)
     passed = not late and longest is not None and longest <= MOST_UNTIL_NOTICED_S
@@ -64,14 +61,12 @@ async def _freeze(cluster: ServedCluster, role: Role) -> float | None:
 async def _expert_slow(settings: BenchSettings) -> Measured:
     ratios, num_failed = [], 0
     arguments = (*replicated(settings), "--hedge-after", str(HEDGE_AFTER_S))
-    async with served(settings.model, *arguments) as cluster:
-        load = await cluster.load()
-        expected = await load.quiet_results()
+    async with loaded(settings.model, *arguments) as loads:
         for _ in range(settings.rounds):
-            async with under_load(load, expected) as before:
+            async with loads.under_load() as before:
                 await asyncio.sleep(SLOW_S)
-            async with under_load(load, expected) as during:
-                with await cluster.process(Role.EXPERT, 1) as process:
+            async with loads.under_load() as during:
+                with await loads.cluster.process(Role.EXPERT, 1) as process:
                     await slow_down(process, SLOW_S, STOP_S, STOP_S)
             usual, slow = spread(before.timeline.gaps).p50, spread(during.timeline.gaps).p99
             ratios.append(slow / usual)

@@ -187,7 +187,7 @@ class Load:
             return Verdict(Outcome.ERROR, str(error), error.code)
 
     def _stream(self, request: ChaosRequest, request_id: str) -> AsyncGenerator[Output, None]:
-        """The outputs of one request. Who can take up a lost stream again does it here."""
+        """The outputs of one request. A client that can resume a lost stream does it by itself."""
         # The deadline is this side's own: the client's patience must not end before it.
         patience_s = 2 * self._deadline_s
         outputs = self._client.generate(

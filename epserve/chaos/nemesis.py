@@ -4,7 +4,8 @@ Knows faults, members and their processes. Knows nothing of the load. Whatever i
 again when it ends, however it ends.
 
 It takes a member away (kill, restart, freeze) only from a tier that is whole: of each role at most
-one is missing by its doing, until that one is READY again.
+one is missing by its doing, until that one is READY again. And it takes none so often that whoever
+starts it again would give up on it.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Protocol
 
 from epserve.chaos.faults import Cluster, Fault, Injected
 from epserve.chaos.processes import LocalProcess, NotThereError
+from epserve.restarts import RestartLimits
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import ConfigError, EpserveError
 
@@ -26,6 +28,7 @@ from moe_core.errors import ConfigError, EpserveError
 DELAY_STOP_S, DELAY_RUN_S, DELAY_FOR_S = 0.05, 0.05, 3.0
 SHORTEST_FREEZE_S = 0.1
 NO_VICTIM_POLL_S = 0.5
+LIMITS = RestartLimits()
 _SIGNALS = {
     Fault.KILL: signal.SIGKILL,
     Fault.RESTART: signal.SIGTERM,
@@ -60,6 +63,7 @@ class Process(Protocol):
     def send(self, number: signal.Signals) -> None: ...
 
 
+Group = tuple[Role, int]
 OpenProcess = Callable[[Member], AbstractContextManager[Process]]
 
 
@@ -96,7 +100,8 @@ class Nemesis:
             state = await self._cluster.cluster()
         except EpserveError:  # the gateway may be what was hit before
             return False
-        found = choices(state, self._settings, missing_roles(self.injected))
+        missing, spared = missing_roles(self.injected), spared_groups(self.injected)
+        found = choices(state, self._settings, missing, spared)
         if not found:
             return False
         fault, member = self._drawn.choice(found)
@@ -125,17 +130,43 @@ class Nemesis:
 
 
 def choices(
-    state: ClusterState, settings: NemesisSettings, missing: Collection[Role]
+    state: ClusterState,
+    settings: NemesisSettings,
+    missing: Collection[Role],
+    spared: Collection[Group] = (),
 ) -> list[tuple[Fault, Member]]:
-    """What may be done to whom, in a fixed order. `missing`: roles of which one is away already."""
+    """What may be done to whom, in a fixed order. `missing`: roles of which one is away already;
+    `spared`: of whom none is to be taken away now."""
     found = []
     for role in settings.roles:
         is_whole = role not in missing and not state.missing(role)
         for fault in settings.faults:
             if is_whole or not fault.takes_away:
-                ready = (each for each in state.tier(role) if each.state is MemberState.READY)
-                found += [(fault, member) for member in ready if not member.leaving]
+                found += [
+                    (fault, member)
+                    for member in state.tier(role)
+                    if member.state is MemberState.READY
+                    and not member.leaving
+                    and not (fault.takes_away and group_of(member) in spared)
+                ]
     return found
+
+
+def group_of(member: Member) -> Group:
+    """Who ends with it: an attention group is lost with any of its processes."""
+    return member.role, member.rank if member.dp_rank is None else member.dp_rank
+
+
+def spared_groups(injected: Sequence[Injected], limits: RestartLimits = LIMITS) -> set[Group]:
+    """Of which a process was taken away so often of late that once more might be its last time. A
+    process that was frozen may end when it thaws, and so counts from then."""
+    now = time.monotonic()
+    times: dict[Group, list[float]] = {}
+    for each in injected:
+        if each.fault.takes_away:
+            at = now if each.ended_at is None else each.ended_at
+            times.setdefault(group_of(each.member), []).append(at)
+    return {group for group, deaths in times.items() if limits.rest_s(deaths, now) > 0}
 
 
 def missing_roles(injected: Sequence[Injected]) -> set[Role]:

@@ -12,18 +12,21 @@ from rich.console import Console
 
 from epserve.chaos.checker import Outcome
 from epserve.chaos.faults import Injected
-from epserve.chaos.load import Expected, Load, Results, all_of
+from epserve.chaos.load import Expected, Generates, Load, Results, all_of
 from epserve.chaos.nemesis import Nemesis, NemesisSettings, require_seconds
 from epserve.chaos.processes import require_local
 from epserve.chaos.recovery import Recovery
 from epserve.chaos.report import ChaosReport
 from epserve.chaos.requests import draw_requests
 from epserve.client import EpserveClient, Target
+from epserve.resuming import ResumingClient
 from epserve.stop_signals import run_until_signalled
 from moe_core.cluster import Role
 from moe_core.errors import ConfigError, EpserveError, UnavailableError
 
 REQUESTS_PER_PLACE = 4  # distinct ones, for each that may run at a time
+# For a request whose gateway was hit to go on at the next: long enough to start one.
+MOST_RESUME_S = 30.0
 SETTLE_S = 60.0  # for a cluster to be whole again after the last fault
 
 
@@ -109,7 +112,9 @@ class ChaosRun:
             count = REQUESTS_PER_PLACE * settings.concurrency
             seed = settings.nemesis.seed
             requests = draw_requests(model, count, settings.max_tokens, seed)
-            load = Load(client, requests, settings.concurrency, settings.deadline_s)
+            load = Load(
+                self._generating(client), requests, settings.concurrency, settings.deadline_s
+            )
             self._say(f"{count} requests without faults, twice")
             expected = await load.quiet_results()
             before = await load.each_once(expected)
@@ -117,6 +122,12 @@ class ChaosRun:
             self._before = before
             self._say(f"faults for {settings.duration_s:g} s, seed {seed}")
             await self._under_faults(client, load, expected)
+
+    def _generating(self, client: EpserveClient) -> Generates:
+        """Whoever loses a gateway resumes; what workers' losses cost is not to be hidden so."""
+        if Role.GATEWAY not in self._settings.nemesis.roles:
+            return client
+        return ResumingClient([client], min(MOST_RESUME_S, self._settings.deadline_s / 2))
 
     async def _require_whole(self, client: EpserveClient) -> None:
         state = await client.cluster()

@@ -11,7 +11,7 @@ import pytest
 from attn_service.servicer import AttentionServicer
 from epserve.client import EpserveClient
 from epserve.client import Sampling as ClientSampling
-from epserve.resuming import generate_resuming
+from epserve.resuming import ResumingClient, generate_resuming
 from gateway.callers import Caller
 from gateway.requests import GenerationRequest, Sampling
 from moe_core.errors import NotFoundError, RequestError, UnavailableError
@@ -244,6 +244,16 @@ async def test_a_client_that_resumes_by_itself_sees_one_stream(served: Cluster) 
                 served.runner.let(100)
         assert tokens_of(outputs) == EXPECTED
         assert text_of(outputs) == words_of(EXPECTED)
+
+
+async def test_a_client_that_had_no_token_yet_asks_the_next_address(served: Cluster) -> None:
+    served.runner.let(100)
+    sampling = ClientSampling(max_tokens=20, temperature=0.01, ignore_eos=True)
+    async with EpserveClient("127.0.0.1:1") as nobody, EpserveClient(served.second.address) as one:
+        client = ResumingClient([nobody, one], resume_s=5.0)
+        outputs = [output async for output in client.generate(PROMPT, sampling, request_id="mine")]
+    assert tokens_of(outputs) == EXPECTED
+    assert {output.request_id for output in outputs} == {"mine"}
 
 
 async def test_a_client_that_finds_no_gateway_gives_up_in_time() -> None:

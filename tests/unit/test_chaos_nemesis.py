@@ -2,12 +2,22 @@
 
 import asyncio
 import signal
+import time
+from dataclasses import replace
 
 import pytest
 
 from epserve.chaos.faults import Fault, Injected
-from epserve.chaos.nemesis import Nemesis, NemesisSettings, choices, missing_roles, slow_down
+from epserve.chaos.nemesis import (
+    Nemesis,
+    NemesisSettings,
+    choices,
+    missing_roles,
+    slow_down,
+    spared_groups,
+)
 from epserve.chaos.recovery import Recovery, is_ready_again
+from epserve.restarts import RestartLimits
 from moe_core.cluster import MemberState, Role
 from moe_core.errors import ConfigError
 from support.chaos_cluster import FakeCluster, member, whole_cluster
@@ -45,6 +55,29 @@ def test_nobody_is_taken_from_a_tier_that_misses_one():
     assert found == {"kill attn 0", "kill attn 1", "delay attn 0", "delay attn 1", "delay expert 0"}
     hit_just_now = names(choices(whole_cluster(), settings(Fault.FREEZE), {Role.ATTN}))
     assert hit_just_now == {"freeze expert 0", "freeze expert 1"}
+
+
+def test_nobody_is_taken_away_so_often_that_it_would_not_be_started_again():
+    now, limits = time.monotonic(), RestartLimits(deaths=4, within_s=60.0)
+    often, seldom = member(Role.EXPERT, 0), member(Role.EXPERT, 1)
+    injected = [Injected(Fault.KILL, seldom, now - 70.0, now - 70.0)]
+    injected += [Injected(Fault.DELAY, seldom, now - 1.0, now - 1.0) for _ in range(9)]
+    injected += [Injected(Fault.KILL, often, now - 50.0, now - 50.0)]
+    assert spared_groups(injected, limits) == set()
+    injected += [Injected(Fault.FREEZE, often, now - 80.0)]  # which has not thawed
+    injected += [Injected(Fault.RESTART, seldom, now - 9.0, now - 9.0)]
+    spared = spared_groups(injected, limits)
+    assert spared == {(Role.EXPERT, 0)}
+    allowed = settings(Fault.KILL, Fault.DELAY, roles=(Role.EXPERT,))
+    found = names(choices(whole_cluster(), allowed, (), spared))
+    assert found == {"kill expert 1", "delay expert 0", "delay expert 1"}
+
+
+def test_members_of_one_attention_group_are_spared_together():
+    now, limits = time.monotonic(), RestartLimits(deaths=4)
+    pair = [replace(member(Role.ATTN, rank), dp_rank=0) for rank in range(2)]
+    injected = [Injected(Fault.KILL, each, now, now) for each in pair]
+    assert spared_groups(injected, limits) == {(Role.ATTN, 0)}
 
 
 def test_members_that_are_not_ready_or_leave_are_left_alone():

@@ -250,3 +250,15 @@ class TestDeaths:
         for pause_s in (0.5, 1.0, None):
             assert deaths.pause_s() == pause_s
             now += 600.0
+
+    def test_who_is_ended_after_its_rest_is_started_again_and_may_die_once_more(self) -> None:
+        now, ends, limits = 0.0, list[float](), RestartLimits()
+        deaths = Deaths(limits, lambda: now)
+        for _ in range(20):
+            now += limits.rest_s(ends, now)
+            ends.append(now)
+            deaths.ready()
+            assert deaths.pause_s() is not None
+        deaths.ready()
+        assert deaths.pause_s() is not None
+        assert now > 60.0
