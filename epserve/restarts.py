@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+LONGEST_END_S = 10.0  # from a process's being ended on purpose until it is dead
+
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
@@ -24,7 +26,7 @@ class RestartLimits:
         most = max(1, self.deaths - 2)
         if len(deaths) < most:
             return 0.0
-        return max(0.0, deaths[-most] + self.within_s - now)
+        return max(0.0, deaths[-most] + self.within_s + LONGEST_END_S - now)
 
     def __str__(self) -> str:
         return f"{self.deaths} times within {self.within_s:g} s or without being ready"

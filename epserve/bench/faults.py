@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from epserve.bench import changes, losses, slowness
 from epserve.bench.row import BenchSettings, Measured, NotAvailableError, Row
@@ -80,7 +79,7 @@ def bench_faults(settings: BenchSettings, rows: Sequence[Row], *, as_json: bool)
 
     interrupted = asyncio.run(run_until_signalled(work()))
     if not as_json:
-        console.print(table(answers))
+        print(f"\n{table(answers)}")
     if interrupted:
         raise EpserveError("interrupted")
     missed = [each.row.name for each in answers if each.result == FAIL]
@@ -100,15 +99,15 @@ async def answer(row: Row, settings: BenchSettings) -> Answer:
     return Answer(row, measured, PASS if measured.passed else FAIL)
 
 
-def table(answers: Sequence[Answer]) -> Table:
-    shown = Table(show_lines=True)
-    for column in ("fault", "goal", "measured", ""):
-        shown.add_column(column, overflow="fold")
-    colours = {PASS: "green", FAIL: "red", NOT_AVAILABLE: "yellow"}
-    for each in answers:
-        result = f"[{colours[each.result]}]{each.result}[/]"
-        shown.add_row(each.row.fault, each.row.goal, escape(each.words), result)
-    return shown
+def table(answers: Sequence[Answer]) -> str:
+    """In Markdown, to be kept."""
+    lines = [("row", "fault", "goal", "measured", "result"), ("---",) * 5]
+    lines += [(a.row.name, a.row.fault, a.row.goal, a.words, a.result) for a in answers]
+    return "\n".join(f"| {' | '.join(_in_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _in_cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _figure(value: float | int | None) -> str:

@@ -9,8 +9,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,7 @@ async def served(model: Path, *arguments: str) -> AsyncIterator["ServedCluster"]
             raise UnavailableError(f"epserve serve is not ready after {READY_TIMEOUT_S:g} s")
         target = ready.result()
         async with EpserveClient(target) as client:
-            yield ServedCluster(target, client)
+            yield ServedCluster(target, client, process)
     finally:
         await _stop(process)
         await reading
@@ -121,6 +121,7 @@ async def command(*arguments: str) -> str:
 class ServedCluster:
     target: str
     client: EpserveClient
+    _serve: asyncio.subprocess.Process
     _ends: dict[tuple[Role, int], list[float]] = field(default_factory=dict)
 
     async def member(self, role: Role, rank: int) -> Member:
@@ -143,6 +144,15 @@ class ServedCluster:
             process.send(number)
         ends.append(time.monotonic())
         return member, ends[-1]
+
+    @contextmanager
+    def unattended(self) -> Iterator[None]:
+        """What ends meanwhile is started again only after this: `epserve serve` stands still."""
+        self._serve.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._serve.send_signal(signal.SIGCONT)
 
     async def seconds_until_gone(self, old: Member, timeout_s: float) -> float | None:
         """Until the cluster no longer has the member as READY; None: it still has."""

@@ -74,6 +74,12 @@ class Timeline:
         gaps = self._gaps[self._between(since, until)]
         return max((gap for gap in gaps if not math.isnan(gap)), default=0.0)
 
+    def gaps_across(self, at: float) -> list[float]:
+        """How long each choice waited that had tokens before `at` and after it."""
+        after = slice(bisect_right(self._arrivals, at), None)
+        pairs = zip(self._arrivals[after], self._gaps[after], strict=True)
+        return [gap for arrival, gap in pairs if arrival - gap <= at]  # false for NaN
+
     def _between(self, since: float, until: float) -> slice:
         return slice(bisect_left(self._arrivals, since), bisect_left(self._arrivals, until))
 

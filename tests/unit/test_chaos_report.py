@@ -90,6 +90,8 @@ def test_rates_and_spreads_of_a_timeline():
     assert timeline.tokens_per_s == 2.7  # the last came as it ended
     assert (timeline.next_after(3.0), timeline.next_after(10.0)) == (1.0, None)
     assert timeline.longest_gap(0.0, 1.0) == 0.0
+    timeline.first(11.0, 2.0, num_tokens=1)
+    assert (timeline.gaps_across(2.7), timeline.gaps_across(2.2)) == ([0.5], [])
 
 
 def test_tables_show_what_happened_on_a_narrow_terminal():

@@ -1,12 +1,13 @@
 """Which processes are started again, when, and which are not; no process is started here."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 
-from epserve.restarts import Deaths, RestartLimits
+from epserve.restarts import LONGEST_END_S, Deaths, RestartLimits
 from epserve.supervisor import ChildSpec, ProcessEndedError
 from epserve.upkeep import Upkeep
 from moe_core.cluster import ClusterState, Member, MemberState, Role, TierSizes
@@ -252,11 +253,11 @@ class TestDeaths:
             now += 600.0
 
     def test_who_is_ended_after_its_rest_is_started_again_and_may_die_once_more(self) -> None:
-        now, ends, limits = 0.0, list[float](), RestartLimits()
+        now, ends, limits, drawn = 0.0, list[float](), RestartLimits(), random.Random(1)
         deaths = Deaths(limits, lambda: now)
         for _ in range(20):
             now += limits.rest_s(ends, now)
-            ends.append(now)
+            ends.append(now - LONGEST_END_S * drawn.random())
             deaths.ready()
             assert deaths.pause_s() is not None
         deaths.ready()
