@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 
-from epserve.bench import changes, losses, slowness
+from epserve.bench import changes, losses, skew, slowness
 from epserve.bench.row import BenchSettings, Measured, NotAvailableError, Row
 from epserve.stop_signals import run_until_signalled
 from moe_core.errors import ConfigError, EpserveError
 
-ROWS = (*losses.ROWS, *slowness.ROWS, *changes.ROWS)
+ROWS = (*losses.ROWS, *slowness.ROWS, *changes.ROWS, *skew.ROWS)
 PASS, FAIL, NOT_AVAILABLE = "pass", "fail", "not available"
 
 

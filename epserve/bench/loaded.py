@@ -5,12 +5,12 @@ Knows how much is asked at a time, and when the cluster was hit. Knows no goal.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from epserve.bench.served import ServedCluster, served
+from epserve.bench.served import NOTHING, ServedCluster, served
 from epserve.chaos.checker import Outcome
 from epserve.chaos.load import Expected, Generates, Load, Results
 from epserve.chaos.requests import draw_requests
@@ -56,11 +56,18 @@ class Loaded:
 
 @asynccontextmanager
 async def loaded(
-    model: Path, *arguments: str, size: LoadSize = USUAL, resuming: bool = False
+    model: Path,
+    *arguments: str,
+    size: LoadSize = USUAL,
+    resuming: bool = False,
+    environment: Mapping[str, str] = NOTHING,
 ) -> AsyncIterator[Loaded]:
     """`served` with these arguments, and the results of the load without a fault. `resuming`: the
     load's clients resume at another gateway, or at the same once it is there again."""
-    async with served(model, *arguments) as cluster, AsyncExitStack() as clients:
+    async with (
+        served(model, *arguments, environment=environment) as cluster,
+        AsyncExitStack() as clients,
+    ):
         generates: Generates = cluster.client
         if resuming:
             generates = ResumingClient(await _gateways(cluster, clients), RESUME_S)

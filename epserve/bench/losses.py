@@ -20,6 +20,8 @@ MOST_STALL_S, LEAST_THROUGHPUT = 0.3, 0.98
 EXPERT_WAIT_S, MOST_AFTER_WAIT_S, MOST_UNTIL_SERVING_S = 2.0, 1.0, 2.0
 STREAMS, STREAM_TOKENS = 64, 64
 AFTER_S = 2.0
+# Else the one process of a tier would have as many threads as each of two together.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 MOST_ORPHAN_S, REPORT_S = 5.0, 1.0
 
 
@@ -29,8 +31,8 @@ async def _expert_with_replica(settings: BenchSettings) -> Measured:
     num_failed, longest, ratios = 0, 0.0, []
     stalls: list[float] = []
     async with (
-        loaded(settings.model, *replicated(settings)) as pair,
-        loaded(settings.model, "--expert-devices", "1") as one,
+        loaded(settings.model, *replicated(settings), environment=ONE_THREAD) as pair,
+        loaded(settings.model, "--expert-devices", "1", environment=ONE_THREAD) as one,
     ):
         for _ in range(settings.rounds):
             survivors_rate = await _survivors_rate(one)

@@ -9,10 +9,11 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from epserve.bench.row import NotAvailableError
 from epserve.chaos.processes import LocalProcess
@@ -29,13 +30,17 @@ WHOLE_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 300.0
 POLL_S = 0.05
 LIMITS = RestartLimits()
+NOTHING: Mapping[str, str] = MappingProxyType({})
 _REFUSED = 2  # the exit status
 _TAIL_LINES = 20
 
 
 @asynccontextmanager
-async def served(model: Path, *arguments: str) -> AsyncIterator["ServedCluster"]:
+async def served(
+    model: Path, *arguments: str, environment: Mapping[str, str] = NOTHING
+) -> AsyncIterator["ServedCluster"]:
     """`epserve serve` with these arguments, in float64, once it is ready; stopped at the end.
+    `environment` is added to ours.
 
     Raises NotAvailableError where it refuses an argument, UnavailableError where it ends.
     """
@@ -43,7 +48,11 @@ async def served(model: Path, *arguments: str) -> AsyncIterator["ServedCluster"]
     command = (*EPSERVE, "serve", "--model", str(model), "--dtype", "float64", *ports, *arguments)
     process = await asyncio.create_subprocess_exec(
         *command,
-        env={**without_settings(os.environ), PARENT_PID_VARIABLE: str(os.getpid())},
+        env={
+            **without_settings(os.environ),
+            **environment,
+            PARENT_PID_VARIABLE: str(os.getpid()),
+        },
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from epserve.bench import faults
-from epserve.bench.changes import imbalance
 from epserve.bench.faults import ROWS, answer, bench_faults, rows_named, table
 from epserve.bench.row import BenchSettings, Measured, NotAvailableError, Row
+from epserve.bench.skew import imbalance
 from moe_core.cluster import ExpertLoad
 from moe_core.errors import ConfigError, EpserveError, UnavailableError
 from moe_core.placement import ExpertPlacement, LayerPlacement
