@@ -7,6 +7,7 @@ import asyncio
 import signal
 import statistics
 import time
+from types import MappingProxyType
 
 from epserve.bench.layouts import TWO_GROUPS, TWO_HALVES, replicated
 from epserve.bench.loaded import Loaded, LoadSize, failed, loaded
@@ -21,7 +22,7 @@ EXPERT_WAIT_S, MOST_AFTER_WAIT_S, MOST_UNTIL_SERVING_S = 2.0, 1.0, 2.0
 STREAMS, STREAM_TOKENS = 64, 64
 AFTER_S = 2.0
 # Else the one process of a tier would have as many threads as each of two together.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = MappingProxyType({"OMP_NUM_THREADS": "1"})
 MOST_ORPHAN_S, REPORT_S = 5.0, 1.0
 
 
