@@ -61,14 +61,14 @@ def decode(
 
 def main(directory: str) -> None:
     logging.disable_progress_bar()
-    models = {
-        dtype: AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-        for dtype in DTYPES
-    }
+    loaded, model = "", None
     say(kinds=[f"{dtype} {kernel}" for dtype in DTYPES for kernel in KERNELS])
     for work in asked():
         dtype, kernel = work.pop("kind").split()
-        model = models[dtype]
+        if dtype != loaded:  # one at a time: all sides share the memory
+            loaded, model = dtype, None
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+            model.eval()
         model.set_experts_implementation(kernel)
         with torch.inference_mode():
             say(tokens_per_s=decode(model, model.config.vocab_size, **work))

@@ -21,7 +21,7 @@ import argparse
 import asyncio
 import json
 import statistics
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from epserve.local_cluster import running_cluster
 from two_tiers import NUM_TOKENS, PROMPT_TOKENS, decode_two_tiers
 
 TWO_TIERS = "two tiers"
-TRIAL_TOKENS, SLOW_TOKENS = 4, 12  # of transformers: its rate is as steady with few
+TRIAL_TOKENS, SLOW_TOKENS = 3, 12  # of transformers: its rate is as steady with few
+WORTH_A_TRIAL = 0.5  # of the best rate after prompts of TRIAL_TOKENS
 GOALS = {  # of two tiers, by batch
     1: {"transformers": 2.5, "llama.cpp": 0.6, "one process": 0.85},
     16: {"transformers": 5.0, "llama.cpp": 0.9, "one process": 0.85},
@@ -46,7 +47,8 @@ def in_thread(child: Child, batch: int) -> Awaitable[float]:
 
 
 class Transformers:
-    """Finds out by trial, for each batch, which of the kinds is fastest."""
+    """Finds out by trial, for each batch, which of the kinds is fastest: with prompts as they come,
+    for those that short prompts leave in the running."""
 
     def __init__(self, child: Child) -> None:
         self._child = child
@@ -54,14 +56,19 @@ class Transformers:
 
     async def rate(self, batch: int) -> float:
         if batch not in self._best:
-            rates = {
-                kind: await self._ask(kind, batch, TRIAL_TOKENS, TRIAL_TOKENS)
-                for kind in self._child.ready["kinds"]
-            }
+            short = await self._trial(self._child.ready["kinds"], batch, TRIAL_TOKENS)
+            worth = [kind for kind in short if short[kind] > WORTH_A_TRIAL * max(short.values())]
+            rates = await self._trial(worth, batch, PROMPT_TOKENS)
             self._best[batch] = max(rates, key=rates.__getitem__)
-            shown = ", ".join(f"{kind} {rate:.1f}" for kind, rate in rates.items())
-            print(f"transformers at batch {batch}, trial: {shown}", flush=True)
         return await self._ask(self._best[batch], batch, PROMPT_TOKENS, SLOW_TOKENS)
+
+    async def _trial(
+        self, kinds: Iterable[str], batch: int, prompt_tokens: int
+    ) -> dict[str, float]:
+        rates = {kind: await self._ask(kind, batch, prompt_tokens, TRIAL_TOKENS) for kind in kinds}
+        shown = ", ".join(f"{kind} {rate:.1f}" for kind, rate in rates.items())
+        print(f"transformers, batch {batch}, prompts of {prompt_tokens}: {shown}", flush=True)
+        return rates
 
     async def _ask(self, kind: str, batch: int, prompt_tokens: int, num_tokens: int) -> float:
         work = {"batch": batch, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens}
@@ -88,8 +95,9 @@ async def measure(
         async with running_cluster(plan, lambda *_: None, lambda _: None, grace_s=10.0) as cluster:
             vocab_size = plan.model.vocab_size
             sides[TWO_TIERS] = partial(decode_two_tiers, cluster.client, vocab_size)
-            for rate in sides.values():  # warm
-                await rate(2)
+            for name, rate in sides.items():
+                if name != "transformers":  # its trial warms it
+                    await rate(2)
             for batch in batches:
                 report(batch, [await one_round(sides, batch) for _ in range(rounds)])
 

@@ -6,7 +6,7 @@ of DeepSeek-V3's published inference code. Knows tensors; knows no files.
 
 import torch
 
-from moe_core.config.parallel import FP8_BLOCK
+from moe_core.config.parallel_rules import FP8_BLOCK
 
 Tensor = torch.Tensor
 

@@ -11,7 +11,7 @@ from moe_core.checkpoint.expected import TensorSpec
 from moe_core.checkpoint.headers import TensorEntry
 from moe_core.checkpoint.names import SCALE_SUFFIX
 from moe_core.config.model import ModelConfig
-from moe_core.config.parallel import FP8_BLOCK
+from moe_core.config.parallel_rules import FP8_BLOCK
 from moe_core.errors import CheckpointError
 
 FP8_DTYPE = "F8_E4M3"

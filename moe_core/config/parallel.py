@@ -1,24 +1,22 @@
 """The six parallel settings and what follows from them.
 
-Knows the rules of DESIGN section 2, rank arithmetic, and how many experts a process of the
-expert tier holds. Knows no process, device or address, and a model only by its config.
+Knows rank arithmetic, and how a running cluster's sizes may change; what the settings must keep is
+config.parallel_rules'. Knows no process, device or address, and a model only by its config.
 
-A rule is a generator that yields what it breaks. Refusing names the first broken rule, and the
-nearest values that would do are found by trying: each suggested value has passed every rule.
+Refusing names the first broken rule, and the nearest values that would do are found by trying: each
+suggested value has passed every rule.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Self, TypeVar
 
 from moe_core.config.model import ModelConfig
+from moe_core.config.parallel_rules import POWERS_OF_TWO, Broken, broken_for_model, broken_rules
 from moe_core.errors import ConfigError
 
-SHARED_EXPERTS_ON = ("attention", "expert")
-FP8_BLOCK = 128  # rows and columns that share one scale in "fp8_block_128" checkpoints
-_POWERS_OF_TWO = tuple(1 << exponent for exponent in range(17))
 _NUM_SUGGESTIONS = 2
 Config = TypeVar("Config", bound="ParallelConfig")
 
@@ -44,14 +42,14 @@ class ParallelConfig:
     live: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _refuse_broken(self, _broken)
+        _refuse_broken(self, broken_rules)
 
     def with_model(self, model: ModelConfig) -> Self:
         """This configuration settled for one model; settling it again changes nothing.
 
         Raises ConfigError where the model's heads, experts or widths cannot be cut this way.
         """
-        _refuse_broken(self, lambda config: _broken_for_model(config, model))
+        _refuse_broken(self, lambda config: broken_for_model(config, model))
         mla = model.mla is not None if self.enable_mla is None else self.enable_mla
         return replace(self, enable_mla=mla, expert_parallel_degree=self.degree)
 
@@ -77,7 +75,7 @@ class ParallelConfig:
             _refuse_part_groups(tier, devices, group)
             variant = _with_devices(variant, tier, devices)
         # Both are set first: a colocated layout wants them alike.
-        broken = next(_broken_for_model(variant, model), None)
+        broken = next(broken_for_model(variant, model), None)
         if broken is not None:
             asked = "attn_devices" if expert_devices is None else "expert_devices"
             raise _does_not_fit(variant, broken, asked, model)
@@ -123,17 +121,7 @@ class ParallelConfig:
         return divmod(rank, self.etp_size)
 
 
-@dataclass(frozen=True, slots=True)
-class _Broken:
-    """`otherwise` is the setting to name where no value of `setting` would do."""
-
-    setting: str
-    rule: str
-    candidates: Iterable[object] = ()
-    otherwise: str | None = None
-
-
-_Rules = Callable[[ParallelConfig], Iterator[_Broken]]
+_Rules = Callable[[ParallelConfig], Iterator[Broken]]
 
 
 def _refuse_broken(config: ParallelConfig, rules: _Rules) -> None:
@@ -148,7 +136,7 @@ def _refuse_broken(config: ParallelConfig, rules: _Rules) -> None:
     raise ConfigError(setting, getattr(config, setting), broken.rule, nearest)
 
 
-def _nearest(config: ParallelConfig, rules: _Rules, broken: _Broken, setting: str) -> list[object]:
+def _nearest(config: ParallelConfig, rules: _Rules, broken: Broken, setting: str) -> list[object]:
     """The closest candidates with which nothing is broken; where another setting is wrong too,
     those with which the first broken rule is that other setting's."""
     value = getattr(config, setting)
@@ -164,7 +152,7 @@ def _nearest(config: ParallelConfig, rules: _Rules, broken: _Broken, setting: st
 
 
 def _refuse_part_groups(tier: str, devices: int, group: int) -> None:
-    most = _POWERS_OF_TWO[-1] // group * group
+    most = POWERS_OF_TWO[-1] // group * group
     if not group <= devices <= most or devices % group:
         below = devices // group * group
         rule = f"must be whole groups of {group} processes, {group} to {most} in all"
@@ -187,7 +175,7 @@ def _with_devices(config: Config, tier: str, devices: int) -> Config:
 
 
 def _does_not_fit(
-    config: ParallelConfig, broken: "_Broken", tier: str, model: ModelConfig
+    config: ParallelConfig, broken: Broken, tier: str, model: ModelConfig
 ) -> ConfigError:
     """Why a running tier cannot have so many processes, and how many it can."""
     devices: int = getattr(config, tier)
@@ -197,7 +185,7 @@ def _does_not_fit(
     fitting = (
         size
         for size in sorted(sizes, key=lambda size: abs(size - devices))
-        if next(_broken_for_model(_with_devices(config, tier, size), model), None) is None
+        if next(broken_for_model(_with_devices(config, tier, size), model), None) is None
     )
     value = getattr(config, broken.setting)
     rule = f"{broken.setting}={value!r} {broken.rule}"
@@ -214,118 +202,6 @@ def _variant(config: Config, setting: str, value: object) -> Config:
     variant = copy.copy(config)
     object.__setattr__(variant, setting, value)
     return variant
-
-
-def _broken(config: ParallelConfig) -> Iterator[_Broken]:
-    """The rules that need no model. Later ones rely on earlier ones, so only the first counts."""
-    yield from _broken_types(config)
-    for size, devices in (("dp_size", "attn_devices"), ("ep_size", "expert_devices")):
-        value = getattr(config, size)
-        if not _is_count(value) or (value.bit_count() != 1 and not config.live):
-            yield _Broken(size, "must be a power of two", _POWERS_OF_TWO)
-        if getattr(config, devices) % getattr(config, size):
-            rule = f"must divide {devices}={getattr(config, devices)}"
-            yield _Broken(size, rule, _POWERS_OF_TWO)
-    yield from _broken_degree(config)
-    if config.num_redundant_experts and config.ep_size == 1:
-        rule = "copies of one expert must be on different EP groups, and ep_size=1 has only one"
-        yield _Broken("num_redundant_experts", rule, (0,))
-    if config.colocated and config.attn_devices != config.expert_devices:
-        rule = (
-            f"wants as many attention as expert devices, not attn_devices={config.attn_devices} "
-            f"and expert_devices={config.expert_devices}"
-        )
-        yield _Broken("colocated", rule, (False,))
-
-
-def _broken_types(config: ParallelConfig) -> Iterator[_Broken]:
-    for setting in ("attn_devices", "expert_devices"):
-        if not _is_count(getattr(config, setting)):
-            yield _Broken(setting, "must be an integer of at least 1", _POWERS_OF_TWO)
-    if not (config.enable_mla is None or isinstance(config.enable_mla, bool)):
-        yield _Broken("enable_mla", "must be true, false or unset", (True, False))
-    redundant = config.num_redundant_experts
-    if not (_is_count(redundant) or (redundant == 0 and not isinstance(redundant, bool))):
-        yield _Broken("num_redundant_experts", "must be an integer of at least 0", (0, 1))
-    if config.shared_experts not in SHARED_EXPERTS_ON:
-        rule = f"must be one of {', '.join(SHARED_EXPERTS_ON)}"
-        yield _Broken("shared_experts", rule, SHARED_EXPERTS_ON)
-    if not isinstance(config.colocated, bool):
-        yield _Broken("colocated", "must be true or false", (True, False))
-
-
-def _broken_degree(config: ParallelConfig) -> Iterator[_Broken]:
-    setting, degrees = "expert_parallel_degree", (0, 1, 2)
-    degree = config.expert_parallel_degree
-    if degree is None:
-        return
-    if isinstance(degree, bool) or degree not in degrees:
-        yield _Broken(setting, "must be 0 (off), 1 (broadcast) or 2 (targeted)", degrees)
-    if degree == 0 and config.ep_size > 1:
-        rule = f"switches expert parallelism off, which ep_size={config.ep_size} contradicts"
-        yield _Broken(setting, rule, degrees)
-    if degree == 2 and config.ep_size != config.expert_devices:
-        rule = (
-            f"needs ep_size equal to expert_devices, not ep_size={config.ep_size} "
-            f"and expert_devices={config.expert_devices}"
-        )
-        yield _Broken(setting, rule, degrees)
-
-
-def _broken_for_model(config: ParallelConfig, model: ModelConfig) -> Iterator[_Broken]:
-    yield from _broken(config)
-    if config.enable_mla and model.mla is None:
-        rule = f"{model.model_type} has no multi-head latent attention"
-        yield _Broken("enable_mla", rule, (False,))
-    if config.shared_on_experts and not model.moe.n_shared_experts:
-        rule = f"{model.model_type} has no shared expert that the expert tier could run"
-        yield _Broken("shared_experts", rule, ("attention",))
-    for problem in _attention_cut_problems(model, config.tp_size, config.shared_on_experts):
-        rule = f"makes tp_size = attn_devices / dp_size = {config.tp_size}, {problem}"
-        yield _Broken("dp_size", rule, _POWERS_OF_TWO, otherwise="attn_devices")
-    for problem in _expert_cut_problems(model, config.etp_size):
-        rule = f"makes etp_size = expert_devices / ep_size = {config.etp_size}, {problem}"
-        yield _Broken("ep_size", rule, _POWERS_OF_TWO, otherwise="expert_devices")
-    yield from _broken_expert_counts(config, model.moe.num_experts)
-
-
-def _attention_cut_problems(model: ModelConfig, tp: int, shared_on_experts: bool) -> Iterator[str]:
-    if model.num_attention_heads % tp:
-        yield f"which must divide num_attention_heads={model.num_attention_heads}"
-    kv_heads = model.num_key_value_heads
-    if model.mla is None and kv_heads % tp and tp % kv_heads:
-        yield f"which must divide, or be a multiple of, num_key_value_heads={kv_heads}"
-    if len(model.moe_layer_ids) < model.num_hidden_layers and model.intermediate_size % tp:
-        yield f"which must divide intermediate_size={model.intermediate_size}"
-    shared = model.moe.n_shared_experts * model.moe.moe_intermediate_size
-    if not shared_on_experts and shared % tp:
-        yield f"which must divide the shared expert's width {shared}"
-
-
-def _expert_cut_problems(model: ModelConfig, etp: int) -> Iterator[str]:
-    width = model.moe.moe_intermediate_size
-    if width % etp:
-        yield f"which must divide moe_intermediate_size={width}"
-    elif etp > 1 and model.quantization == "fp8_block_128" and width // etp % FP8_BLOCK:
-        yield f"which must cut moe_intermediate_size={width} on {FP8_BLOCK}-wide FP8 blocks"
-
-
-def _broken_expert_counts(config: ParallelConfig, num_experts: int) -> Iterator[_Broken]:
-    most = num_experts * (config.ep_size - 1)
-    if config.num_redundant_experts > most:
-        rule = (
-            f"must be at most num_experts * (ep_size - 1) = {most}, since copies of one expert "
-            "must be on different EP groups"
-        )
-        yield _Broken("num_redundant_experts", rule, (most,))
-    num_slots = num_experts + config.num_redundant_experts
-    if config.ep_size > num_slots:
-        rule = f"must be at most the {num_slots} experts, so that each EP group holds one"
-        yield _Broken("ep_size", rule, _POWERS_OF_TWO)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _require_rank(what: str, rank: int, size: int) -> None:
