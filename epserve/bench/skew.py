@@ -21,7 +21,7 @@ from moe_core.errors import UnavailableError
 from moe_core.placement import ExpertPlacement
 
 SKEWED, BALANCED = 2.0, 1.15
-ZIPF_EXPONENT = 2.0
+ZIPF_EXPONENT = 3.0
 MOST_RANKINGS = 8
 # Long prompts and short answers: what is routed is what was drawn.
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS, AT_ONCE = 32, 128, 4, 8
