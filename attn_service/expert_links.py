@@ -5,8 +5,9 @@ wire and no model: how to connect is its argument, and who uses the links finds 
 
 A link that is lost stays until its successor is there, so that what needs it fails with the name
 of the peer that is gone. One to a process that the cluster takes for FAILED counts as lost, even if
-it seems to work: a process that was frozen is met again when it has joined again. Ranks are followed as they appear: a placement may use more or fewer
-processes than the cluster was configured with.
+it seems to work: a process that was frozen is met again when it has joined again. Ranks are
+followed as they appear: a placement may use more or fewer processes than the cluster was
+configured with.
 """
 
 import asyncio

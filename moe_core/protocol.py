@@ -4,7 +4,8 @@ One number stands for all that processes tell each other: registration, exchange
 streams of the engine. Knows no message; whoever opens a connection says its versions in the first
 one, and the highest that both ends speak is used.
 
-The rule, by which a cluster can be replaced process by process (docs/decisions/0020-releases-side-by-side.md):
+The rule, by which a cluster can be replaced process by process
+(docs/decisions/0020-releases-side-by-side.md):
 * A release speaks its own version and that of the release before it. Older ones are refused.
 * What can be ignored without harm is added as a field, which an older process does not know, and
   whose absence a newer one takes for what it meant before. Everything else raises the number: a

@@ -18,7 +18,7 @@ from moe_core.service.cluster_codec import join_to_pb
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.layout_codec import parallel_to_pb
 from moe_core.service.membership import Membership
-from support.small_gateway import FINGERPRINT, SmallGateway
+from support.small_gateway import FINGERPRINT, MODEL, SmallGateway
 
 TIMEOUT_S = 10
 SERVICE = "epserve.v1.ClusterService"
@@ -89,7 +89,7 @@ class OtherGateway(cluster_pb2_grpc.ClusterServiceServicer):
         context: Any,  # noqa: ANN401
     ) -> AsyncIterator[pb.RegisterResponse]:
         await anext(aiter(requests))
-        parallel = parallel_to_pb(ParallelConfig())
+        parallel = parallel_to_pb(ParallelConfig().with_model(MODEL))
         assigned = pb.Assigned(rank=0, parallel=parallel, protocol_version=self._version)
         yield pb.RegisterResponse(assigned=assigned)
 

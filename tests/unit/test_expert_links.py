@@ -15,6 +15,7 @@ from support.moe_configs import moe_model
 @dataclass
 class FakeLink:
     member: Member
+    peer: str = "an expert"
     transport: str = "fake"
     lost_because: str | None = None
     closed: bool = False
@@ -157,9 +158,7 @@ async def test_a_lost_link_to_a_process_that_still_lives_is_made_again() -> None
     assert tier.links.missing == ()
 
 
-async def test_a_process_that_the_cluster_takes_for_failed_is_lost_until_it_has_joined_again() -> (
-    None
-):
+async def test_a_process_that_is_failed_is_lost_until_it_has_joined_again() -> None:
     tier = Tier()
     await tier.links.reconcile(BOTH)
     old = tier.in_use[1]
