@@ -4,8 +4,10 @@ Knows members, their starts (`instance_epoch`) and when a link is to be made ane
 wire and no model: how to connect is its argument, and who uses the links finds them in `Peers`.
 
 A link that is lost stays until its successor is there, so that what needs it fails with the name
-of the peer that is gone. Ranks are followed as they appear: a placement may use more or fewer
-processes than the cluster was configured with.
+of the peer that is gone. One to a process that the cluster takes for FAILED counts as lost, even if
+it seems to work: a process that was frozen is met again when it has joined again. Ranks are
+followed as they appear: a placement may use more or fewer processes than the cluster was
+configured with.
 """
 
 import asyncio
@@ -43,6 +45,7 @@ class ExpertLinks:
         start of it. What has no link after that is in `missing`, and is tried again by the next
         call. Returns whether there is a new link. Raises ProtocolError for a peer that does not
         fit this process, while there is none that does."""
+        self.give_up(state)
         ready = {m.rank: m for m in state.tier(Role.EXPERT) if m.state is MemberState.READY}
         for member in ready.values():
             if member.rank not in self._connecting and self._wants_link(member):
@@ -60,6 +63,14 @@ class ExpertLinks:
         self.peers.explain_absent(absent)
         self.missing = tuple(f"expert {rank}: {reason}" for rank, reason in absent.items())
         return any(rank not in self._problems for rank in made)
+
+    def give_up(self, state: ClusterState) -> None:
+        """Lose the links to processes that the cluster takes for FAILED."""
+        for member in state.tier(Role.EXPERT):
+            if member.state is MemberState.FAILED and not self._wants_link(member):
+                reason = f"the cluster takes it for failed, {member.detail}"
+                log.warning("a link is given up", rank=member.rank, reason=reason)
+                self.peers.lose(member.rank, reason)
 
     def can_serve(self, placement: ExpertPlacement) -> bool:
         """Every expert is on some process, or group of them, that is connected."""
@@ -100,6 +111,10 @@ class ExpertLinks:
         return not same_start or self._lost(member.rank) is not None
 
     async def _make_link(self, member: Member) -> None:
+        former = self.peers.links.get(member.rank)
+        if former is not None and former.lost_because is not None:
+            # First: a peer that is there again can still say that it writes no more.
+            await former.close()
         try:
             link = await self._connect(member)
         except (PeerLostError, PeerTimeoutError, ProtocolError) as error:
@@ -112,6 +127,8 @@ class ExpertLinks:
         self._epochs[member.rank] = member.instance_epoch
         old = self.peers.put(member.rank, link)
         if old is not None:
+            late = old.counters.dropped
+            log.info("a link is replaced", peer=old.peer, was=old.lost_because, late_answers=late)
             await old.close()
 
     async def _forget_unused(self, needed: range, ready: dict[int, Member]) -> None:

@@ -60,6 +60,11 @@ class Peers:
         self._changed()
         return self._links.pop(rank, None)
 
+    def lose(self, rank: int, reason: str) -> None:
+        """That process counts as gone; what is under way there fails at once."""
+        self._links[rank].lose(reason)
+        self._changed()
+
     def explain_absent(self, reasons: Mapping[int, str]) -> None:
         """Why ranks have no link, for who asks."""
         self._absent = reasons

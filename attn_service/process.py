@@ -137,6 +137,7 @@ class AttentionProcess:
                 self._duty.run(),
                 self._membership.lost(),
                 self._keep_up(self._placements, self._membership),
+                self._heed_failures(self._membership),
                 _report_expert_load(self._duty, self._membership),
                 _wait(self._closing),
             )
@@ -292,6 +293,14 @@ class AttentionProcess:
                 self._duty.engine.wake()
             self._adopt(placements, membership.state.placement)
             self._report(membership)
+
+    async def _heed_failures(self, membership: Membership) -> None:
+        """As soon as the cluster says that a process has failed. Ends as the membership does."""
+        assert self._links is not None
+        while True:
+            state = membership.state
+            self._links.give_up(state)
+            await membership.next_state(state)
 
     def _adopt(self, placements: Placements, latest: ExpertPlacement) -> None:
         """Steps that are planned from now on use it, once its experts can be reached. A rank that

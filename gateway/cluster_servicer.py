@@ -6,7 +6,7 @@ a stream whose member is no longer there is ended.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeAlias
 
 import grpc.aio
@@ -15,9 +15,10 @@ import structlog
 from gateway.cluster import MemberKey, Registry
 from gateway.leases import CHECK_S
 from moe_core.cluster import ClusterState, Join, Role
-from moe_core.errors import RequestError
+from moe_core.errors import ProtocolError, RequestError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc
+from moe_core.protocol import UNSAID, common_version
 from moe_core.service.cluster_codec import (
     cluster_to_pb,
     expert_load_from_pb,
@@ -51,7 +52,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def Register(
         self, requests: AsyncIterator[pb.RegisterRequest], context: Context
     ) -> AsyncIterator[pb.RegisterResponse]:
-        join = await _first_join(requests)
+        join, version = await _first_join(requests)
         _check_certificate(context, join.role)
         key = self._registry.join(join)
         log.info("joined", role=str(key.role), rank=key.rank, peer=context.peer())
@@ -60,11 +61,12 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         leases = asyncio.create_task(self._check_leases(key), name="leases")
         try:
             parallel = parallel_to_pb(self._registry.accepted)
-            yield pb.RegisterResponse(assigned=pb.Assigned(rank=key.rank, parallel=parallel))
-            version = 0
-            while (state := await self._next_state(version, reports, closing)) is not None:
+            assigned = pb.Assigned(rank=key.rank, parallel=parallel, protocol_version=version)
+            yield pb.RegisterResponse(assigned=assigned)
+            seen = 0
+            while (state := await self._next_state(seen, reports, closing)) is not None:
                 self._registry.require(key)
-                version = state.version
+                seen = state.version
                 yield pb.RegisterResponse(state=self._encode(state))
         finally:
             reports.cancel()
@@ -129,7 +131,8 @@ def _check_certificate(context: Context, role: Role) -> None:
     require_role(context, PeerRole(role.value), f"an {role} process of the cluster")
 
 
-async def _first_join(requests: AsyncIterator[pb.RegisterRequest]) -> Join:
+async def _first_join(requests: AsyncIterator[pb.RegisterRequest]) -> tuple[Join, int]:
+    """And the version of the protocol that this registration uses."""
     try:
         async with asyncio.timeout(JOIN_TIMEOUT_S):
             first = await anext(requests, None)
@@ -137,4 +140,15 @@ async def _first_join(requests: AsyncIterator[pb.RegisterRequest]) -> Join:
         raise RequestError(f"join: nothing was sent within {JOIN_TIMEOUT_S:g} s") from None
     if first is None or first.WhichOneof("kind") != "join":
         raise RequestError("join: the first message of a registration must be a Join")
-    return join_from_pb(first.join)
+    join = join_from_pb(first.join)
+    return join, _common_version(join, first.join.protocol_versions)
+
+
+def _common_version(join: Join, offered: Sequence[int]) -> int:
+    """Raises RequestError, as for all else that keeps a worker out for good."""
+    try:
+        return common_version(
+            f"the {join.role} process at {join.address}", offered or UNSAID, "the gateway"
+        )
+    except ProtocolError as error:
+        raise RequestError(f"protocol_versions={list(offered)}: {error}") from None

@@ -15,6 +15,7 @@ from moe_core.cluster import ClusterState, ExpertLoad, Join, StatusReport
 from moe_core.errors import ProtocolError, UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1.cluster_pb2_grpc import ClusterServiceStub
+from moe_core.protocol import PROTOCOL_VERSIONS, UNSAID
 from moe_core.service.certificates import ServerCheck
 from moe_core.service.cluster_codec import (
     cluster_from_pb,
@@ -51,7 +52,7 @@ class Outbox:
 
     async def requests(self, join: Join) -> AsyncIterator[pb.RegisterRequest]:
         """The stream's requests, until `close`."""
-        yield pb.RegisterRequest(join=join_to_pb(join))
+        yield pb.RegisterRequest(join=_join_message(join))
         while True:
             await self._filled.wait()
             if self._closed:
@@ -88,6 +89,7 @@ class Registration:
         answer = await self._next()
         if answer.WhichOneof("kind") != "assigned":
             raise ProtocolError(f"gateway {self._gateway}: the first answer is no Assigned")
+        self._check_version(answer.assigned.protocol_version)
         self.rank = answer.assigned.rank
         if self._join.rank not in (None, self.rank):
             raise ProtocolError(
@@ -98,6 +100,13 @@ class Registration:
         self._lease = Lease(
             self._gateway, self._security, join.role, self.rank, join.instance_epoch
         )
+
+    def _check_version(self, chosen: int) -> None:
+        if (chosen or max(UNSAID)) not in PROTOCOL_VERSIONS:
+            raise ProtocolError(
+                f"gateway {self._gateway} chose protocol version {chosen} out of "
+                f"{list(PROTOCOL_VERSIONS)}"
+            )
 
     async def next_state(self) -> ClusterState:
         """The next that the gateway sends. Raises the error with which it has ended the stream."""
@@ -122,3 +131,9 @@ class Registration:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, f"gateway {self._gateway}") from None
         return answer
+
+
+def _join_message(join: Join) -> pb.Join:
+    message = join_to_pb(join)
+    message.protocol_versions[:] = PROTOCOL_VERSIONS
+    return message

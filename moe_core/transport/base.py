@@ -196,6 +196,11 @@ class ExpertLink(ABC):
         """
 
     @abstractmethod
+    def lose(self, reason: str) -> None:
+        """Count the peer as gone, whatever it still says: pending combines and waits fail with
+        PeerLostError at once, and answers that come later are dropped."""
+
+    @abstractmethod
     async def close(self) -> None:
         """End the exchange; pending combines fail with PeerLostError."""
 

@@ -177,6 +177,9 @@ class ChunkedLink(ExpertLink):
         what = self._describe(found.pending)
         found.pending.finish(PeerFailedError(f"{self.peer}: {what}: {message}", code))
 
+    def lose(self, reason: str) -> None:
+        self._lost(reason)
+
     def _lost(self, reason: str) -> None:
         """The peer is gone: everything outstanding fails, and so does all that comes later."""
         if self._lost_because is not None:

@@ -80,6 +80,12 @@ class GrpcLink(ChunkedLink):
         tag = message.tag
         self._answered(tag.slot, tag.sequence, partial, message.queue_us, message.compute_us)
 
+    def _lost(self, reason: str) -> None:
+        super()._lost(reason)
+        for mark in self._sent.values():
+            if not mark.done():
+                mark.set_result(False)
+
     async def close(self) -> None:
         await self._stream.close()
         self._lost("closed on this side")

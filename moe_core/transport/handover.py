@@ -11,7 +11,7 @@ from blake3 import blake3
 
 from moe_core.errors import ProtocolError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
-from moe_core.transport.handshake import PROTOCOL_VERSIONS
+from moe_core.protocol import PROTOCOL_VERSIONS
 from moe_core.transport.layout import align
 
 # What is written or sent at once: an event loop that also serves is not kept from it for long.

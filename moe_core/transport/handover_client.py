@@ -14,11 +14,11 @@ import torch
 from moe_core.errors import EpserveError, PeerLostError, PeerTimeoutError, ProtocolError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
+from moe_core.protocol import PROTOCOL_VERSIONS
 from moe_core.service.certificates import ServerCheck
 from moe_core.service.grpc_channel import error_from_status, open_channel
 from moe_core.transport.endpoint import NixlEndpoint
 from moe_core.transport.handover import FETCH_TIMEOUT_S, HandoverSpec
-from moe_core.transport.handshake import PROTOCOL_VERSIONS
 from moe_core.transport.layout import ALIGNMENT
 from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.stream import STREAM_FAILURES

@@ -19,10 +19,10 @@ from moe_core.errors import (
     UnavailableError,
 )
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
+from moe_core.protocol import common_version
 from moe_core.transport.base import LinkCounters
 from moe_core.transport.endpoint import NixlEndpoint
 from moe_core.transport.handover import FETCH_TIMEOUT_S, HandoverSpec
-from moe_core.transport.handshake import common_version
 from moe_core.transport.layout import ALIGNMENT
 from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.wire import tensor_bytes
@@ -88,7 +88,9 @@ class HandoverServicer:
         if hello is None:
             return
         self._spec.check(hello.hello)
-        version = common_version(hello.hello.protocol_versions)
+        version = common_version(
+            f"expert {hello.hello.rank}", hello.hello.protocol_versions, "the giving process"
+        )
         peer = f"expert {hello.hello.rank} ({context.peer()})"
         transport = self._transport(tuple(hello.hello.transports))
         endpoint = self._endpoint if transport == "nixl" else None

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from moe_core.errors import ProtocolError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
+from moe_core.protocol import PROTOCOL_VERSIONS, common_version
 from moe_core.transport.base import Identity, LinkSpec
 from moe_core.transport.wire import dtype_name
-
-PROTOCOL_VERSIONS = (1,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def accept_hello(
 
     Raises ProtocolError that names both sides' values of everything that differs.
     """
-    version = common_version(hello.protocol_versions)
+    version = common_version("attention", hello.protocol_versions, "expert")
     differences = list(_differences(hello, spec, identity))
     if attention_world is None and hello.attn_rank >= hello.attn_world:
         differences.append(
@@ -77,16 +76,6 @@ def accept_hello(
         raise ProtocolError(f"the hello does not fit: {'; '.join(differences)}")
     transport, reason = _choose(tuple(hello.transports), supported)
     return Agreement(version, transport, reason)
-
-
-def common_version(offered: Iterable[int]) -> int:
-    common = set(offered) & set(PROTOCOL_VERSIONS)
-    if not common:
-        raise ProtocolError(
-            f"no protocol version in common: attention speaks {sorted(offered)}, "
-            f"expert speaks {sorted(PROTOCOL_VERSIONS)}"
-        )
-    return max(common)
 
 
 def _differences(hello: pb.Hello, spec: LinkSpec, identity: Identity) -> Iterable[str]:

@@ -138,6 +138,7 @@ class NixlLink(ChunkedLink):
 
     def _lost(self, reason: str) -> None:
         super()._lost(reason)
+        self._path.give_up(PeerLostError(f"{self.peer} is gone ({self._lost_because})"))
         self._end_probe()
 
     async def close(self) -> None:

@@ -232,6 +232,13 @@ class NixlPath:
         if self.failure is not None:
             raise self.failure
 
+    def give_up(self, error: TransportError) -> None:
+        """Nobody waits for writes any more. Those that are not done are still on their way."""
+        self.failure = self.failure or error
+        for waiter in self._unfinished.values():
+            if waiter is not None and not waiter.done():
+                waiter.set_result(error)
+
     def close(self, *, in_order: bool) -> None:
         """The link has ended; `in_order` when the peer has said that its writes are all done."""
         if self._bell is not None:

@@ -87,6 +87,32 @@ async def test_a_frozen_peer_costs_a_deadline_and_its_late_answer_is_dropped(
     await link.close()
 
 
+async def test_a_peer_that_is_given_up_fails_all_at_once_and_its_late_answers_are_dropped(
+    wire: str, peer: PeerProcess
+):
+    link = await connect(peer.address, SPEC, wire)
+    await round_trips(link, 1)
+    os.kill(peer.process.pid, signal.SIGSTOP)
+    try:
+        pending = [await link.dispatch(make_dispatch(4, SPEC), 5.0) for _ in range(SPEC.slot_count)]
+        waits = [asyncio.create_task(one.wait(30.0)) for one in pending]
+        queued = asyncio.create_task(link.dispatch(make_dispatch(4, SPEC), 30.0))
+        await asyncio.sleep(0.05)
+        link.lose("no lease for 3 s")
+        async with asyncio.timeout(SOON_S):
+            results = await asyncio.gather(*waits, queued, return_exceptions=True)
+        assert all(isinstance(result, PeerLostError) for result in results)
+        assert all("is gone (no lease for 3 s)" in str(result) for result in results)
+        for one in pending:
+            one.release()
+        with pytest.raises(PeerLostError, match="no lease"):
+            await link.dispatch(make_dispatch(1, SPEC), 5.0)
+    finally:
+        os.kill(peer.process.pid, signal.SIGCONT)
+    await until(lambda: link.counters.dropped == SPEC.slot_count)
+    await link.close()
+
+
 async def test_a_peer_restarted_at_the_same_address_is_met_anew(wire: str, peer: PeerProcess):
     endpoint, _ = open_endpoint(ATTENTION, TransportOptions(wire))
     options = TransportOptions(wire)

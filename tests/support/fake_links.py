@@ -155,7 +155,10 @@ class FakeLink(ExpertLink):
         return self._lost
 
     def die(self) -> None:
-        self._lost = "killed"
+        self.lose("killed")
+
+    def lose(self, reason: str) -> None:
+        self._lost = reason
         for answer in self.posted:
             answer.finish(self.lost_error())
 

@@ -20,9 +20,11 @@ _END_OF_OUTPUT = "\0"
 
 class Running:
     """A started `epserve …`; its stdout and stderr are read as they come. `wrapper`: a command
-    that runs the one behind it, as `ip netns exec NAME` does."""
+    that runs the one behind it, as `ip netns exec NAME` does. `tree`: another release's sources."""
 
-    def __init__(self, arguments: Sequence[str], wrapper: Sequence[str] = ()) -> None:
+    def __init__(
+        self, arguments: Sequence[str], wrapper: Sequence[str] = (), tree: Path | None = None
+    ) -> None:
         self._process = subprocess.Popen(
             [*wrapper, *EPSERVE, *arguments],
             stdin=subprocess.DEVNULL,
@@ -30,6 +32,7 @@ class Running:
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
+            env=environment(tree),
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self.out: list[str] = []
@@ -91,10 +94,17 @@ class Running:
         self._lines.put(_END_OF_OUTPUT)
 
 
+def environment(tree: Path | None) -> dict[str, str] | None:
+    """In which `epserve` is the one in `tree`; None: this one, as it is installed."""
+    return None if tree is None else {**os.environ, "PYTHONPATH": str(tree)}
+
+
 @contextmanager
-def started(*arguments: str, wrapper: Sequence[str] = ()) -> Iterator[Running]:
+def started(
+    *arguments: str, wrapper: Sequence[str] = (), tree: Path | None = None
+) -> Iterator[Running]:
     """`epserve` with these arguments; killed with all its children at the end."""
-    running = Running(arguments, wrapper)
+    running = Running(arguments, wrapper, tree)
     try:
         yield running
     finally:

@@ -44,31 +44,56 @@ async def begun(client: EpserveClient) -> AsyncIterator[Output]:
     return outputs
 
 
-async def outcome(outputs: AsyncIterator[Output]) -> str:
-    """The finish_reason or the error that the request ends with."""
-    try:
-        return [output async for output in outputs][-1].finish_reason
-    except UnavailableError as error:
-        return str(error)
+async def all_tokens(client: EpserveClient, begun: asyncio.Semaphore) -> list[int]:
+    """`begun` is released when the first come."""
+    found: list[int] = []
+    async for output in client.generate(PROMPT, LONG):
+        if not found:
+            begun.release()
+        found += output.token_ids
+    return found
+
+
+def num_held(target: str) -> list[tuple[int, int]]:
+    """Of each attention process: sequences that it has, and KV blocks that are not free."""
+    loads = [member.attention_load for member in state_of(target).tier(Role.ATTN)]
+    return [
+        (load.num_running + load.num_waiting, load.total_kv_blocks - load.free_kv_blocks)
+        for load in loads
+        if load is not None
+    ]
 
 
 async def test_requests_of_a_frozen_process_go_on_elsewhere_and_it_comes_back_when_it_thaws(
     target: str,
 ) -> None:
     async with EpserveClient(target) as client:
-        requests = [await begun(client) for _ in range(2)]  # one on each DP group
+        begun = asyncio.Semaphore(0)
+        quiet = await all_tokens(client, begun)
+        await begun.acquire()
+        both = [asyncio.create_task(all_tokens(client, begun)) for _ in range(2)]  # one on each
+        for _ in both:
+            await begun.acquire()
         frozen = stop(target, Role.ATTN, 1)
-        async with asyncio.timeout(NOTICED_S):
-            while len(state_of(target).tier(Role.ATTN)) == 2:
-                await asyncio.sleep(0.1)
-        assert [await outcome(outputs) for outputs in requests] == ["length"] * 2
-    os.kill(frozen.pid, signal.SIGCONT)
+        try:
+            async with asyncio.timeout(NOTICED_S):
+                while len(state_of(target).tier(Role.ATTN)) == 2:
+                    await asyncio.sleep(0.1)
+            assert await asyncio.gather(*both) == [quiet] * 2
+        finally:
+            os.kill(frozen.pid, signal.SIGCONT)
     async with asyncio.timeout(DEADLINE_S):
         while not is_back(frozen, target):
             await asyncio.sleep(0.1)
         await asyncio.sleep(2 * TICK_S)  # until it has seen that its links are lost
         while not is_back(frozen, target):
             await asyncio.sleep(0.1)
+        # What it was stopped at is wanted by nobody: it is dropped, and its tokens went nowhere.
+        while num_held(target) != [(0, 0)] * 2:
+            await asyncio.sleep(0.1)
+    async with EpserveClient(target) as client:
+        requests = (all_tokens(client, begun) for _ in range(4))
+        assert await asyncio.gather(*requests) == [quiet] * 4
 
 
 def is_back(frozen: Member, target: str) -> bool:

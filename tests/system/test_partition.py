@@ -16,6 +16,7 @@ from support.processes import TINY_MODEL, started
 
 MODEL = ("--model", str(TINY_MODEL))
 NOTICED_S = 6.0  # twice what is promised
+BACK_S = 60.0
 LONG = Sampling(max_tokens=300, temperature=0.0, ignore_eos=True)
 PROMPT = (5, 6, 7)
 
@@ -66,7 +67,7 @@ async def test_a_short_partition_delays_and_changes_no_token(cluster: tuple[Othe
         assert await disturbed == quiet
 
 
-async def test_a_partition_is_noticed_and_what_needs_the_lost_ends_with_an_error(
+async def test_a_partition_is_noticed_and_the_cluster_serves_as_before_when_it_heals(
     cluster: tuple[OtherHost, str],
 ):
     there, target = cluster
@@ -84,8 +85,18 @@ async def test_a_partition_is_noticed_and_what_needs_the_lost_ends_with_an_error
         error = disturbed.exception()
         assert error is None or isinstance(error, EpserveError)
         assert error is not None or disturbed.result() == quiet
+        async with asyncio.timeout(BACK_S):
+            while not (await _is_ready(client) and await _is_complete(client)):
+                await asyncio.sleep(0.1)
+        assert await tokens(client) == quiet
 
 
 async def _is_ready(client: EpserveClient) -> bool:
     tier = (await client.cluster()).tier(Role.EXPERT)
     return any(member.state is MemberState.READY for member in tier)
+
+
+async def _is_complete(client: EpserveClient) -> bool:
+    """The attention process has a link to the expert process again."""
+    tier = (await client.cluster()).tier(Role.ATTN)
+    return [(member.state, member.detail) for member in tier] == [(MemberState.READY, "")]

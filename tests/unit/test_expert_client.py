@@ -88,6 +88,8 @@ class FakeLink(ExpertLink):
         self.journal.events.append(f"left {self.peer}")
         return FakeAnswer(self, dispatch)
 
+    def lose(self, reason: str) -> None: ...
+
     async def close(self) -> None: ...
 
 

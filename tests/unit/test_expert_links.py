@@ -15,10 +15,14 @@ from support.moe_configs import moe_model
 @dataclass
 class FakeLink:
     member: Member
+    peer: str = "an expert"
     transport: str = "fake"
     lost_because: str | None = None
     closed: bool = False
     counters: LinkCounters = field(default_factory=lambda: LinkCounters(dispatches=3))
+
+    def lose(self, reason: str) -> None:
+        self.lost_because = reason
 
     async def close(self) -> None:
         self.closed = True
@@ -51,7 +55,10 @@ class Tier:
 
 def state(*experts: tuple[int, int, MemberState]) -> ClusterState:
     members = tuple(
-        Member(Role.EXPERT, rank, 1, f"host:{rank}", "cpu", member_state, epoch, "host")
+        Member(
+            *(Role.EXPERT, rank, 1, f"host:{rank}", "cpu", member_state, epoch, "host"),
+            detail="no lease for 3 s" if member_state is MemberState.FAILED else "",
+        )
         for rank, epoch, member_state in experts
     )
     return ClusterState(1, PARALLEL, members, placement(2))
@@ -65,7 +72,7 @@ def placement(ep_size: int, redundant: int = 0) -> ExpertPlacement:
 
 
 PARALLEL = ParallelConfig(expert_devices=2, ep_size=2)
-READY, LOADING = MemberState.READY, MemberState.LOADING
+READY, LOADING, FAILED = MemberState.READY, MemberState.LOADING, MemberState.FAILED
 BOTH = state((0, 10, READY), (1, 20, READY))
 
 
@@ -149,6 +156,43 @@ async def test_a_lost_link_to_a_process_that_still_lives_is_made_again() -> None
     await tier.links.reconcile(BOTH)
     assert [link.member.rank for link in tier.made] == [0, 1, 0]
     assert tier.links.missing == ()
+
+
+async def test_a_process_that_is_failed_is_lost_until_it_has_joined_again() -> None:
+    tier = Tier()
+    await tier.links.reconcile(BOTH)
+    old = tier.in_use[1]
+    assert tier.links.peers.group(1)
+    tier.links.give_up(state((0, 10, READY), (1, 20, FAILED)))
+    assert old.lost_because == "the cluster takes it for failed, no lease for 3 s"
+    assert not tier.links.peers.group(1)
+    await tier.links.reconcile(state((0, 10, READY), (1, 20, FAILED)))
+    assert tier.in_use[1] is old
+    assert not old.closed
+    await tier.links.reconcile(state((0, 10, READY), (1, 20, LOADING)))
+    assert tier.in_use[1] is old
+    assert await tier.links.reconcile(BOTH)  # the same start of it
+    assert old.closed
+    assert tier.used() == [(0, 10), (1, 20)]
+    assert tier.links.missing == ()
+
+
+async def test_only_the_start_that_has_failed_is_given_up() -> None:
+    tier = Tier()
+    await tier.links.reconcile(BOTH)
+    tier.links.give_up(state((0, 10, READY), (1, 19, FAILED)))
+    assert tier.in_use[1].lost_because is None
+
+
+async def test_a_lost_link_is_closed_before_its_process_is_met_again() -> None:
+    tier = Tier()
+    await tier.links.reconcile(BOTH)
+    old = tier.in_use[1]
+    old.lost_because = "frozen"
+    tier.refuse[1] = PeerTimeoutError("no answer")
+    await tier.links.reconcile(BOTH)
+    assert old.closed
+    assert tier.links.missing == ("expert 1: no answer",)
 
 
 @pytest.mark.parametrize("error", [PeerLostError("no route"), PeerTimeoutError("no answer")])

@@ -80,6 +80,22 @@ async def test_the_next_layers_and_steps_avoid_a_lost_process_at_once() -> None:
     assert {a.dispatch.key.attempt for a in tier.answers if a.dispatch.key.step} == {0}
 
 
+async def test_what_is_under_way_to_a_process_that_is_given_up_is_sent_to_others_at_once() -> None:
+    tier = Tier(MODEL, parallel(), wait_s=30.0, hedge_after_s=30.0)
+    tier.links[2].fails = "slow"
+    batch = routing()
+    running = asyncio.create_task(tier.run(batch))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(5.0):
+        tier.peers.lose(2, "no lease for 3 s")
+        check(tier, batch, await running)
+    late = [answer.dispatch for answer in tier.links[2].posted]
+    tier.links[2].answer_all()  # too late: nobody looks
+    assert late
+    check(tier, routing(1), await tier.run(routing(1), step=1))
+    assert len(tier.links[2].posted) == len(late)
+
+
 async def test_a_lost_shard_voids_its_whole_group_for_the_slice() -> None:
     tier = Tier(MODEL, parallel(ep_size=2, etp_size=2, level=1))
     tier.links[2].fails = "waiting"

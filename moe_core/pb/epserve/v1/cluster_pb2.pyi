@@ -52,7 +52,7 @@ class RegisterResponse(_message.Message):
     def __init__(self, assigned: _Optional[_Union[Assigned, _Mapping]] = ..., state: _Optional[_Union[ClusterState, _Mapping]] = ...) -> None: ...
 
 class Join(_message.Message):
-    __slots__ = ("role", "rank", "address", "device", "pid", "model_fingerprint", "instance_epoch", "dtype", "host_id", "placement", "parallel")
+    __slots__ = ("role", "rank", "address", "device", "pid", "model_fingerprint", "instance_epoch", "dtype", "host_id", "placement", "parallel", "protocol_versions")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Join(_message.Message):
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     address: str
@@ -75,7 +76,8 @@ class Join(_message.Message):
     host_id: str
     placement: Placement
     parallel: ParallelSettings
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ...) -> None: ...
+    protocol_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., dtype: _Optional[str] = ..., host_id: _Optional[str] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., protocol_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StatusReport(_message.Message):
     __slots__ = ("state", "detail", "store_address", "attention_load", "links", "engine_metrics", "prepared_epoch", "used_epoch", "refused_epoch")
@@ -186,12 +188,14 @@ class LinkStats(_message.Message):
     def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., transport: _Optional[str] = ..., dispatches: _Optional[int] = ..., dispatch_bytes: _Optional[int] = ..., combine_bytes: _Optional[int] = ..., routing_bytes: _Optional[int] = ..., stream_tensor_bytes: _Optional[int] = ..., doorbells: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Assigned(_message.Message):
-    __slots__ = ("rank", "parallel")
+    __slots__ = ("rank", "parallel", "protocol_version")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     rank: int
     parallel: ParallelSettings
-    def __init__(self, rank: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ...) -> None: ...
+    protocol_version: int
+    def __init__(self, rank: _Optional[int] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class ParallelSettings(_message.Message):
     __slots__ = ("attn_devices", "expert_devices", "dp_size", "ep_size", "enable_mla", "expert_parallel_degree", "num_redundant_experts", "shared_experts", "colocated")
