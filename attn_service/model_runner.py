@@ -170,7 +170,7 @@ class _Microbatch:
         topk_ids, topk_weights = layer.route(hidden)  # [n, top_k]
         started = time.perf_counter()
         pending = await self._experts.dispatch(
-            self._key, layer.layer_id, hidden, topk_ids, topk_weights, self._rows
+            self._key, layer.layer_id, hidden.to(layer.dtype), topk_ids, topk_weights, self._rows
         )
         self._clock.dispatch_s += time.perf_counter() - started
         self._away = _Away(layer, residual, pending)

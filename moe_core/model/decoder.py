@@ -23,6 +23,7 @@ from moe_core.model.batch import AttentionBatch
 from moe_core.model.gqa import GqaAttention
 from moe_core.model.kv_cache import KvCache, LatentKv
 from moe_core.model.layers import embed, gated_mlp, rms_norm, vocab_logits
+from moe_core.model.linear import activation_dtype
 from moe_core.model.mla import MlaAttention
 from moe_core.model.rotary import Rotary
 from moe_core.model.router import Router
@@ -47,6 +48,7 @@ class DecoderLayer:
         if (weights.router is None) is (weights.mlp is None):
             raise ValueError(f"layer {layer_id} needs exactly one of a router and an mlp")
         self.layer_id = layer_id
+        self.dtype = weights.input_layernorm.dtype  # the model's, in which experts are asked
         self._weights = weights
         self._enable_mla = enable_mla
         self._eps = config.rms_norm_eps
@@ -110,6 +112,7 @@ class Decoder:
         self.config = config
         self._weights = weights
         self._tp = tp
+        self._activations = activation_dtype(weights.norm.dtype, weights.norm.device)
         rotary = Rotary(config, weights.norm.dtype, weights.norm.device)
         self.layers = tuple(
             DecoderLayer(config, layer_id, layer, enable_mla, rotary, tp)
@@ -118,7 +121,8 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [n] to hidden [n, hidden_size]."""
-        return embed(token_ids, self._weights.embed_tokens, self.config.vocab_size, self._tp)
+        rows = embed(token_ids, self._weights.embed_tokens, self.config.vocab_size, self._tp)
+        return rows.to(self._activations)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [m, hidden_size] of the last layer to [m, vocab_size], float32 or float64."""

@@ -6,14 +6,18 @@ Both compute `partial[t] = Σ_c topk_weights[t, c] · expert(local_ids[t, c])(hi
 before. The shared expert is one more local id, after the last routed one.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_core.model.linear import Matrix, linear
+from moe_core.model.linear import Matrix, linear_each
 from moe_core.model.weights import ExpertLayerWeights
 
 NO_EXPERT = -1
+# Of experts computed together: with more, the products themselves are what takes time.
+MAX_RUN_ROWS = 512
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,40 +53,60 @@ def run_experts(
 
 
 def _run_grouped(
-    weights: ExpertLayerWeights, rows: Tensor, counts: list[int], dtype: torch.dtype
+    weights: ExpertLayerWeights, rows: Tensor, counts: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """Outputs of `rows` [num_pairs, hidden_size], which are ordered by expert, in `dtype`."""
     outputs = torch.empty(rows.shape, dtype=dtype, device=rows.device)
+    num_experts = len(weights.w13)
     start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = slice(start, start + count)
-            outputs[part] = _run_one(weights, expert, rows[part])
-            start += count
+    for run in _runs(counts[:num_experts]):
+        sizes = [counts[expert] for expert in run]
+        part = slice(start, start := start + sum(sizes))
+        outputs[part] = _run_routed(weights, run, rows[part].split(sizes))
+    if start < len(rows):
+        outputs[start:] = _run_shared(weights, rows[start:])
     return outputs
 
 
-def _run_one(weights: ExpertLayerWeights, expert: int, rows: Tensor) -> Tensor:
-    """One expert over `rows` [num_rows, hidden_size]."""
-    if expert < len(weights.w13):
-        w13, w2 = weights.w13[expert], weights.w2[expert]
-        if w13 is None or w2 is None:
-            raise ValueError(f"local id {expert} is not held")
-        rows = _rows_for(w13, rows)
-        gate, up = linear(rows, w13).chunk(2, dim=-1)
-        return linear(_rows_for(w2, functional.silu(gate).mul_(up)), w2)
+def _runs(counts: Sequence[int]) -> Iterator[list[int]]:
+    """The experts that have rows, in order, as many at a time as have MAX_RUN_ROWS together."""
+    run: list[int] = []
+    num_rows = 0
+    for expert, count in enumerate(counts):
+        if run and num_rows + count > MAX_RUN_ROWS:
+            yield run
+            run, num_rows = [], 0
+        if count:
+            run.append(expert)
+            num_rows += count
+    if run:
+        yield run
+
+
+def _run_routed(
+    weights: ExpertLayerWeights, experts: Sequence[int], parts: Sequence[Tensor]
+) -> Tensor:
+    """Each expert over its part [n_i, hidden_size], to [Σ n_i, hidden_size]."""
+    w13 = [_held(weights.w13[expert], expert) for expert in experts]
+    w2 = [_held(weights.w2[expert], expert) for expert in experts]
+    gate, up = linear_each(parts, w13).chunk(2, dim=-1)
+    return linear_each(functional.silu(gate).mul_(up).split([len(part) for part in parts]), w2)
+
+
+def _held(matrix: Matrix | None, expert: int) -> Matrix:
+    if matrix is None:
+        raise ValueError(f"local id {expert} is not held")
+    return matrix
+
+
+def _run_shared(weights: ExpertLayerWeights, rows: Tensor) -> Tensor:
+    """The shared expert over `rows` [num_rows, hidden_size]."""
     shared = weights.shared
     if shared is None:
-        raise ValueError(f"local id {expert} of {len(weights.w13)} local experts")
-    rows = _rows_for(shared.gate_proj, rows)
-    gate = linear(rows, shared.gate_proj)
-    up = linear(rows, shared.up_proj)
-    return linear(functional.silu(gate).mul_(up), shared.down_proj)
-
-
-def _rows_for(matrix: Matrix, rows: Tensor) -> Tensor:
-    """Packed matrices compute in float32 anyhow; a plain one wants its own dtype."""
-    return rows.to(matrix.dtype) if isinstance(matrix, Tensor) else rows.float()
+        raise ValueError(f"local id {len(weights.w13)} of {len(weights.w13)} local experts")
+    gate = linear_each([rows], [shared.gate_proj])
+    up = linear_each([rows], [shared.up_proj])
+    return linear_each([functional.silu(gate).mul_(up)], [shared.down_proj])
 
 
 def run_experts_by_loop(
@@ -93,7 +117,11 @@ def run_experts_by_loop(
     for token, experts in enumerate(local_ids.tolist()):
         for column, expert in enumerate(experts):
             if expert != NO_EXPERT:
-                output = _run_one(weights, expert, hidden[token : token + 1])[0]
+                row = hidden[token : token + 1]
+                if expert < len(weights.w13):
+                    output = _run_routed(weights, [expert], [row])[0]
+                else:
+                    output = _run_shared(weights, row)[0]
                 scale = topk_weights[token, column].to(total.dtype)
                 total[token] += scale * output.to(total.dtype)
     return total.to(hidden.dtype)

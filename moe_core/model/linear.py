@@ -29,22 +29,27 @@ _TRIAL_ROWS = (1, 4, 16)
 class PackedMatrix:
     """[out_features, in_features] in FBGEMM's form; see `pack`."""
 
-    __slots__ = ("_packed", "_unscale", "shape")
+    __slots__ = ("_packed", "_unscale", "shape", "unscale")
 
     def __init__(self, packed: Any, unscale: float, shape: torch.Size) -> None:  # noqa: ANN401
         self._packed = packed
-        self._unscale = unscale
+        self.unscale = unscale
+        self._unscale = torch.tensor(unscale)  # torch would make one of a float each time
         self.shape = shape
 
     def multiply(self, x: Tensor) -> Tensor:
         """x [n, in_features] to [n, out_features], in x's dtype; computed in float32."""
+        return self.scaled_product(x).mul_(self._unscale).to(x.dtype)
+
+    def scaled_product(self, x: Tensor) -> Tensor:
+        """`multiply` in float32, before it is multiplied by `unscale`."""
         product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
-        return product.mul_(self._unscale).to(x.dtype)
+        return product
 
     def values(self) -> Tensor:
         """[out_features, in_features] float32, exactly what was packed."""
         scaled: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
-        return scaled.float().mul_(self._unscale)
+        return scaled.float().mul_(self.unscale)
 
 
 Matrix = Tensor | PackedMatrix
@@ -53,9 +58,38 @@ Matrix = Tensor | PackedMatrix
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [n, in_features] to [n, out_features], in x's dtype."""
     if isinstance(weight, Tensor):
-        return functional.linear(x, weight, bias)
+        if weight.dtype == x.dtype:
+            return functional.linear(x, weight, bias)
+        return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
     product = weight.multiply(x)
     return product if bias is None else product + bias
+
+
+def linear_each(parts: Sequence[Tensor], matrices: Sequence[Matrix]) -> Tensor:
+    """Each part [n_i, in_features] times its own matrix: [Σ n_i, out_features], in the matrices'
+    dtype, float32 where any of them is packed.
+
+    With few rows a part the products are short, and what is done to each of them costs as much: so
+    that is done once for all.
+    """
+    packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
+    if len(packed) < len(matrices):
+        products = [
+            linear(_rows_for(each, x), each) for x, each in zip(parts, matrices, strict=True)
+        ]
+        return _joined([each.float() for each in products] if packed else products)
+    product = _joined([each.scaled_product(x) for x, each in zip(parts, packed, strict=True)])
+    unscale = [each.unscale for x, each in zip(parts, packed, strict=True) for _ in range(len(x))]
+    return product.mul_(torch.tensor(unscale)[:, None])
+
+
+def _rows_for(matrix: Matrix, rows: Tensor) -> Tensor:
+    """Packed matrices compute in float32 anyhow; a plain one wants its own dtype."""
+    return rows.to(matrix.dtype) if isinstance(matrix, Tensor) else rows.float()
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def values_of(weight: Matrix) -> Tensor:
@@ -111,9 +145,10 @@ def _seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def matmul_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which products of activations are computed: float32 for bfloat16 on a CPU that has no
-    instructions for it, else `dtype` itself."""
+def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which activations of a model of `dtype` are kept and multiplied with each other: float32
+    for bfloat16 on a CPU that has no instructions for it, else `dtype` itself. What is cached and
+    what is sent to the experts is of `dtype` all the same."""
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return dtype
     native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()

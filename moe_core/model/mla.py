@@ -14,7 +14,7 @@ from moe_core.config.model import MlaConfig, ModelConfig
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.kv_cache import LatentKv, PerHeadKv, gather_valid, write_slots
 from moe_core.model.layers import rms_norm
-from moe_core.model.linear import linear, matmul_dtype, values_of
+from moe_core.model.linear import activation_dtype, linear, values_of
 from moe_core.model.paged_attention import (
     all_rows,
     decode_attention,
@@ -45,7 +45,7 @@ class MlaAttention:
         self._scale = softmax_scale(config)
         per_head = (-1, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
         # Products of one row a head, which no packed form computes.
-        wide = matmul_dtype(weights.kv_a_layernorm.dtype, weights.kv_a_layernorm.device)
+        wide = activation_dtype(weights.kv_a_layernorm.dtype, weights.kv_a_layernorm.device)
         kv_b = values_of(weights.kv_b_proj).to(wide).view(per_head)
         self._key_up = kv_b[:, : mla.qk_nope_head_dim]  # [heads/tp, nope, kv_lora_rank]
         self._value_up = kv_b[:, mla.qk_nope_head_dim :]  # [heads/tp, v, kv_lora_rank]
@@ -57,6 +57,7 @@ class MlaAttention:
         queries = self._queries(hidden, batch.positions)  # [n, heads/tp, nope + rope]
         latent = self._latents(hidden, batch.positions)  # [n, kv_lora_rank + rope]
         if isinstance(cache, LatentKv):
+            latent = latent.to(cache.latent.dtype)  # as it will be read
             out = self._over_latents(queries, latent, batch, cache)
         else:
             keys, values = self._expand(latent)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_core.model.batch import AttentionBatch, PrefillRows
 from moe_core.model.kv_cache import PerHeadKv, gather_blocks, gather_valid, write_slots
 from moe_core.model.layers import precise_dtype
-from moe_core.model.linear import matmul_dtype
+from moe_core.model.linear import activation_dtype
 
 
 def decode_attention(
@@ -25,7 +25,7 @@ def decode_attention(
     True where a token is. Returns [b, heads, v].
     """
     dtype = queries.dtype
-    wide = matmul_dtype(dtype, queries.device)
+    wide = activation_dtype(dtype, queries.device)
     queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
     grouped = queries.view(queries.shape[0], keys.shape[2], -1, queries.shape[2])
     products = grouped @ keys.permute(0, 2, 3, 1)  # [b, kv_heads, group, t]
@@ -43,7 +43,7 @@ def prefill_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: floa
     [s, heads, v].
     """
     dtype = queries.dtype
-    wide = matmul_dtype(dtype, queries.device)
+    wide = activation_dtype(dtype, queries.device)
     queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
     num_new, num_heads, key_dim = queries.shape
     total, kv_heads, value_dim = values.shape
@@ -81,6 +81,7 @@ def per_head_attention(
     queries [n, heads, d], keys [n, kv_heads, d] (both rotated), values [n, kv_heads, v].
     Returns [n, heads, v].
     """
+    keys, values = keys.to(cache.keys.dtype), values.to(cache.values.dtype)  # as they will be read
     write_slots(cache.keys, batch.slot_mapping, keys)
     write_slots(cache.values, batch.slot_mapping, values)
     out = queries.new_empty(*queries.shape[:2], values.shape[-1])

@@ -8,8 +8,8 @@ from moe_core.model.linear import (
     Matrix,
     PackedMatrix,
     _trial,
+    activation_dtype,
     linear,
-    matmul_dtype,
     pack,
     packing_pays,
     values_of,
@@ -79,7 +79,7 @@ def test_packing_an_expert_keeps_its_values():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_only_bfloat16_is_ever_packed_or_widened(dtype: torch.dtype):
     assert not packing_pays(dtype, CPU)
-    assert matmul_dtype(dtype, CPU) is dtype
+    assert activation_dtype(dtype, CPU) is dtype
 
 
 @pytest.mark.parametrize(("packed_s", "plain_s"), [(1.0, 2.0), (2.0, 1.0)])
