@@ -129,9 +129,7 @@ class KvHandover:
         by_rank = {member.tp_rank: member for member in tier}
         leader, peer = by_rank.get(0), by_rank.get(self._group.tp_rank)
         if leader is None or leader.instance_epoch != source.instance_epoch or peer is None:
-            raise UnavailableError(
-                f"attention group dp_rank={source.dp_rank} is not there any more"
-            )
+            raise UnavailableError(f"attention group dp_rank={source.dp_rank} is not there now")
         if peer.instance_epoch in self._failed:
             raise UnavailableError(f"attn {peer.rank} ({peer.address}) has failed before")
         return peer

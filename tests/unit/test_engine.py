@@ -379,4 +379,5 @@ async def test_finished_sequences_are_counted_by_reason() -> None:
         FinishReason.STOP: 1,
         FinishReason.ABORT: 1,
         FinishReason.ERROR: 0,
+        FinishReason.PARKED: 0,
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncIterator
 from collections.abc import Sequence as Many
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from attn_service.sequence import (
     Sampling,
     SequenceOutput,
     SequenceRequest,
+    StepOutput,
 )
 from moe_core.errors import EpserveError, PeerLostError, RequestError
 from support.fake_runner import FakeRunner, continuation
@@ -157,7 +159,7 @@ async def test_a_parked_sequence_goes_on_with_no_token_computed_twice(count: int
         assert pair.computed() == len(PROMPT) + 11
         assert pair.moved == (parked.num_tokens, 0)
         # The last token has been told, and is yet to be computed.
-        assert parked.num_tokens == len(PROMPT) + len(tokens) - 1 if tokens else 0
+        assert parked.num_tokens == (len(PROMPT) + len(tokens) - 1 if tokens else 0)
         assert pair.giver.load.free_kv_blocks == BLOCKS
         await pair.all_blocks_free()
 
@@ -182,7 +184,7 @@ async def test_a_prompt_goes_on_in_the_middle() -> None:
         assert pair.computed() == 20 + 11
 
 
-async def _until_end(stream: EngineStream):  # type: ignore[no-untyped-def]
+async def _until_end(stream: EngineStream) -> AsyncIterator[StepOutput]:
     async for step in stream.outputs():
         yield step
         if step.outputs[-1].finish_reason is not None:
