@@ -95,7 +95,7 @@ async def all_streams(
 async def moved_tokens(
     client: EpserveClient, more_than: tuple[int, int] = (-1, -1)
 ) -> tuple[int, int]:
-    """Handed over to the process of rank 0, and computed again there; once one of them has grown."""
+    """Handed over to the process of rank 0, and computed again there, once either has grown."""
     async with asyncio.timeout(READY_S):
         while True:
             metrics = (await client.cluster()).tier(Role.ATTN)[0].engine_metrics

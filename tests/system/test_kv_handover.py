@@ -59,7 +59,7 @@ async def left_under_streams(target: str, tp_size: int) -> ClusterState:
         phases = [each async for each in admin.scale(attn_devices=tp_size)]
         assert phases[-1].done
         assert await asyncio.gather(*streams) == undisturbed
-        while len((state := await client.cluster()).tier(Role.ATTN)) > tp_size:
+        while len((await client.cluster()).tier(Role.ATTN)) > tp_size:
             await asyncio.sleep(0.2)
         await asyncio.sleep(1.0)  # a report
         return await client.cluster()
