@@ -26,6 +26,7 @@ from moe_core.transport.handover import UnitName
 from moe_core.transport.handover_client import UnitFetch
 from moe_core.transport.handover_servicer import HandoverServicer, Release
 
+MAX_TAKERS = 256  # other groups, of which each has some of the sequences
 IDLE_S = 2.0  # several sequences come one after the other, over one stream
 
 
@@ -34,8 +35,8 @@ class NotKeptError(EpserveError):
 
 
 class KvHandover:
-    """`endpoint` is this process's one, for all its links; None: everything goes by grpc. release:
-    of the group's parked blocks, on its tp_rank 0; None on the other ranks."""
+    """`endpoint` is this process's one, for all its links; None: everything goes by grpc. On tp_rank
+    0 of a group `lead` has to be called."""
 
     def __init__(
         self,
@@ -63,7 +64,12 @@ class KvHandover:
         self._closing: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
         self.servicer = HandoverServicer(
-            self._spec, self._fill, identity.instance_epoch, endpoint, self._released
+            self._spec,
+            self._fill,
+            identity.instance_epoch,
+            endpoint,
+            self._released,
+            MAX_TAKERS,
         )
 
     def lead(self, release: Release) -> None:

@@ -57,18 +57,20 @@ class HandoverServicer:
         instance_epoch: int,
         endpoint: NixlEndpoint | None,
         release: Release | None = None,
+        max_handovers: int = MAX_HANDOVERS,
     ) -> None:
         self._spec = spec
         self._fill = fill
         self._release = release
+        self._max_handovers = max_handovers
         self._instance_epoch = instance_epoch
         self._endpoint = endpoint
         self._running: set[asyncio.Task[None]] = set()
 
     async def Handover(self, request_iterator: Any, context: Context) -> None:  # noqa: ANN401
-        if len(self._running) >= MAX_HANDOVERS:
+        if len(self._running) >= self._max_handovers:
             raise TooManyRequestsError(
-                f"{MAX_HANDOVERS} handovers are under way here already", RETRY_AFTER_S
+                f"{self._max_handovers} handovers are under way here already", RETRY_AFTER_S
             )
         running = asyncio.create_task(self._serve(context), name="handover")
         self._running.add(running)
