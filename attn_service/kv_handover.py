@@ -35,8 +35,8 @@ class NotKeptError(EpserveError):
 
 
 class KvHandover:
-    """`endpoint` is this process's one, for all its links; None: everything goes by grpc. On tp_rank
-    0 of a group `lead` has to be called."""
+    """`endpoint` is this process's one, for all its links; None: everything goes by grpc. On
+    tp_rank 0 of a group `lead` has to be called."""
 
     def __init__(
         self,
