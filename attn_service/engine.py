@@ -16,14 +16,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import structlog
 import torch
 
 from attn_service.adoptions import Adoptions, KvFetcher
 from attn_service.blocked import advanced, block, rows_of_advanced
-from attn_service.counters import EngineCounters
+from attn_service.counters import EngineCounters, counters_of, load_of, metrics_of
 from attn_service.ended_sequences import EndedSequences
 from attn_service.engine_stream import EngineStream, KnownSequence
 from attn_service.kv_blocks import BlockPool
@@ -112,46 +112,16 @@ class Engine:
 
     @property
     def load(self) -> AttentionLoad:
-        return AttentionLoad(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + len(self._adoptions.sequences),
-            free_kv_blocks=self._pool.num_free,
-            total_kv_blocks=self._pool.num_blocks,
-            kv_block_size=self._pool.block_size,
-            max_num_seqs=self._scheduler.max_num_seqs,
-            hands_over=True,
-        )
+        return load_of(self._scheduler, self._pool, self._adoptions)
 
     @property
     def counters(self) -> EngineCounters:
-        scheduler, cache = self._scheduler, self._scheduler.cache
-        return EngineCounters(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            preemptions=scheduler.num_preemptions,
-            prefix_query_tokens=cache.num_query_tokens,
-            prefix_hit_tokens=cache.num_hit_tokens,
-            used_kv_blocks=self._pool.num_blocks - self._pool.num_free,
-            cached_kv_blocks=self._pool.num_cached,
-            total_kv_blocks=self._pool.num_blocks,
-            output_tokens=self._output_tokens,
-            finished={reason: self._finished[reason] for reason in FinishReason},
-        )
+        return counters_of(self._scheduler, self._pool, self._output_tokens, self._finished)
 
     @property
     def metrics(self) -> EngineMetrics:
         """Totals since the engine began."""
-        counters = self.counters
-        return EngineMetrics(
-            **asdict(self.times),
-            other_s=self.times.other_s,
-            preemptions=counters.preemptions,
-            prefix_query_tokens=counters.prefix_query_tokens,
-            prefix_hit_tokens=counters.prefix_hit_tokens,
-            output_tokens=counters.output_tokens,
-            handed_over_tokens=self._adoptions.handed_over_tokens,
-            recomputed_tokens=self._adoptions.recomputed_tokens,
-        )
+        return metrics_of(self.counters, self.times, self._adoptions)
 
     def open_stream(self) -> EngineStream:
         """Raises UnavailableError when the engine has failed."""
@@ -275,17 +245,10 @@ class Engine:
             self._owner.pop(sequence).deliver(self.step, [output])
 
     def _keep(self, sequence: Sequence) -> ParkedKv:
-        """The sequence is nobody's any more, and its full and begun blocks are kept; none of one
-        whose prompt's logprobs are still to be told: they would have to travel, too."""
-        num_tokens = sequence.num_computed_tokens
+        """The sequence is nobody's any more; what has been kept of it."""
         if self._adoptions.cancel(sequence):
-            return ParkedKv(num_tokens, ())
-        blocks = self._scheduler.detach(sequence)
-        num_kept = 0 if sequence.tells_prompt else self._pool.blocks_for(num_tokens)
-        self._pool.free(blocks[num_kept:])
-        if num_kept:
-            self.parked.park(sequence.request.sequence_id, blocks[:num_kept])
-        return ParkedKv(num_tokens, tuple(blocks[:num_kept]))
+            return ParkedKv(0, ())
+        return self.parked.park(sequence, self._scheduler.detach(sequence))
 
     def _count(self, sequence: Sequence, reason: FinishReason) -> None:
         self._finished[reason] += 1

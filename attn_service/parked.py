@@ -1,18 +1,18 @@
 """KV blocks of sequences that have left, kept for the group that goes on with them.
 
-Knows blocks and for how long they are kept. Knows no sequence's tokens and no peer.
+Knows blocks and for how long they are kept. Knows no tokens and no peer.
 
-Invariant: the blocks of a parked sequence hold what it has computed from `park` until `release`
-says that they were kept until then. So whoever has read them before a release that says so has
-read the right thing.
+Invariant: kept blocks hold what their sequence has computed, until `release` frees them and says so.
+Whoever has read them before a release that says so has read the right thing.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 
 import structlog
 
 from attn_service.kv_blocks import BlockPool
+from attn_service.sequence import ParkedKv, Sequence
 
 log = structlog.get_logger(__name__)
 
@@ -27,8 +27,18 @@ class ParkedBlocks:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def park(self, sequence_id: str, blocks: Sequence[int]) -> None:
-        """Keep these taken blocks, which are this object's to free from now on."""
+    def park(self, sequence: Sequence, blocks: list[int]) -> ParkedKv:
+        """Keep those of a sequence's blocks that hold what it has computed, and free the others.
+        None is kept of one whose prompt's logprobs are still to be told: they are not in them."""
+        sequence_id, num_tokens = sequence.request.sequence_id, sequence.num_computed_tokens
+        num_kept = 0 if sequence.tells_prompt else self._pool.blocks_for(num_tokens)
+        self._pool.free(blocks[num_kept:])
+        if num_kept:
+            self.keep(sequence_id, blocks[:num_kept])
+        return ParkedKv(num_tokens, tuple(blocks[:num_kept]))
+
+    def keep(self, sequence_id: str, blocks: Many[int]) -> None:
+        """These taken blocks are this object's to free from now on."""
         self.release(sequence_id)
         loop = asyncio.get_running_loop()
         expiry = loop.call_later(self._keep_s, self._expire, sequence_id)

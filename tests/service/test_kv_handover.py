@@ -38,7 +38,7 @@ def fetcher(ranks: Ranks, taker: Rank) -> GroupKv:
 def park(giver: Rank) -> KvSource:
     blocks = giver.pool.allocate(BLOCKS)
     giver.pool.free([each for each in blocks if each not in THERE])
-    giver.parked.park("s", THERE)
+    giver.parked.keep("s", THERE)
     return KvSource(0, 100, ParkedKv(4 * len(THERE), THERE))
 
 
