@@ -2,8 +2,8 @@
 
 Knows blocks and for how long they are kept. Knows no tokens and no peer.
 
-Invariant: kept blocks hold what their sequence has computed, until `release` frees them and says so.
-Whoever has read them before a release that says so has read the right thing.
+Invariant: kept blocks hold what their sequence has computed, until `release` frees them and says
+so. Whoever has read them before a release that says so has read the right thing.
 """
 
 import asyncio
