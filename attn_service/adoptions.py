@@ -26,13 +26,17 @@ log = structlog.get_logger(__name__)
 ADOPT_S = 10.0  # from its coming; the other group keeps the blocks for longer (parked.py)
 
 
+class StillWritingError(EpserveError):
+    """Blocks were not filled, and a rank of this group may write to them yet."""
+
+
 class KvFetcher(Protocol):
     async def fetch(
         self, sequence_id: str, source: KvSource, first: int, blocks: Many[int], timeout_s: float
     ) -> None:
         """Fill `blocks` with those of `source` from its block `first` on, which is told then that
-        nobody wants them any more. However this ends, nothing is written to `blocks` after that.
-        Raises EpserveError where they are not filled, or were not kept until then."""
+        nobody wants them any more. Raises EpserveError where they are not filled, or were not kept
+        until then. But for StillWritingError, nothing is written to `blocks` after this."""
 
     async def release(self, sequence_id: str, source: KvSource) -> None:
         """The blocks of `source` are not wanted any more. Raises EpserveError."""
@@ -122,6 +126,10 @@ class Adoptions:
             await fetcher.fetch(
                 sequence.request.sequence_id, source, len(found), blocks[len(found) :], timeout_s
             )
+        except StillWritingError as error:
+            # Never used again: the rank that may write ends with this group.
+            self._scheduler.give_back(blocks[: len(found)])
+            self._recompute(sequence, num_tokens - num_found, error)
         except EpserveError as error:
             self._scheduler.give_back(blocks)
             self._recompute(sequence, num_tokens - num_found, error)

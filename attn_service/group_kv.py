@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from attn_service.adoptions import StillWritingError
 from attn_service.kv_handover import KvHandover, NotKeptError
 from attn_service.sequence import KvSource, ParkedKv
 from attn_service.tensor_parallel import GroupRank
@@ -25,6 +26,11 @@ from moe_core.service.peer_roles import PeerRole
 
 ANSWER_S = 1.0  # for what a rank answers when its time is up
 MAX_FETCH_S = 60.0
+REFUSALS = (
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+)
 
 
 class GroupKv:
@@ -55,9 +61,9 @@ class GroupKv:
         outcomes = await asyncio.gather(
             self._handover.copy(source, there, blocks, timeout_s), *others, return_exceptions=True
         )
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
+        failures = [each for each in outcomes if isinstance(each, BaseException)]
+        for failure in sorted(failures, key=lambda each: not isinstance(each, StillWritingError)):
+            raise failure
         if not await self._handover.release(sequence_id, source):
             raise NotKeptError(
                 f"attention group dp_rank={source.dp_rank} has not kept the blocks for so long"
@@ -83,10 +89,7 @@ class GroupKv:
         blocks: Many[int],
         timeout_s: float,
     ) -> None:
-        """That rank does not write to `blocks` any more when this ends: where it cannot say so
-        itself, its time is waited out."""
-        loop = asyncio.get_running_loop()
-        over = loop.time() + timeout_s + ANSWER_S
+        """Raises StillWritingError where that rank does not say that it has ended."""
         request = pb.FetchBlocksRequest(
             dp_rank=source.dp_rank,
             instance_epoch=source.instance_epoch,
@@ -101,8 +104,9 @@ class GroupKv:
             stub: Any = AttentionServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
             answer = await stub.FetchBlocks(request, timeout=timeout_s + ANSWER_S)
         except grpc.aio.AioRpcError as error:
-            await asyncio.sleep(over - loop.time())
-            raise error_from_rpc(error, doing) from error
+            if error.code() in REFUSALS:
+                raise error_from_rpc(error, doing) from error
+            raise StillWritingError(f"{doing}: {error.code().name}: {error.details()}") from error
         finally:
             await channel.close(None)
         if answer.error:

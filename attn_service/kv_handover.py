@@ -63,6 +63,7 @@ class KvHandover:
         self._resting: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
+        self._closed = False
         self.servicer = HandoverServicer(
             self._spec,
             self._fill,
@@ -114,8 +115,11 @@ class KvHandover:
 
     async def close(self) -> None:
         """End what is given and what is fetched."""
+        self._closed = True
         await self.servicer.close()
-        self._rest()
+        if self._resting is not None:
+            self._resting.cancel()
+        self._close_all()
         if self._closing:
             await asyncio.wait(self._closing)
 
@@ -141,6 +145,8 @@ class KvHandover:
         return peer
 
     async def _fetch_from(self, peer: Member) -> UnitFetch:
+        if self._closed:
+            raise UnavailableError("this attention process is closing")
         self._rest_later()
         fetch = self._fetches.get(peer.instance_epoch)
         if fetch is not None:
@@ -171,12 +177,12 @@ class KvHandover:
 
     def _rest(self) -> None:
         """Close what is open, unless it is in use."""
-        if self._resting is not None:
-            self._resting.cancel()
-            self._resting = None
         if self._lock.locked():
             self._rest_later()
-            return
+        else:
+            self._close_all()
+
+    def _close_all(self) -> None:
         while self._fetches:
             self._close(self._fetches.popitem()[1])
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from attn_service import adoptions
+from attn_service.adoptions import StillWritingError
 from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.sequence import (
@@ -49,6 +50,8 @@ class Fetcher:
     ) -> None:
         self.fetched.append(len(blocks))
         await self.gate.wait()
+        if self.mistake == "still writing":
+            raise StillWritingError("a rank does not answer")
         if self.mistake == "lost before":
             raise PeerLostError("the other group is gone")
         size = self.there.block_size
@@ -228,6 +231,17 @@ async def test_what_cannot_be_had_is_computed_again_and_counted(mistake: str) ->
         assert tokens + rest == continuation(PROMPT, 12)
         assert pair.moved == (0, parked.num_tokens)
         await pair.all_blocks_free()
+
+
+async def test_blocks_that_may_be_written_yet_are_never_used_again() -> None:
+    async with Engines() as pair:
+        tokens, parked = await park_after(pair.giver, REQUEST, 3)
+        assert parked is not None
+        pair.fetcher.mistake = "still writing"
+        stream = pair.taker.open_stream()
+        stream.add(moved(REQUEST, tokens, parked))
+        assert tokens + (await rest_of(stream))[0] == continuation(PROMPT, 12)
+        assert pair.taker.load.free_kv_blocks == BLOCKS - len(parked.block_ids)
 
 
 async def test_blocks_that_nobody_fetches_are_freed_after_a_while() -> None:
