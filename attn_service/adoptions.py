@@ -26,8 +26,9 @@ log = structlog.get_logger(__name__)
 ADOPT_S = 10.0  # from its coming; the other group keeps the blocks for longer (parked.py)
 
 
-class StillWritingError(EpserveError):
-    """Blocks were not filled, and a rank of this group may write to them yet."""
+class StillWritingError(UnavailableError):
+    """Blocks were not filled, and a rank of this group, which does not answer, may write to them
+    yet. It is lost, and the group with it."""
 
 
 class KvFetcher(Protocol):
@@ -85,7 +86,7 @@ class Adoptions:
         return self._coming.pop(sequence, None) is not None
 
     def check(self) -> None:
-        """Raises what has ended the work here, an error in the program."""
+        """Raises what has ended the work here: a lost rank, or an error in the program."""
         if self._error is not None:
             raise self._error
 
@@ -126,10 +127,8 @@ class Adoptions:
             await fetcher.fetch(
                 sequence.request.sequence_id, source, len(found), blocks[len(found) :], timeout_s
             )
-        except StillWritingError as error:
-            # Never used again: the rank that may write ends with this group.
-            self._scheduler.give_back(blocks[: len(found)])
-            self._recompute(sequence, num_tokens - num_found, error)
+        except StillWritingError:
+            raise  # with the blocks: nobody else may have them
         except EpserveError as error:
             self._scheduler.give_back(blocks)
             self._recompute(sequence, num_tokens - num_found, error)

@@ -233,14 +233,18 @@ async def test_what_cannot_be_had_is_computed_again_and_counted(mistake: str) ->
         await pair.all_blocks_free()
 
 
-async def test_blocks_that_may_be_written_yet_are_never_used_again() -> None:
+async def test_a_rank_that_may_write_yet_ends_the_group_and_others_go_on() -> None:
     async with Engines() as pair:
         tokens, parked = await park_after(pair.giver, REQUEST, 3)
         assert parked is not None
         pair.fetcher.mistake = "still writing"
         stream = pair.taker.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
-        assert tokens + (await rest_of(stream))[0] == continuation(PROMPT, 12)
+        outputs = stream.outputs()
+        told = await asyncio.wait_for(anext(outputs), 5)
+        assert [output.go_elsewhere for output in told.outputs] == [True]
+        with pytest.raises(EpserveError, match="a rank does not answer"):
+            await anext(outputs)
         assert pair.taker.load.free_kv_blocks == BLOCKS - len(parked.block_ids)
 
 
