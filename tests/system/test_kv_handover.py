@@ -13,7 +13,7 @@ from support.processes import serving
 STREAMS = 6
 DEADLINE_S = 120.0
 MAX_TOKENS = 160
-PROMPT = tuple(range(5, 45))  # two full blocks and a begun one
+PROMPT = tuple(range(5, 45))  # behind a token of its own for each stream
 BASE = (
     *("--dp-size", "2", "--expert-devices", "1", "--dtype", "float64"),
     *("--kv-cache-tokens", "8192", "--max-num-seqs", "16"),
@@ -38,7 +38,7 @@ async def tokens(
     """Of each choice, tokens and their logprobs; `begun` is released at the 8th of the first."""
     sampling = sampling_of(stream)
     found: list[list[tuple[int, float]]] = [[] for _ in range(sampling.n or 1)]
-    async for output in client.generate((*PROMPT, 50 + stream), sampling):
+    async for output in client.generate((50 + stream, *PROMPT), sampling):
         told = [round(each.logprob, 9) for each in output.logprobs]
         before = len(found[0])
         found[output.index].extend(zip(output.token_ids, told, strict=True))
