@@ -4,13 +4,14 @@ Knows every part's constructor, and what one process is (`Site`). Knows no order
 nothing that waits; process.py does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 
+from attn_service.adoptions import KvFetcher
 from attn_service.duties import Duty, Following, Leading
-from attn_service.engine import Engine, EngineObserver, StepRunner
+from attn_service.engine import Engine
 from attn_service.expert_client import ExpertClient
 from attn_service.expert_counts import CountedExperts
 from attn_service.expert_links import ExpertLinks
@@ -18,14 +19,16 @@ from attn_service.experts import Experts
 from attn_service.follow import Followers, GroupTerms
 from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.kv_blocks import BlockPool
+from attn_service.kv_handover import KvHandover
 from attn_service.microbatches import MicrobatchRule
 from attn_service.model_runner import ModelRunner
 from attn_service.placed_runner import PlacedRunner
 from attn_service.placements import Placements
 from attn_service.rendezvous import Group
 from attn_service.settings import AttnSettings
+from attn_service.step_runner import EngineObserver, StepRunner
 from attn_service.tensor_parallel import GroupRank
-from moe_core.cluster import Member
+from moe_core.cluster import ClusterState, Member
 from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.exchange import link_spec
@@ -101,37 +104,77 @@ def make_experts(site: Site, links: ExpertLinks, tensor_parallel: TensorParallel
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Kv:
+    """terms are the group's, or a single process's own; fetcher is for whoever leads."""
+
+    terms: GroupTerms
+    cache: KvCache
+    fetcher: KvFetcher | None = None
+
+
+def make_cache(site: Site, terms: GroupTerms) -> KvCache:
+    return KvCache.allocate(
+        site.model,
+        bool(site.parallel.enable_mla),
+        site.parallel.tp_size,
+        terms.num_blocks,
+        terms.block_size,
+        site.dtype,
+        site.device,
+    )
+
+
+def make_handover(
+    site: Site,
+    cache: KvCache,
+    options: TransportOptions,
+    endpoint: NixlEndpoint | None,
+    state: Callable[[], ClusterState],
+) -> KvHandover:
+    return KvHandover(
+        cache,
+        site.fingerprint,
+        site.identity,
+        site.group_rank,
+        options,
+        endpoint,
+        site.tls,
+        state,
+    )
+
+
 def make_duty(
     site: Site,
     weights: AttentionTierWeights,
     experts: Experts,
     group: Group | None,
     followers: Followers | None,
-    terms: GroupTerms,
+    kv: Kv,
     microbatches: MicrobatchRule,
     observer: EngineObserver | None = None,
 ) -> Duty:
-    """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0.
-    `terms` are the group's, or a single process's own; `microbatches` is for whoever leads."""
+    """This rank's work. `group` is None in a group of one, `followers` on all ranks but 0;
+    `microbatches` is for whoever leads."""
 
     def placed(runner: StepRunner) -> PlacedRunner:
         return PlacedRunner(runner, site.placements)
 
     if group is None:
         counted = CountedExperts(experts, site.model, site.device)
-        single = placed(_model_runner(site, weights, counted, NoTensorParallel(), terms))
-        return Leading(_engine(site, single, terms, microbatches, observer), None, counted)
+        single = placed(_model_runner(site, weights, counted, NoTensorParallel(), kv.cache))
+        return Leading(_engine(site, single, kv, microbatches, observer), None, counted)
     group_experts = GroupExperts(experts, group.tensor_parallel)
     if followers is not None:
         counted = CountedExperts(group_experts, site.model, site.device)
-        runner = _model_runner(site, weights, counted, group.tensor_parallel, terms)
+        runner = _model_runner(site, weights, counted, group.tensor_parallel, kv.cache)
         # Around the whole group's step: it is under way from when its plan is sent.
         leading = placed(GroupRunner(runner, group_experts, followers.publish))
-        engine = _engine(site, leading, terms, microbatches, observer)
+        engine = _engine(site, leading, kv, microbatches, observer)
         return Leading(engine, followers, counted)
-    runner = _model_runner(site, weights, group_experts, group.tensor_parallel, terms)
+    runner = _model_runner(site, weights, group_experts, group.tensor_parallel, kv.cache)
     following = GroupRunner(placed(runner), group_experts, None, observer)
-    return Following(group.leader.address, group.rank, terms, following, site.tls)
+    return Following(group.leader.address, group.rank, kv.terms, following, site.tls)
 
 
 def microbatch_rule(site: Site, experts: Iterable[Member]) -> MicrobatchRule:
@@ -150,32 +193,22 @@ def _model_runner(
     weights: AttentionTierWeights,
     experts: Experts,
     tensor_parallel: TensorParallel,
-    terms: GroupTerms,
+    cache: KvCache,
 ) -> ModelRunner:
-    enable_mla = bool(site.parallel.enable_mla)
-    cache = KvCache.allocate(
-        site.model,
-        enable_mla,
-        tensor_parallel.size,
-        terms.num_blocks,
-        terms.block_size,
-        site.dtype,
-        site.device,
-    )
-    decoder = Decoder(site.model, weights, enable_mla, tensor_parallel)
+    decoder = Decoder(site.model, weights, bool(site.parallel.enable_mla), tensor_parallel)
     return ModelRunner(decoder, cache, experts, site.device)
 
 
 def _engine(
     site: Site,
     runner: PlacedRunner,
-    terms: GroupTerms,
+    kv: Kv,
     microbatches: MicrobatchRule,
     observer: EngineObserver | None,
 ) -> Engine:
     return Engine(
         runner,
-        BlockPool(terms.num_blocks, terms.block_size),
+        BlockPool(kv.terms.num_blocks, kv.terms.block_size),
         site.settings.scheduler_config(site.model),
         vocab_size=site.model.vocab_size,
         placement_epoch=lambda: site.placements.newest.epoch,
@@ -183,4 +216,5 @@ def _engine(
         microbatches=microbatches,
         observer=observer,
         orphan_grace_s=site.settings.orphan_grace_s,
+        kv_fetcher=kv.fetcher,
     )

@@ -1,12 +1,17 @@
-"""What an engine counts, as one value that can be reported.
+"""What an engine counts, as values that can be reported.
 
-Knows names and units; the engine's parts count, and the engine puts the counts together.
+Knows names and units, and where each count is; the engine's parts count.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from attn_service.adoptions import Adoptions
+from attn_service.kv_blocks import BlockPool
+from attn_service.scheduler import Scheduler
 from attn_service.sequence import FinishReason
+from attn_service.step_times import StepTimes
+from moe_core.cluster import AttentionLoad, EngineMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +35,49 @@ class EngineCounters:
     total_kv_blocks: int
     output_tokens: int
     finished: Mapping[FinishReason, int]
+
+
+def counters_of(
+    scheduler: Scheduler,
+    pool: BlockPool,
+    output_tokens: int,
+    finished: Mapping[FinishReason, int],
+) -> EngineCounters:
+    cache = scheduler.cache
+    return EngineCounters(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        preemptions=scheduler.num_preemptions,
+        prefix_query_tokens=cache.num_query_tokens,
+        prefix_hit_tokens=cache.num_hit_tokens,
+        used_kv_blocks=pool.num_blocks - pool.num_free,
+        cached_kv_blocks=pool.num_cached,
+        total_kv_blocks=pool.num_blocks,
+        output_tokens=output_tokens,
+        finished={reason: finished.get(reason, 0) for reason in FinishReason},
+    )
+
+
+def load_of(scheduler: Scheduler, pool: BlockPool, adoptions: Adoptions) -> AttentionLoad:
+    return AttentionLoad(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting + len(adoptions.sequences),
+        free_kv_blocks=pool.num_free,
+        total_kv_blocks=pool.num_blocks,
+        kv_block_size=pool.block_size,
+        max_num_seqs=scheduler.max_num_seqs,
+        hands_over=True,
+    )
+
+
+def metrics_of(counters: EngineCounters, times: StepTimes, adoptions: Adoptions) -> EngineMetrics:
+    return EngineMetrics(
+        **asdict(times),
+        other_s=times.other_s,
+        preemptions=counters.preemptions,
+        prefix_query_tokens=counters.prefix_query_tokens,
+        prefix_hit_tokens=counters.prefix_hit_tokens,
+        output_tokens=counters.output_tokens,
+        handed_over_tokens=adoptions.handed_over_tokens,
+        recomputed_tokens=adoptions.recomputed_tokens,
+    )

@@ -16,38 +16,41 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Protocol
+from dataclasses import replace
 
 import structlog
 import torch
 
+from attn_service.adoptions import Adoptions, KvFetcher
 from attn_service.blocked import advanced, block, rows_of_advanced
-from attn_service.counters import EngineCounters
+from attn_service.counters import EngineCounters, counters_of, load_of, metrics_of
 from attn_service.ended_sequences import EndedSequences
 from attn_service.engine_stream import EngineStream, KnownSequence
 from attn_service.kv_blocks import BlockPool
 from attn_service.logprobs import token_logprobs
 from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
+from attn_service.parked import ParkedBlocks
 from attn_service.request_check import check_request
 from attn_service.sampler import sample
 from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
 from attn_service.sequence import (
     FinishReason,
+    ParkedKv,
     Sequence,
     SequenceOutput,
     SequenceRequest,
     StepPlan,
-    TokenLogprobs,
 )
 from attn_service.sequence_step import (
     error_output,
     next_output,
+    parked_output,
     prompt_output,
     row_of,
     slice_of,
     take_told,
 )
+from attn_service.step_runner import EngineObserver, StepResult, StepRunner
 from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
 from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
@@ -56,35 +59,7 @@ from moe_core.errors import EpserveError, TransportError, UnavailableError
 log = structlog.get_logger(__name__)
 
 DEFAULT_ORPHAN_GRACE_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """logits: [slices that need them, vocab_size], of the last token of each such slice, in the
-    plan's order. times: without step_s and sampling_s. lost: indices of slices that could not be
-    computed, and for want of which expert; what the others say of them means nothing. told: of
-    slices that ask for logprobs, by their index in the plan, one for each token they name."""
-
-    logits: torch.Tensor
-    times: StepTimes
-    lost: Mapping[int, str] = field(default_factory=dict)
-    told: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
-
-
-class StepRunner(Protocol):
-    async def execute(self, plan: StepPlan) -> StepResult:
-        """Raises TransportError when the experts fail the whole step."""
-
-
-class EngineObserver(Protocol):
-    """Who watches an engine. Nothing here may fail or wait."""
-
-    def stepped(self, step: int, sequences: Many[Sequence], times: StepTimes) -> None:
-        """A step is over that was not failed by the experts; called after its tokens are out. A
-        rank that follows knows no sequences."""
-
-    def ended(self, sequence: Sequence, reason: FinishReason) -> None:
-        """A sequence leaves the engine."""
+LOOK_S = 0.01  # for blocks that were reserved
 
 
 class Engine:
@@ -92,7 +67,8 @@ class Engine:
 
     placement_epoch: the one that the next step is to use. expert_wait_s: how long a sequence may be
     unable to advance for want of an expert. orphan_grace_s: for how long the sequences of a lost
-    stream run on, and those that have ended are remembered.
+    stream run on, and those that have ended are remembered. kv_fetcher: brings the KV blocks of
+    sequences that another group has parked; without, they are computed again.
     """
 
     def __init__(
@@ -107,12 +83,15 @@ class Engine:
         microbatches: MicrobatchRule = ALWAYS_ONE,
         observer: EngineObserver | None = None,
         orphan_grace_s: float = DEFAULT_ORPHAN_GRACE_S,
+        kv_fetcher: KvFetcher | None = None,
     ) -> None:
         self.orphan_grace_s = orphan_grace_s
         self._ended = EndedSequences(orphan_grace_s)
         self._runner = runner
         self._pool = pool
         self._scheduler = Scheduler(config, pool)
+        self.parked = ParkedBlocks(pool)
+        self._parking: set[Sequence] = set()
         self._vocab_size = vocab_size
         self._placement_epoch = placement_epoch
         self._expert_wait_s = expert_wait_s
@@ -122,6 +101,7 @@ class Engine:
         self._owner: dict[Sequence, EngineStream] = {}
         self._discarded: set[Sequence] = set()
         self._changed = asyncio.Event()
+        self._adoptions = Adoptions(self._scheduler, pool, kv_fetcher, self._changed.set)
         self._idle = asyncio.Event()
         self._accepting = True
         self._finished: Counter[FinishReason] = Counter()
@@ -132,43 +112,16 @@ class Engine:
 
     @property
     def load(self) -> AttentionLoad:
-        return AttentionLoad(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            free_kv_blocks=self._pool.num_free,
-            total_kv_blocks=self._pool.num_blocks,
-            kv_block_size=self._pool.block_size,
-            max_num_seqs=self._scheduler.max_num_seqs,
-        )
+        return load_of(self._scheduler, self._pool, self._adoptions)
 
     @property
     def counters(self) -> EngineCounters:
-        scheduler, cache = self._scheduler, self._scheduler.cache
-        return EngineCounters(
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
-            preemptions=scheduler.num_preemptions,
-            prefix_query_tokens=cache.num_query_tokens,
-            prefix_hit_tokens=cache.num_hit_tokens,
-            used_kv_blocks=self._pool.num_blocks - self._pool.num_free,
-            cached_kv_blocks=self._pool.num_cached,
-            total_kv_blocks=self._pool.num_blocks,
-            output_tokens=self._output_tokens,
-            finished={reason: self._finished[reason] for reason in FinishReason},
-        )
+        return counters_of(self._scheduler, self._pool, self._output_tokens, self._finished)
 
     @property
     def metrics(self) -> EngineMetrics:
         """Totals since the engine began."""
-        counters = self.counters
-        return EngineMetrics(
-            **asdict(self.times),
-            other_s=self.times.other_s,
-            preemptions=counters.preemptions,
-            prefix_query_tokens=counters.prefix_query_tokens,
-            prefix_hit_tokens=counters.prefix_hit_tokens,
-            output_tokens=counters.output_tokens,
-        )
+        return metrics_of(self.counters, self.times, self._adoptions)
 
     def open_stream(self) -> EngineStream:
         """Raises UnavailableError when the engine has failed."""
@@ -183,12 +136,15 @@ class Engine:
         it, a failure that is not the experts' or a cancellation, ends every sequence too."""
         try:
             while True:
+                self._adoptions.check()
                 self._drop_discarded()
+                self._park()
                 if self._scheduler.has_work:
                     await self._run_step()
                     await asyncio.sleep(0)  # a step may never have waited: let requests in
                 else:
-                    self._idle.set()
+                    if not self._adoptions.sequences:
+                        self._idle.set()
                     self._changed.clear()
                     await self._changed.wait()
         except BaseException as error:
@@ -207,16 +163,19 @@ class Engine:
         self._accepting = False
         self.failure = UnavailableError(f"the engine has stopped: {cause}")
         self._drop_discarded()
-        everybody = self._scheduler.sequences()
+        everybody = [*self._scheduler.sequences(), *self._adoptions.sequences]
         self._finish_with(cause.code, str(cause), everybody, go_elsewhere=True)
+        self._adoptions.close()
+        self.parked.release_all()
         self._close_streams()
         self._idle.set()
 
     async def drain(self) -> None:
-        """Take no more sequences, wait for those under way, and end the streams in order. The
-        caller sets the deadline."""
+        """Take no more sequences, wait for those under way and for whoever fetches the KV blocks of
+        parked ones, and end the streams in order. The caller sets the deadline."""
         self._accepting = False
         await self._idle.wait()
+        await self.parked.until_empty()
         self._close_streams()
 
     def add(self, stream: EngineStream, request: SequenceRequest) -> Sequence:
@@ -225,7 +184,10 @@ class Engine:
             raise UnavailableError("this attention process is draining and takes no new sequences")
         check_request(request, self._vocab_size)
         sequence = Sequence(request)
-        self._scheduler.add(sequence)
+        if request.kv_source is None:
+            self._scheduler.add(sequence)
+        else:
+            self._adoptions.begin(sequence)
         self._ended.forget(request.sequence_id)
         self._owner[sequence] = stream
         self._idle.clear()
@@ -236,6 +198,15 @@ class Engine:
         """Called by a stream: nobody wants this sequence any more."""
         self._discarded.add(sequence)
         self._changed.set()
+
+    def park(self, sequence: Sequence) -> None:
+        """Called by a stream: another group is to go on with this sequence."""
+        self._parking.add(sequence)
+        self._changed.set()
+
+    def unpark(self, sequence_id: str) -> None:
+        """Called by a stream: what may have been kept of that sequence is not wanted."""
+        self.parked.release(sequence_id)
 
     def find(self, sequence_id: str) -> KnownSequence | None:
         """The sequence of that id which runs, or has ended within `orphan_grace_s`."""
@@ -264,13 +235,29 @@ class Engine:
             self._remove(sequence)
         self._discarded.clear()
 
+    def _park(self) -> None:
+        """Let go of the sequences that are to leave, and keep what they have computed."""
+        leaving = [each for each in self._parking if each in self._owner]
+        self._parking.clear()
+        for sequence in leaving:
+            output = parked_output(sequence, self._keep(sequence))
+            self._count(sequence, FinishReason.PARKED)
+            self._owner.pop(sequence).deliver(self.step, [output])
+
+    def _keep(self, sequence: Sequence) -> ParkedKv:
+        """The sequence is nobody's any more; what has been kept of it."""
+        if self._adoptions.cancel(sequence):
+            return ParkedKv(0, ())
+        return self.parked.park(sequence, self._scheduler.detach(sequence))
+
     def _count(self, sequence: Sequence, reason: FinishReason) -> None:
         self._finished[reason] += 1
         if self._observer is not None:
             self._observer.ended(sequence, reason)
 
     def _remove(self, sequence: Sequence, *, reusable: bool = True) -> None:
-        self._scheduler.remove(sequence, reusable=reusable)
+        if not self._adoptions.cancel(sequence):
+            self._scheduler.remove(sequence, reusable=reusable)
         del self._owner[sequence]
 
     def wake(self) -> None:
@@ -283,7 +270,8 @@ class Engine:
         started = time.perf_counter()
         scheduled = self._scheduler.schedule(started)
         if not scheduled:
-            await self._wait_for_change(self._scheduler.next_retry - started)
+            least = LOOK_S if self._adoptions.holds_blocks else 0.0
+            await self._wait_for_change(max(least, self._scheduler.next_retry - started))
             return
         for item in scheduled:
             item.sequence.started_s = item.sequence.started_s or started
@@ -323,7 +311,7 @@ class Engine:
         return StepResult(logits, result.times, told=told)
 
     async def _wait_for_change(self, timeout_s: float) -> None:
-        """All there is is blocked."""
+        """All there is is blocked, or lacks blocks that are reserved."""
         self._changed.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, timeout_s)):

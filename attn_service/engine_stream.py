@@ -45,6 +45,10 @@ class SequenceHost(Protocol):
 
     def find(self, sequence_id: str) -> KnownSequence | None: ...
 
+    def park(self, sequence: Sequence) -> None: ...
+
+    def unpark(self, sequence_id: str) -> None: ...
+
     def hand_over(self, sequence: Sequence, stream: "EngineStream") -> None: ...
 
     def forget(self, stream: "EngineStream") -> None: ...
@@ -93,9 +97,17 @@ class EngineStream:
         """End a sequence early. One that has ended already is no error: the two may cross."""
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is None:
+            self._engine.unpark(sequence_id)
             return
         self._engine.discard(sequence)
         self.refuse(SequenceOutput(sequence_id, finish_reason=FinishReason.ABORT))
+
+    def park(self, sequence_id: str) -> None:
+        """Another group is to go on with a sequence: its last output is PARKED. One that has ended
+        already is no error: the two may cross."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._engine.park(sequence)
 
     def release(self, sequence_id: str) -> Sequence:
         """Give up a sequence, which another stream takes; whoever may still read here is told."""

@@ -20,9 +20,9 @@ import structlog
 import torch
 from torch import Tensor
 
-from attn_service.engine import EngineObserver, StepResult, StepRunner
 from attn_service.experts import Combined, Experts, ExpertTimes, PendingExperts, StepKey
 from attn_service.sequence import StepPlan
+from attn_service.step_runner import EngineObserver, StepResult, StepRunner
 from moe_core.errors import PeerLostError, TransportError
 from moe_core.even_parts import even_parts
 from moe_core.model.tensor_parallel import TensorParallel

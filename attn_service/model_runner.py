@@ -17,11 +17,11 @@ from itertools import pairwise
 
 import torch
 
-from attn_service.engine import StepResult
 from attn_service.experts import Experts, LostRows, PendingExperts, StepKey
 from attn_service.microbatches import split
 from attn_service.prompt_logprobs import tell
 from attn_service.sequence import SequenceSlice, StepPlan, TokenLogprobs
+from attn_service.step_runner import StepResult
 from attn_service.step_times import StepClock
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.batch import SequenceSlice as BatchSlice
@@ -41,7 +41,7 @@ class ModelRunner:
         self._device = device
 
     async def execute(self, plan: StepPlan) -> StepResult:
-        """See `engine.StepRunner`: logits [m, vocab_size] float32, or float64 in float64.
+        """See `step_runner.StepRunner`: logits [m, vocab_size] float32, or float64 in float64.
 
         Writes the keys and values of the plan's tokens to their blocks; those of slices that are
         lost mean nothing. Raises TransportError, and then nothing that the step has sent holds a

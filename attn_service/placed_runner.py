@@ -6,9 +6,9 @@ that it has, a rank that follows may hear of it a moment later than of the plan.
 
 import asyncio
 
-from attn_service.engine import StepResult, StepRunner
 from attn_service.placements import Placements
 from attn_service.sequence import StepPlan
+from attn_service.step_runner import StepResult, StepRunner
 from moe_core.errors import UnavailableError
 
 KNOWN_TIMEOUT_S = 10.0

@@ -11,27 +11,35 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from attn_service.assembly import Site, make_duty, make_experts, make_links, microbatch_rule
+from attn_service.assembly import (
+    Kv,
+    Site,
+    make_cache,
+    make_duty,
+    make_experts,
+    make_handover,
+    make_links,
+    microbatch_rule,
+)
 from attn_service.duties import Duty, Leading, until_first
-from attn_service.engine import EngineObserver
 from attn_service.expert_links import ExpertLinks
 from attn_service.follow import Followers, GroupTerms
+from attn_service.group_kv import GroupKv
 from attn_service.kv_agreement import KvOffer, agree
 from attn_service.kv_budget import num_kv_blocks
+from attn_service.kv_handover import KvHandover
+from attn_service.loading import load_weights
 from attn_service.placements import Placements
 from attn_service.rendezvous import Group, meet
 from attn_service.servicer import SERVICE_NAME, AttentionServicer, add_to_server
 from attn_service.settings import AttnSettings
+from attn_service.step_runner import EngineObserver
 from attn_service.tensor_parallel import GroupRank, dissolve
-from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
-from moe_core.checkpoint.progress import shown_progress
-from moe_core.cluster import Join, MemberState, Role
+from moe_core.cluster import ClusterState, Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.errors import UnavailableError
-from moe_core.model.linear import packing_pays
 from moe_core.model.tensor_parallel import NoTensorParallel
-from moe_core.model.weights import AttentionTierWeights
 from moe_core.placement import ExpertPlacement
 from moe_core.service.addresses import (
     advertised_address,
@@ -89,6 +97,7 @@ class AttentionProcess:
         self._links: ExpertLinks | None = None
         self._followers: Followers | None = None
         self._duty: Duty | None = None
+        self._handover: KvHandover | None = None
         self._spans: Spans | None = None
         self._placements: Placements | None = None
         self._used_epoch: int | None = None  # see StatusReport
@@ -106,7 +115,7 @@ class AttentionProcess:
         site, membership = await self._join(checkpoint)
         group = await self._meet(site, membership)
         tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
-        weights = await in_own_thread(_load, checkpoint, site)
+        weights = await in_own_thread(load_weights, checkpoint, site)
         terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership)
         self._placements = site.placements
@@ -115,11 +124,15 @@ class AttentionProcess:
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
         observer = self._observer(site)
-        duty = make_duty(site, weights, experts, group, followers, terms, rule, observer)
+        kv = self._kv(site, membership, terms)
+        duty = make_duty(site, weights, experts, group, followers, kv, rule, observer)
         if isinstance(duty, Leading):
+            assert self._handover is not None
+            self._handover.lead(duty.engine.parked.release)
             self._servicer.lead(duty.engine)
         else:
-            self._servicer.decline(f"{site.group_rank} follows; ask its tp_rank 0")
+            epoch = terms.leader_instance_epoch
+            self._servicer.follow(f"{site.group_rank} follows; ask its tp_rank 0", epoch)
         if followers is not None:
             await followers.all_connected(ARRIVAL_TIMEOUT_S)
         self._duty = duty
@@ -153,6 +166,8 @@ class AttentionProcess:
         if self._duty is not None and self._membership is not None:
             self._report(self._membership)
             await self._duty.drain()
+        if self._handover is not None:
+            await self._handover.close()
         await self._host.stop(STOP_GRACE_S)
         await self._end_serving()
         if self._links is not None:
@@ -252,6 +267,19 @@ class AttentionProcess:
         log.info("KV cache", blocks=terms.num_blocks, block_size=terms.block_size)
         return terms
 
+    def _kv(self, site: Site, membership: Membership, terms: GroupTerms) -> Kv:
+        """The cache, and this rank's end of what is handed over from and to it."""
+
+        def state() -> ClusterState:
+            return membership.state
+
+        cache = make_cache(site, terms)
+        handover = make_handover(site, cache, self._options, self._endpoint, state)
+        self._handover = handover
+        self._servicer.hand_over(handover)
+        fetcher = GroupKv(handover, site.group_rank, site.instance_epoch, state, site.tls)
+        return Kv(terms, cache, fetcher)
+
     def _accept_followers(self, rank: GroupRank, terms: GroupTerms) -> None:
         self._followers = Followers(rank, terms, self._collective_timeout_s)
         self._servicer.accept(self._followers)
@@ -348,29 +376,6 @@ async def _report_expert_load(duty: Duty, membership: Membership) -> None:
         if load is not None and load != reported:
             membership.report_expert_load(load)
             reported = load
-
-
-def _load(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
-    rank = site.group_rank
-    packed = packing_pays(site.dtype, site.device)
-    with shown_progress(f"attn {site.rank}: loading", "layer") as progress:
-        weights = load_attention_weights(
-            checkpoint,
-            tp_rank=rank.tp_rank,
-            tp_size=rank.tp_size,
-            shared_expert=not site.parallel.shared_on_experts,
-            dtype=site.dtype,
-            device=site.device,
-            packed=packed,
-            progress=progress,
-        )
-    log.info(
-        "attention weights loaded",
-        rank=site.rank,
-        packed=packed,
-        bytes_read=checkpoint.bytes_read,
-    )
-    return weights
 
 
 def main(settings: AttnSettings) -> int:

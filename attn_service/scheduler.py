@@ -28,6 +28,8 @@ Why every sequence ends (no livelock). The order is total and never changes for 
    there is none. So the running ones end, one after the other by 1, until it is admitted, at
    the latest into an empty pool.
 3. So, unless ever more come before it in the order, every sequence becomes the first, and ends.
+A sequence that comes with its keys and values (`reserve`) runs at once, if blocks are spare: it has
+had its turn elsewhere. What is reserved for it is out of reach for a bounded time.
 
 A sequence that is blocked for want of an expert is passed over until it is to be tried again. It
 keeps its place in the order, and while it runs its blocks; it is blocked for a bounded time, since
@@ -45,7 +47,7 @@ from attn_service.kv_blocks import BlockPool
 from attn_service.prefix_cache import PrefixCache
 from attn_service.prefix_wait import PrefixWait
 from attn_service.sequence import Sequence, SequenceRequest
-from moe_core.errors import ConfigError, RequestError
+from moe_core.errors import ConfigError, RequestError, UnavailableError
 
 _ORDER = attrgetter("order")
 
@@ -115,6 +117,7 @@ class Scheduler:
         self._arrivals = itertools.count()
         self.cache = PrefixCache(pool)
         self._prefix_wait = PrefixWait(self.cache)
+        self._num_reserved = 0  # places of sequences that come with their blocks
         self.num_preemptions = 0
 
     @property
@@ -171,7 +174,7 @@ class Scheduler:
         """The next step: at most max_step_tokens, and never empty while there is work, unless
         what there is is blocked. now: in seconds of time.perf_counter."""
         config = self._config
-        step = _Step(config.max_step_tokens, config.max_num_seqs - len(self._running))
+        step = _Step(config.max_step_tokens, self._num_seats)
         for sequence in tuple(self._running):
             due = sequence.retry_at <= now
             if due and sequence.is_running and sequence.num_pending_tokens == 1:
@@ -201,6 +204,47 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
             self._prefix_wait.forget(sequence)
+
+    def detach(self, sequence: Sequence) -> list[int]:
+        """Forget a sequence; its blocks, if it has any, are the caller's to free."""
+        blocks, sequence.block_table = sequence.block_table, []
+        self.remove(sequence)
+        return blocks
+
+    def reserve(self, sequence: Sequence, num_tokens: int, found: list[int]) -> list[int]:
+        """A place, and blocks for the first `num_tokens` of a sequence that is not here yet; the
+        first of them are `found` in the cache. Raises UnavailableError where it cannot run now."""
+        needed = self._pool.blocks_for(sequence.num_tokens) - len(found)
+        spare = self._num_spare() - self._pool.num_cached_of(found)
+        if self._num_seats < 1:
+            raise UnavailableError(f"{self.max_num_seqs} sequences run here, and no more may")
+        if needed > spare:
+            raise UnavailableError(f"{needed} KV blocks are needed, {max(0, spare)} are to spare")
+        self._num_reserved += 1
+        self._pool.share(found)
+        return [*found, *self._pool.allocate(self._pool.blocks_for(num_tokens) - len(found))]
+
+    def give_back(self, blocks: list[int]) -> None:
+        """What `reserve` gave is not needed."""
+        self._num_reserved -= 1
+        self._pool.free(blocks)
+
+    def run_with(
+        self, sequence: Sequence, blocks: list[int], num_tokens: int, num_found: int
+    ) -> None:
+        """Let a sequence run with what `reserve` gave, now that it holds `num_tokens`."""
+        self._num_reserved -= 1
+        sequence.arrival = next(self._arrivals)
+        sequence.block_table = blocks
+        sequence.num_computed_tokens = num_found * self._pool.block_size
+        sequence.num_cached_tokens = sequence.num_computed_tokens
+        sequence.is_running = True
+        insort(self._running, sequence, key=_ORDER)
+        self.cache.computed(sequence, num_tokens - sequence.num_computed_tokens)
+
+    @property
+    def _num_seats(self) -> int:
+        return self._config.max_num_seqs - len(self._running) - self._num_reserved
 
     def _serve(self, sequence: Sequence, step: _Step) -> None:
         """Let a running sequence catch up as far as budget and blocks go."""
@@ -270,7 +314,7 @@ class Scheduler:
 
     def _num_spare(self) -> int:
         """Free blocks beyond what running sequences need for their tokens and to grow a little."""
-        needed = len(self._running) * self._config.growth_blocks
+        needed = (len(self._running) + self._num_reserved) * self._config.growth_blocks
         for each in self._running:
             needed += self._pool.blocks_for(each.num_tokens) - len(each.block_table)
         return self._pool.num_free - needed

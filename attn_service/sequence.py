@@ -16,6 +16,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    PARKED = "parked"  # another group goes on with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class ParkedKv:
+    """Keys and values of a parked sequence's first `num_tokens`, in the blocks of its group that
+    block_ids names; none where they could not be kept."""
+
+    num_tokens: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Which group has parked a sequence: its dp_rank, and its tp_rank 0's instance epoch."""
+
+    dp_rank: int
+    instance_epoch: int
+    parked: ParkedKv
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """`output_ids` were generated before, by another process: the sequence goes on after them,
     and every setting counts them as outputs. priority: lower is served first; equal ones are
     served in order of arrival. traceparent: the W3C header of the span that it belongs to, or
-    nothing. take_over: it may be here already, see `EngineStream.add`."""
+    nothing. take_over: it may be here already, see `EngineStream.add`. kv_source: where its first
+    tokens' keys and values are."""
 
     sequence_id: str
     prompt_ids: tuple[int, ...]
@@ -69,6 +89,7 @@ class SequenceRequest:
     priority: int = 0
     traceparent: str = ""
     take_over: bool = False
+    kv_source: KvSource | None = None
 
     @property
     def max_computed_tokens(self) -> int:
@@ -215,7 +236,8 @@ class SequenceOutput:
     `logprobs` has one entry per token where they were asked for, else none. num_cached_tokens,
     with the first token: those of the prompt that were not computed again. queued_us, with the
     first token: from its coming to its first step. go_elsewhere, with ERROR: attention.proto.
-    prompt_logprobs, where asked for: with the first token, or with the end where there is none."""
+    prompt_logprobs, where asked for: with the first token, or with the end where there is none.
+    parked, with PARKED: what has been kept of it."""
 
     sequence_id: str
     token_ids: tuple[int, ...] = ()
@@ -227,6 +249,7 @@ class SequenceOutput:
     queued_us: int | None = None
     go_elsewhere: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    parked: ParkedKv | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from attn_service.scheduler import Scheduled
 from attn_service.sequence import (
     AskedLogprobs,
     FinishReason,
+    ParkedKv,
     Sequence,
     SequenceOutput,
     SequenceSlice,
@@ -65,6 +66,12 @@ def error_output(
         error_code=code,
         error=message,
         go_elsewhere=go_elsewhere,
+    )
+
+
+def parked_output(sequence: Sequence, parked: ParkedKv) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.request.sequence_id, finish_reason=FinishReason.PARKED, parked=parked
     )
 
 

@@ -1,7 +1,8 @@
 """AttentionService: the gateway's sequences in, one message of new tokens per step out.
 
-Knows the messages of attention.proto and one Engine. Knows no scheduling and no model. The
-Follow half of the service is follow.py's.
+Knows the service's calls and one Engine. Knows no scheduling, no model and no message's fields
+(sequence_messages.py does). The Follow half of the service is follow.py's, the hand-over of KV
+blocks kv_handover.py's.
 
 A stream that its gateway ends (no more requests, then the last output) is over. One that breaks is
 lost: its sequences run on for a while, see engine_stream.py.
@@ -14,18 +15,13 @@ from typing import Any
 from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.follow import Followers
-from attn_service.sequence import (
-    FinishReason,
-    Sampling,
-    SequenceOutput,
-    SequenceRequest,
-    StepOutput,
-    TokenLogprobs,
-)
+from attn_service.group_kv import fetch_blocks
+from attn_service.kv_handover import KvHandover
+from attn_service.sequence import FinishReason, SequenceOutput
+from attn_service.sequence_messages import output_to_pb, request_from_pb
 from moe_core.errors import EpserveError, RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import attention_pb2_grpc as pb_grpc
-from moe_core.pb.epserve.v1 import logprobs_pb2
 
 SERVICE_NAME = "epserve.v1.AttentionService"
 MAX_FOUND = 64  # the most choices that a request has
@@ -39,6 +35,8 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
     def __init__(self) -> None:
         self._engine: Engine | None = None
         self._followers: Followers | None = None
+        self._handover: KvHandover | None = None
+        self._leader_epoch: int | None = None
         self._otherwise: EpserveError = UnavailableError("this attention process is starting")
 
     def lead(self, engine: Engine) -> None:
@@ -50,9 +48,14 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
         """Let the other ranks of the group follow."""
         self._followers = followers
 
-    def decline(self, reason: str) -> None:
-        """Refuse both calls."""
+    def follow(self, reason: str, leader_instance_epoch: int) -> None:
+        """Refuse what is tp_rank 0's to answer, and do what that one asks for."""
         self._otherwise = RequestError(reason)
+        self._leader_epoch = leader_instance_epoch
+
+    def hand_over(self, handover: KvHandover) -> None:
+        """Give and fetch KV blocks with it."""
+        self._handover = handover
 
     async def Serve(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
         if self._engine is None:
@@ -90,6 +93,16 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
             ]
         )
 
+    async def Handover(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
+        if self._handover is None:
+            raise self._otherwise
+        await self._handover.servicer.Handover(request_iterator, context)
+
+    async def FetchBlocks(self, request: Any, context: Any) -> Any:  # noqa: ANN401
+        if self._handover is None or self._leader_epoch is None:
+            raise RequestError("this attention process follows nobody")
+        return await fetch_blocks(self._handover, self._leader_epoch, request)
+
     async def Follow(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
         if self._followers is None:
             raise self._otherwise
@@ -118,8 +131,10 @@ def _take(request: Any, stream: EngineStream) -> None:  # noqa: ANN401
                 stream.refuse(_refusal(request.add.sequence_id, error))
         case "abort":
             stream.abort(request.abort.sequence_id)
+        case "park":
+            stream.park(request.park.sequence_id)
         case _:
-            raise RequestError("EngineRequest: neither add nor abort is set")
+            raise RequestError("EngineRequest: none of add, abort and park is set")
 
 
 def _refusal(sequence_id: str, error: EpserveError) -> SequenceOutput:
@@ -129,66 +144,4 @@ def _refusal(sequence_id: str, error: EpserveError) -> SequenceOutput:
         error_code=error.code,
         error=str(error),
         go_elsewhere=isinstance(error, UnavailableError),
-    )
-
-
-def request_from_pb(message: Any) -> SequenceRequest:  # noqa: ANN401
-    sampling = message.sampling
-    return SequenceRequest(
-        sequence_id=message.sequence_id,
-        prompt_ids=tuple(message.prompt_ids),
-        output_ids=tuple(message.output_ids),
-        sampling=Sampling(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            index=sampling.index,
-            stop_token_ids=frozenset(sampling.stop_token_ids),
-            min_tokens=sampling.min_tokens,
-            repetition_penalty=sampling.repetition_penalty or 1.0,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            logit_bias=tuple(sorted(sampling.logit_bias.items())),
-            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
-            prompt_logprobs=(
-                sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
-            ),
-        ),
-        priority=message.priority,
-        traceparent=message.traceparent,
-        take_over=message.take_over,
-    )
-
-
-def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
-    return pb.StepOutput(
-        step=output.step,
-        outputs=[
-            pb.SequenceOutput(
-                sequence_id=each.sequence_id,
-                token_ids=each.token_ids,
-                finish_reason=each.finish_reason or "",
-                error_code=each.error_code,
-                error=each.error,
-                logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
-                num_cached_tokens=each.num_cached_tokens,
-                queued_us=each.queued_us,
-                go_elsewhere=each.go_elsewhere,
-                prompt_logprobs=[_logprobs_to_pb(token) for token in each.prompt_logprobs],
-            )
-            for each in output.outputs
-        ],
-    )
-
-
-def _logprobs_to_pb(token: TokenLogprobs) -> Any:  # noqa: ANN401
-    return logprobs_pb2.TokenLogprobs(
-        token_id=token.token_id,
-        logprob=token.logprob,
-        rank=token.rank,
-        top_token_ids=token.top_token_ids,
-        top_logprobs=token.top_logprobs,
     )

@@ -41,9 +41,9 @@ class ExpertForm:
         return HandoverSpec(
             model_fingerprint=model_fingerprint,
             dtype=dtype_name(self.shard.dtype),
-            etp_rank=self.shard.etp_rank,
-            etp_size=self.shard.etp_size,
-            expert_bytes=self.num_bytes,
+            shard_rank=self.shard.etp_rank,
+            shard_size=self.shard.etp_size,
+            unit_bytes=self.num_bytes,
         )
 
     def store(self, weights: ExpertWeights, memory: Tensor) -> bytes:

@@ -17,16 +17,17 @@ from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import EpserveError
 from moe_core.model.weights import ExpertWeights
 from moe_core.service.own_thread import in_own_thread
+from moe_core.transport.handover import UnitName
 
 log = structlog.get_logger(__name__)
 
 
 class Fetch(Protocol):
-    """See ExpertFetch."""
+    """See UnitFetch."""
 
     transport: str
 
-    async def fetch(self, layer_id: int, logical: int) -> tuple[torch.Tensor, bytes] | None: ...
+    async def fetch(self, name: UnitName, what: str) -> tuple[torch.Tensor, bytes] | None: ...
 
     async def close(self) -> None: ...
 
@@ -87,7 +88,7 @@ class PeerSource:
         if fetch is None:
             fetch = self._fetches[peer.instance_epoch] = await self._connect(peer)
             log.info("fetching experts", source=peer.rank, transport=fetch.transport)
-        found = await fetch.fetch(layer_id, logical)
+        found = await fetch.fetch((layer_id, logical), f"expert {logical} of layer {layer_id}")
         if found is None:
             return None
         weights = await in_own_thread(self._form.restore, *found)

@@ -13,8 +13,10 @@ from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.own_thread import in_own_thread
 from moe_core.service.peer_roles import PeerRole
 from moe_core.transport.base import Identity, TransportOptions
+from moe_core.transport.choice import offered_transports
 from moe_core.transport.endpoint import NixlEndpoint
-from moe_core.transport.handover_client import ExpertFetch
+from moe_core.transport.handover import UnitName
+from moe_core.transport.handover_client import UnitFetch
 from moe_core.transport.handover_servicer import HandoverServicer
 
 
@@ -35,31 +37,27 @@ class Handovers:
         self._form = form
         self._spec = form.spec(model_fingerprint)
         self._rank = identity.rank
-        self._only_nixl = options.transport == "nixl"
+        self._transports = offered_transports(options, endpoint)
         self._endpoint = endpoint
         self._tls = tls
         self.servicer = HandoverServicer(self._spec, self.fill, identity.instance_epoch, endpoint)
 
-    async def fill(self, layer_id: int, logical: int, memory: Tensor) -> bytes | None:
-        """A FillExpert."""
+    async def fill(self, name: UnitName, memory: Tensor) -> bytes | None:
+        """A FillUnit."""
+        layer_id, logical = name
         weights = self._runner.expert(layer_id, logical)
         if weights is None:
             return None
         return await in_own_thread(self._form.store, weights, memory)
 
-    async def connect(self, peer: Member) -> ExpertFetch:
+    async def connect(self, peer: Member) -> UnitFetch:
         """A Connect: to an expert process that is in the cluster's state."""
         name = f"expert {peer.rank} ({peer.address})"
         security = expecting(self._tls, PeerRole.EXPERT)
-        fetch = ExpertFetch(peer.address, name, self._spec, security)
+        fetch = UnitFetch(peer.address, name, self._spec, security)
         try:
-            await fetch.open(self._rank, self._transports(), self._endpoint)
+            await fetch.open(self._rank, self._transports, self._endpoint)
         except BaseException:
             await fetch.close()
             raise
         return fetch
-
-    def _transports(self) -> tuple[str, ...]:
-        if self._endpoint is None:
-            return ("grpc",)
-        return ("nixl",) if self._only_nixl else ("nixl", "grpc")

@@ -4,26 +4,29 @@ Knows streams, and which answer belongs to which request. Knows no text, no clie
 a group was chosen. When a stream ends, every request on it fails with GroupLostError naming the
 group and the cause; a request that its owner lets go of early is aborted on the engine.
 
+A request that leaves a group has its sequences parked there, where the engine does so: all that
+was computed comes first.
+
 A gateway that ends says so for each sequence. One that is killed does not, and the engine keeps
 its sequences for a while: `find` asks for them, `submit` with `take_over` goes on with them.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 import structlog
 
 from gateway.balancer import Group
-from gateway.requests import Sequence, TokenLogprobs
+from gateway.engine_messages import add_to_pb, delta_from_pb, parked_from_pb
+from gateway.request_stream import GroupLostError, RequestStream
+from gateway.requests import Sequence
 from moe_core.cluster import ClusterState, MemberState, Role
-from moe_core.errors import EpserveError, UnavailableError
+from moe_core.errors import UnavailableError
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
-from moe_core.pb.epserve.v1 import logprobs_pb2
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.service.certificates import Certificates, ServerCheck, expecting
 from moe_core.service.grpc_channel import error_from_rpc, error_from_status, open_channel
@@ -31,97 +34,9 @@ from moe_core.service.peer_roles import PeerRole
 
 log = structlog.get_logger(__name__)
 
-ABORTED = "abort"
+PARKED = "parked"
 CLOSE_S = 1.0  # for a group to take the last aborts
 FIND_TIMEOUT_S = 3.0
-
-
-class GroupLostError(UnavailableError):
-    """This group cannot go on with a request, through no fault of the request: another group can.
-
-    So it is when the group's stream ends, with whatever status; when the group leaves; and with
-    what its engine marks go_elsewhere (attention.proto says which that is). Whatever else an engine
-    answers is the request's own end.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New tokens of one choice; finish_reason is empty while it runs. logprobs has one entry per
-    token, or none. With the first token come cached_tokens, those of the prompt that were found in
-    the KV cache, queued_s, the seconds until its first step, and prompt_logprobs, where asked for
-    one for each token of the prompt but the first."""
-
-    token_ids: tuple[int, ...]
-    finish_reason: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    cached_tokens: int = 0
-    queued_s: float | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-class RequestStream:
-    """The choices of one request on an engine, from their submission until each has finished or
-    is let go of."""
-
-    def __init__(self, link: "_GroupLink", sequence_ids: Mapping[int, str]) -> None:
-        """`sequence_ids`: by the choice's index."""
-        self._link = link
-        self._sequence_ids = dict(sequence_ids)
-        self._dropped: set[int] = set()
-        self._items: asyncio.Queue[tuple[int, Delta | EpserveError]] = asyncio.Queue()
-        self._held: tuple[int, EpserveError] | None = None  # what follows a batch
-
-    async def next(self) -> list[tuple[int, Delta]]:
-        """All that has come of choices that were not dropped, in order, with their indices; waits
-        until there is something. Raises GroupLostError when the group is lost, or the error with
-        which the engine ended such a choice, once what came before it was given out. How long to
-        wait is the client's deadline: a lost group always ends the wait."""
-        found = [await self._next_one()]
-        while self._held is None and not self._items.empty():
-            index, item = self._items.get_nowait()
-            if isinstance(item, EpserveError):
-                self._held = index, item
-            elif index not in self._dropped:
-                found.append((index, item))
-        return found
-
-    async def _next_one(self) -> tuple[int, Delta]:
-        while True:
-            held, self._held = self._held, None
-            index, item = held or await self._items.get()
-            if index in self._dropped:
-                continue  # it was on its way
-            if isinstance(item, EpserveError):
-                raise item
-            return index, item
-
-    def put(self, index: int, item: Delta | EpserveError) -> None:
-        """What the engine has to say of one choice."""
-        self._items.put_nowait((index, item))
-
-    def abort(self) -> None:
-        """End the request now: the engine drops the choices that are still running, and `next`
-        gives each of them a last, aborted delta."""
-        for index, sequence_id in self._sequence_ids.items():
-            if self._link.forget(sequence_id):
-                self.put(index, Delta((), ABORTED))
-
-    def leave(self, reason: GroupLostError) -> None:
-        """Let go of all choices now; `next` raises `reason` where one was still running."""
-        for index, sequence_id in self._sequence_ids.items():
-            if self._link.forget(sequence_id):
-                self.put(index, reason)
-
-    def drop(self, index: int) -> None:
-        """Let go of one choice; the engine is told unless it has finished it itself."""
-        self._dropped.add(index)
-        self._link.forget(self._sequence_ids[index])
-
-    def close(self) -> None:
-        """Let go of all choices."""
-        for sequence_id in self._sequence_ids.values():
-            self._link.forget(sequence_id)
 
 
 class AttentionPool:
@@ -186,6 +101,7 @@ class _GroupLink:
     def __init__(self, group: Group, security: ServerCheck | None) -> None:
         self.instance_epoch = group.leader.instance_epoch
         self._name = group.name
+        self.hands_over = group.load.hands_over
         self._streams: dict[str, tuple[RequestStream, int]] = {}
         self._leaving: Counter[str] = Counter()
         self._outgoing: asyncio.Queue[pb.EngineRequest | None] = asyncio.Queue()
@@ -202,7 +118,7 @@ class _GroupLink:
         stream = RequestStream(self, {each.index: each.sequence_id for each in choices})
         for each in choices:
             self._streams[each.sequence_id] = stream, each.index
-            self._outgoing.put_nowait(pb.EngineRequest(add=_add(each, take_over)))
+            self._outgoing.put_nowait(pb.EngineRequest(add=add_to_pb(each, take_over)))
         return stream
 
     async def find(self, sequence_ids: Many[str]) -> dict[str, int]:
@@ -225,6 +141,14 @@ class _GroupLink:
         abort = pb.AbortSequence(sequence_id=sequence_id)
         self._outgoing.put_nowait(pb.EngineRequest(abort=abort))
         return True
+
+    def runs(self, sequence_id: str) -> bool:
+        return sequence_id in self._streams
+
+    def park(self, sequence_id: str) -> None:
+        if sequence_id in self._streams:
+            park = pb.ParkSequence(sequence_id=sequence_id)
+            self._outgoing.put_nowait(pb.EngineRequest(park=park))
 
     def fail_all(self, reason: str, kind: type[UnavailableError] = GroupLostError) -> None:
         """The first reason counts: what follows a loss only says that it was lost."""
@@ -280,59 +204,9 @@ class _GroupLink:
             return
         if output.go_elsewhere:
             stream.put(index, GroupLostError(f"{self._name} has ended it: {output.error}"))
+        elif output.finish_reason == PARKED:
+            stream.put_parked(index, parked_from_pb(output))
         elif output.finish_reason == "error":
             stream.put(index, error_from_status(output.error_code or "INTERNAL", output.error))
         else:
-            stream.put(index, _delta(output))
-
-
-def _add(sequence: Sequence, take_over: bool) -> pb.AddSequence:
-    return pb.AddSequence(
-        sequence_id=sequence.sequence_id,
-        prompt_ids=sequence.prompt_ids,
-        priority=sequence.priority,
-        traceparent=sequence.traceparent,
-        output_ids=sequence.output_ids,
-        take_over=take_over,
-        sampling=pb.EngineSampling(
-            max_tokens=sequence.max_tokens,
-            temperature=sequence.temperature,
-            top_p=sequence.top_p,
-            top_k=sequence.top_k,
-            min_p=sequence.min_p,
-            seed=sequence.seed,
-            index=sequence.index,
-            stop_token_ids=sequence.stop_token_ids,
-            min_tokens=sequence.min_tokens,
-            repetition_penalty=sequence.repetition_penalty,
-            presence_penalty=sequence.presence_penalty,
-            frequency_penalty=sequence.frequency_penalty,
-            logit_bias=sequence.logit_bias,
-            logprobs=sequence.logprobs,
-            prompt_logprobs=sequence.prompt_logprobs,
-        ),
-    )
-
-
-def _delta(output: pb.SequenceOutput) -> Delta:
-    return Delta(
-        tuple(output.token_ids),
-        output.finish_reason,
-        _logprobs(output.logprobs),
-        output.num_cached_tokens,
-        output.queued_us * 1e-6 if output.HasField("queued_us") else None,
-        _logprobs(output.prompt_logprobs),
-    )
-
-
-def _logprobs(entries: Iterable[logprobs_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
-    return tuple(
-        TokenLogprobs(
-            each.token_id,
-            each.logprob,
-            each.rank,
-            tuple(each.top_token_ids),
-            tuple(each.top_logprobs),
-        )
-        for each in entries
-    )
+            stream.put(index, delta_from_pb(output))

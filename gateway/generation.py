@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from gateway.admission import ServedModel, admit
-from gateway.attention_pool import ABORTED, AttentionPool, Delta
+from gateway.attention_pool import AttentionPool
 from gateway.balancer import leaving_groups
 from gateway.callers import Caller
 from gateway.cluster import Registry
@@ -21,6 +21,7 @@ from gateway.entrance import QueueLimits
 from gateway.fair_slots import FairSlots
 from gateway.observers import NoObserver, RequestObserver, RequestWatch
 from gateway.place import Place
+from gateway.request_stream import ABORTED, Delta
 from gateway.requests import Chunk, GenerationRequest, Sequence
 from gateway.resume import Found, check_resumption, find
 from gateway.running import RunningRequest

@@ -52,11 +52,29 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ParkedKv:
+    """What a group keeps of a sequence that has left it: keys and values of its first `num_tokens`,
+    in the blocks that block_ids names to that group; none where it could keep none."""
+
+    num_tokens: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """The group that keeps it: its dp_rank, and its tp_rank 0's instance epoch."""
+
+    dp_rank: int
+    instance_epoch: int
+    parked: ParkedKv
+
+
+@dataclass(frozen=True, slots=True)
 class Sequence:
     """One choice of a request that was admitted, with every default filled in: what an engine is
     told, and the stop strings, which stay with the gateway. traceparent: of the span that its work
     belongs to, or nothing. output_ids: what another group has generated of it already. owner: whose
-    it is, as Caller.tag."""
+    it is, as Caller.tag. kv_source: who has keys and values of its first tokens."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -80,6 +98,7 @@ class Sequence:
     traceparent: str = ""
     output_ids: tuple[int, ...] = ()
     owner: str = ANONYMOUS.tag
+    kv_source: KvSource | None = None
 
     @property
     def sequence_id(self) -> str:

@@ -3,9 +3,10 @@
 Knows which tokens of each choice have come, and how a choice goes on elsewhere. Knows no text and
 no client. What counts as a lost group, and what does not, is GroupLostError's to say.
 
-A choice that moves is given to the next group with the tokens that have come. What the lost group
+A choice that moves is given to the next group with the tokens that have come. What a lost group
 had generated beyond them is generated again, and is the same: sampling is keyed by seed, index and
-position, and the seed was fixed when the request was admitted.
+position, and the seed was fixed when the request was admitted. A group that leaves has said all,
+and keeps what it has computed for the next one to fetch.
 """
 
 from collections.abc import Collection
@@ -14,11 +15,12 @@ from dataclasses import replace
 
 import structlog
 
-from gateway.attention_pool import ABORTED, AttentionPool, Delta, GroupLostError
+from gateway.attention_pool import AttentionPool
 from gateway.balancer import Group, GroupKey
 from gateway.observers import RequestWatch
 from gateway.place import Place
-from gateway.requests import Sequence
+from gateway.request_stream import ABORTED, Delta, GroupLostError
+from gateway.requests import KvSource, ParkedKv, Sequence
 from moe_core.errors import UnavailableError
 
 log = structlog.get_logger(__name__)
@@ -100,13 +102,17 @@ class RunningRequest:
         self._stream.close()
         if self._place.aborted:
             return self._end_all(ABORTED)
+        parked = self._stream.parked if isinstance(lost, GroupLeavingError) else {}
         self._losses += not isinstance(lost, GroupLeavingError)
         if self._losses > MAX_LOSSES:
             raise UnavailableError(f"{lost}; so were {MAX_LOSSES} groups before it: giving up")
         ended = self._end_complete()
         if not self._running:
             return ended
-        rest = [_continued(each, self._received[i]) for i, each in self._running.items()]
+        rest = [
+            _continued(each, self._received[index], self._source(parked.get(index)))
+            for index, each in self._running.items()
+        ]
         try:
             group = await self._place.next_group(rest, self._group)
         except UnavailableError as error:
@@ -125,6 +131,12 @@ class RunningRequest:
         self._watch.moved(group.dp_rank)
         return ended
 
+    def _source(self, parked: ParkedKv | None) -> KvSource | None:
+        """What the group that is left keeps of a choice."""
+        if parked is None:
+            return None
+        return KvSource(self._group.dp_rank, self._group.leader.instance_epoch, parked)
+
     def _end_complete(self) -> list[tuple[int, Delta]]:
         """The choices of which all tokens have come, and only the word that they were the last."""
         ended = []
@@ -140,12 +152,12 @@ class RunningRequest:
         return ended
 
 
-def _continued(choice: Sequence, received: Many[int]) -> Sequence:
-    """How a choice goes on elsewhere: another group computes it from its tokens. The one place that
-    decides so; keys and values that travel with it would be named here. What is told of the prompt
-    has come with the first token."""
+def _continued(choice: Sequence, received: Many[int], source: KvSource | None) -> Sequence:
+    """How a choice goes on elsewhere: another group fetches what `source` has computed of it, and
+    computes the rest from its tokens. The one place that decides so. What is told of the prompt has
+    come with the first token."""
     asked = None if received else choice.prompt_logprobs
-    return replace(choice, output_ids=tuple(received), prompt_logprobs=asked)
+    return replace(choice, output_ids=tuple(received), prompt_logprobs=asked, kv_source=source)
 
 
 def _end_of(choice: Sequence, received: Many[int]) -> str:

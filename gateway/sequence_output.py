@@ -4,7 +4,7 @@ Knows one choice, from its first token on; so its state is right whichever group
 from. Knows no stream.
 """
 
-from gateway.attention_pool import Delta
+from gateway.request_stream import Delta
 from gateway.requests import Chunk, Sequence, Usage
 from gateway.stop_strings import StopStrings
 from gateway.tokenizer import Detokenizer, TextTokenizer

@@ -28,12 +28,15 @@ class MemberState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionLoad:
+    """hands_over: the group parks sequences, so that another can have their KV blocks."""
+
     num_running: int
     num_waiting: int
     free_kv_blocks: int
     total_kv_blocks: int
     kv_block_size: int
     max_num_seqs: int
+    hands_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,9 @@ class EngineMetrics:
     expert_queue and expert_compute are the expert tier's own account of them.
 
     prefix_query_tokens: tokens of admitted requests; prefix_hit_tokens: those of them that were in
-    the cache. output_tokens: sampled and put out.
+    the cache. output_tokens: sampled and put out. handed_over_tokens: of sequences that another
+    group had parked, tokens whose keys and values came from there; recomputed_tokens: those that
+    had to be computed again.
     """
 
     steps: int
@@ -60,6 +65,8 @@ class EngineMetrics:
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     output_tokens: int = 0
+    handed_over_tokens: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

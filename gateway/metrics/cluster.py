@@ -44,6 +44,10 @@ ENGINES: tuple[EngineRow, ...] = (
      lambda metrics: metrics.prefix_query_tokens),
     ("prefix_cache_hits", "Tokens of admitted requests that were in the KV cache.",
      lambda metrics: metrics.prefix_hit_tokens),
+    ("handed_over_tokens", "Tokens whose KV blocks came from a group that drained.",
+     lambda metrics: metrics.handed_over_tokens),
+    ("recomputed_tokens", "Tokens that such a group had computed, and that were computed again.",
+     lambda metrics: metrics.recomputed_tokens),
     ("steps", "Steps of the engine.", lambda metrics: metrics.steps),
     ("step_seconds", "Seconds of those steps.", lambda metrics: metrics.step_s),
 )  # fmt: skip

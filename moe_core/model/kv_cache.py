@@ -74,15 +74,19 @@ class KvCache:
         return KvCache(layers=layers, num_blocks=num_blocks, block_size=block_size)
 
     @property
-    def nbytes(self) -> int:
-        tensors = (
+    def parts(self) -> tuple[Tensor, ...]:
+        """Every layer's tensors, [num_blocks, block_size, …] each."""
+        return tuple(
             part
             for layer in self.layers
             for part in (
                 (layer.latent,) if isinstance(layer, LatentKv) else (layer.keys, layer.values)
             )
         )
-        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
 
 def bytes_per_token(config: ModelConfig, enable_mla: bool, tp_size: int, dtype: torch.dtype) -> int:

@@ -60,6 +60,8 @@ RULES: Mapping[str, Rule] = {
     "epserve.v1.ClusterService": WORKERS,
     "epserve.v1.AttentionService": _only(PeerRole.GATEWAY),
     "/epserve.v1.AttentionService/Follow": _only(PeerRole.ATTN),
+    "/epserve.v1.AttentionService/Handover": _only(PeerRole.ATTN),
+    "/epserve.v1.AttentionService/FetchBlocks": _only(PeerRole.ATTN),
     "epserve.v1.ExpertService": _only(PeerRole.ATTN),
     "/epserve.v1.ExpertService/Handover": _only(PeerRole.EXPERT),
 }

@@ -24,3 +24,10 @@ def open_endpoint(identity: Identity, options: TransportOptions) -> tuple[NixlEn
             raise ConfigError("transport", "nixl", str(error), ("auto", "grpc")) from None
         logger.info("transport auto: nixl is not to be had here (%s), using grpc", error)
         return None, str(error)
+
+
+def offered_transports(options: TransportOptions, endpoint: NixlEndpoint | None) -> tuple[str, ...]:
+    """What this end of a handover may use, in order of preference."""
+    if endpoint is None:
+        return ("grpc",)
+    return ("nixl",) if options.transport == "nixl" else ("nixl", "grpc")

@@ -1,7 +1,7 @@
 """The receiving end of handovers: one stream to one process that holds what is wanted.
 
-Knows streams, and memory that the giver may write. Knows no expert: what comes are bytes and their
-digest, which whoever asked checks.
+Knows streams, and memory that the giver may write. Knows neither experts nor KV blocks: what comes
+are bytes and their digest, which whoever asked checks.
 """
 
 import asyncio
@@ -14,11 +14,18 @@ import torch
 from moe_core.errors import EpserveError, PeerLostError, PeerTimeoutError, ProtocolError
 from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
+from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.protocol import PROTOCOL_VERSIONS
 from moe_core.service.certificates import ServerCheck
 from moe_core.service.grpc_channel import error_from_status, open_channel
 from moe_core.transport.endpoint import NixlEndpoint
-from moe_core.transport.handover import FETCH_TIMEOUT_S, HandoverSpec
+from moe_core.transport.handover import (
+    FETCH_TIMEOUT_S,
+    HandoverSpec,
+    UnitKind,
+    UnitName,
+    name_to_pb,
+)
 from moe_core.transport.layout import ALIGNMENT
 from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.stream import STREAM_FAILURES
@@ -36,7 +43,7 @@ class _Poller:
         """The answer on the stream says more."""
 
 
-class ExpertFetch:
+class UnitFetch:
     """One at a time; after an error it is of no use but to be closed."""
 
     def __init__(
@@ -48,6 +55,8 @@ class ExpertFetch:
         self._spec = spec
         self._channel = open_channel(address, security)
         stub: Any = rpc.ExpertServiceStub  # generated without annotations
+        if spec.kind is UnitKind.KV_BLOCKS:
+            stub = AttentionServiceStub
         self._call: Any = stub(self._channel).Handover()
         self._endpoint: NixlEndpoint | None = None
         self._path: NixlPath | None = None
@@ -76,7 +85,7 @@ class ExpertFetch:
             )
         self.transport = welcome.transport
         if endpoint is None or welcome.transport != "nixl":
-            self._memory = torch.empty(self._spec.expert_bytes, dtype=torch.uint8)
+            self._memory = torch.empty(self._spec.unit_bytes, dtype=torch.uint8)
         else:
             await self._grant(endpoint, welcome)
 
@@ -85,39 +94,46 @@ class ExpertFetch:
         path = NixlPath(endpoint, self.peer, spec.num_pieces, spec.piece_bytes, ALIGNMENT)
         self._path, self._endpoint = path, endpoint
         self._giver = welcome.agent_name
-        self._memory = path.incoming[: spec.expert_bytes]
+        self._memory = path.incoming[: spec.unit_bytes]
         path.granted_to(welcome.process)
         endpoint.attach(self._giver, self._poller)
         await self._call.write(pb.HandoverRequest(grant=path.grant()))
 
-    async def fetch(self, layer_id: int, logical: int) -> tuple[torch.Tensor, bytes] | None:
-        """[expert_bytes] uint8 and the digest that they ought to have; None where the peer does
-        not hold the expert. The tensor is valid until the next call of this object. Raises
-        TransportError or what the peer answers."""
-        what = f"expert {logical} of layer {layer_id}, {self._spec.expert_bytes} bytes,"
+    async def fetch(self, name: UnitName, what: str) -> tuple[torch.Tensor, bytes] | None:
+        """[unit_bytes] uint8 and the digest that they ought to have; None where the peer does
+        not hold the unit, `what` as errors name it. The tensor is valid until the next call of this
+        object. Raises TransportError or what the peer answers."""
+        what = f"{what}, {self._spec.unit_bytes} bytes,"
         self._under_way = True
-        sent = await self._in_time(self._ask(layer_id, logical), FETCH_TIMEOUT_S, what)
+        asking = self._ask(name_to_pb(self._spec.kind, name))
+        sent = await self._in_time(asking, FETCH_TIMEOUT_S, what)
         self._under_way = False
         return (self._memory, sent.blake3) if sent.held else None
 
-    async def _ask(self, layer_id: int, logical: int) -> pb.ExpertSent:
-        name = pb.ExpertName(layer_id=layer_id, logical_id=logical)
-        await self._call.write(pb.HandoverRequest(expert=name))
+    async def release(self, sequence_id: str) -> bool:
+        """Whether the peer kept this sequence's KV blocks until now. Raises as `fetch`."""
+        request = pb.HandoverRequest(release=sequence_id)
+        await self._in_time(self._call.write(request), GREETING_TIMEOUT_S, "the release")
+        answer = await self._in_time(self._read("sent"), GREETING_TIMEOUT_S, "the release")
+        return bool(answer.sent.held)
+
+    async def _ask(self, request: pb.HandoverRequest) -> pb.UnitSent:
+        await self._call.write(request)
         received = 0
         while (answer := await self._read("part", "sent")).WhichOneof("kind") == "part":
             received = self._take(answer.part, received)
-        sent: pb.ExpertSent = answer.sent
-        wanted = self._spec.expert_bytes if self._path is None and sent.held else 0
+        sent: pb.UnitSent = answer.sent
+        wanted = self._spec.unit_bytes if self._path is None and sent.held else 0
         if received != wanted:
             raise ProtocolError(f"{self.peer} sent {received} of {wanted} bytes on the stream")
         return sent
 
     def _take(self, part: bytes, received: int) -> int:
         end = received + len(part)
-        if self._path is not None or end > self._spec.expert_bytes:
+        if self._path is not None or end > self._spec.unit_bytes:
             raise ProtocolError(
-                f"{self.peer} sent {end} bytes on the stream of an expert of "
-                f"{self._spec.expert_bytes}, transport {self.transport}"
+                f"{self.peer} sent {end} bytes on the stream of a unit of "
+                f"{self._spec.unit_bytes}, transport {self.transport}"
             )
         self._memory[received:end] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
         return end

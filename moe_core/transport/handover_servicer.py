@@ -1,6 +1,7 @@
-"""The giving end of handovers: `ExpertService.Handover`, one stream per process that fetches.
+"""The giving end of handovers: a service's `Handover`, one stream per process that fetches.
 
-Knows streams, pieces and where they go. Knows no expert: a source fills memory with its bytes.
+Knows streams, pieces and where they go. Knows neither experts nor KV blocks: a source fills memory
+with a unit's bytes.
 """
 
 import asyncio
@@ -22,20 +23,28 @@ from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.protocol import common_version
 from moe_core.transport.base import LinkCounters
 from moe_core.transport.endpoint import NixlEndpoint
-from moe_core.transport.handover import FETCH_TIMEOUT_S, HandoverSpec
+from moe_core.transport.handover import (
+    FETCH_TIMEOUT_S,
+    HandoverSpec,
+    UnitKind,
+    UnitName,
+    name_from_pb,
+)
 from moe_core.transport.layout import ALIGNMENT
 from moe_core.transport.nixl_path import NixlPath
 from moe_core.transport.wire import tensor_bytes
 
-MAX_HANDOVERS = 8  # at a time; each holds one expert's bytes
+MAX_HANDOVERS = 8  # at a time; each holds one unit's bytes
 RETRY_AFTER_S = 1.0
 HELLO_TIMEOUT_S = 10.0
 NOTE = b"handover"
 
 Context = grpc.aio.ServicerContext[pb.HandoverRequest, pb.HandoverResponse]
-FillExpert = Callable[[int, int, torch.Tensor], Awaitable[bytes | None]]
-"""Of a layer id, a logical expert and memory [expert_bytes] uint8: fills that with the expert's
-bytes and returns their digest, or None where the expert is not held. Must not keep the loop."""
+FillUnit = Callable[[UnitName, torch.Tensor], Awaitable[bytes | None]]
+"""Of a unit's name and memory [unit_bytes] uint8: fills that with the unit's bytes and returns
+their digest, or None where the unit is not held. Must not keep the loop."""
+Release = Callable[[str], bool]
+"""Of a sequence's id: nobody wants its KV blocks any more; whether they were kept until now."""
 
 
 class HandoverServicer:
@@ -44,20 +53,24 @@ class HandoverServicer:
     def __init__(
         self,
         spec: HandoverSpec,
-        fill: FillExpert,
+        fill: FillUnit,
         instance_epoch: int,
         endpoint: NixlEndpoint | None,
+        release: Release | None = None,
+        max_handovers: int = MAX_HANDOVERS,
     ) -> None:
         self._spec = spec
         self._fill = fill
+        self._release = release
+        self._max_handovers = max_handovers
         self._instance_epoch = instance_epoch
         self._endpoint = endpoint
         self._running: set[asyncio.Task[None]] = set()
 
     async def Handover(self, request_iterator: Any, context: Context) -> None:  # noqa: ANN401
-        if len(self._running) >= MAX_HANDOVERS:
+        if len(self._running) >= self._max_handovers:
             raise TooManyRequestsError(
-                f"{MAX_HANDOVERS} handovers are under way here already", RETRY_AFTER_S
+                f"{self._max_handovers} handovers are under way here already", RETRY_AFTER_S
             )
         running = asyncio.create_task(self._serve(context), name="handover")
         self._running.add(running)
@@ -88,10 +101,10 @@ class HandoverServicer:
         if hello is None:
             return
         self._spec.check(hello.hello)
-        version = common_version(
-            f"expert {hello.hello.rank}", hello.hello.protocol_versions, "the giving process"
-        )
-        peer = f"expert {hello.hello.rank} ({context.peer()})"
+        tier = "attn" if self._spec.kind is UnitKind.KV_BLOCKS else "expert"
+        name = f"{tier} {hello.hello.rank}"
+        version = common_version(name, hello.hello.protocol_versions, "the giving process")
+        peer = f"{name} ({context.peer()})"
         transport = self._transport(tuple(hello.hello.transports))
         endpoint = self._endpoint if transport == "nixl" else None
         await context.write(pb.HandoverResponse(welcome=self._welcome(version, endpoint)))
@@ -124,21 +137,29 @@ class HandoverServicer:
         return welcome
 
     async def _give(self, context: Context, outlet: "_ByStream | _ByWrites") -> None:
-        while (request := await _read(context, "expert")) is not None:
-            wanted = request.expert
-            digest = await self._fill(wanted.layer_id, wanted.logical_id, outlet.memory)
-            if digest is not None:
-                await outlet.send()
-            sent = pb.ExpertSent(held=digest is not None, blake3=digest or b"")
+        while (request := await _read(context)) is not None:
+            if self._release is not None and request.WhichOneof("kind") == "release":
+                sent = pb.UnitSent(held=self._release(request.release))
+            else:
+                sent = await self._send(request, outlet)
             await context.write(pb.HandoverResponse(sent=sent))
 
+    async def _send(
+        self, request: pb.HandoverRequest, outlet: "_ByStream | _ByWrites"
+    ) -> pb.UnitSent:
+        digest = await self._fill(name_from_pb(self._spec.kind, request), outlet.memory)
+        if digest is not None:
+            await outlet.send()
+        return pb.UnitSent(held=digest is not None, blake3=digest or b"")
 
-async def _read(context: Context, kind: str) -> pb.HandoverRequest | None:
-    """The next request, which must be a `kind`; None at the end. Raises ProtocolError."""
+
+async def _read(context: Context, kind: str | None = None) -> pb.HandoverRequest | None:
+    """The next request, which must be a `kind` if one is named; None at the end. Raises
+    ProtocolError."""
     request = await context.read()
     if not isinstance(request, pb.HandoverRequest):
         return None
-    if request.WhichOneof("kind") != kind:
+    if kind is not None and request.WhichOneof("kind") != kind:
         raise ProtocolError(f"a handover wants a {kind} here, not {request.WhichOneof('kind')}")
     return request
 
@@ -147,7 +168,7 @@ class _ByStream:
     def __init__(self, spec: HandoverSpec, context: Context) -> None:
         self._spec = spec
         self._context = context
-        self.memory = torch.empty(spec.expert_bytes, dtype=torch.uint8)
+        self.memory = torch.empty(spec.unit_bytes, dtype=torch.uint8)
 
     async def send(self) -> None:
         for start, length in self._spec.pieces():
@@ -160,7 +181,7 @@ class _ByWrites:
         self._spec = spec
         self._failures = endpoint.agent.failures
         self._path = path
-        self.memory = path.outgoing[: spec.expert_bytes]
+        self.memory = path.outgoing[: spec.unit_bytes]
 
     async def send(self) -> None:
         """Piece by piece; others have their turn in between."""
@@ -173,7 +194,7 @@ class _ByWrites:
                 await asyncio.sleep(0)
         except TimeoutError:
             raise PeerTimeoutError(
-                f"{peer}: an expert of {self._spec.expert_bytes} bytes was not written within "
+                f"{peer}: a unit of {self._spec.unit_bytes} bytes was not written within "
                 f"{FETCH_TIMEOUT_S:g} s, phase: network"
             ) from None
         except self._failures as error:

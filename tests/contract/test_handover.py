@@ -9,7 +9,7 @@ import torch
 from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError, UnavailableError
 from moe_core.service.grpc_channel import RemoteError
 from moe_core.transport import handover_client
-from moe_core.transport.handover import HandoverSpec, digest_of
+from moe_core.transport.handover import HandoverSpec, UnitName, digest_of
 from moe_core.transport.handover_servicer import MAX_HANDOVERS
 from moe_core.transport.host import HostProcess
 from support.handover_ends import SPEC, endpoint_of, expert_bytes, fetching, giving
@@ -26,7 +26,9 @@ async def test_every_expert_arrives_whole_with_its_digest(transport: str):
         async with fetching(address, transport, endpoint) as fetch:
             assert fetch.transport == transport
             for layer_id, logical in ((1, 3), (2, 0), (1, 7), (1, 3)):
-                found = await fetch.fetch(layer_id, logical)
+                found = await fetch.fetch(
+                    (layer_id, logical), f"expert {logical} of layer {layer_id}"
+                )
                 assert found is not None
                 content, digest = found
                 assert torch.equal(content, expert_bytes(layer_id, logical))
@@ -41,9 +43,9 @@ async def test_an_expert_that_is_not_held_is_told_and_the_next_one_comes(transpo
         endpoint_of(transport, 1) as endpoint,
         fetching(address, transport, endpoint) as fetch,
     ):
-        assert await fetch.fetch(5, 0) is None
-        assert await fetch.fetch(1, 8) is None
-        found = await fetch.fetch(1, 1)
+        assert await fetch.fetch((5, 0), "expert 0 of layer 5") is None
+        assert await fetch.fetch((1, 8), "expert 8 of layer 1") is None
+        found = await fetch.fetch((1, 1), "expert 1 of layer 1")
         assert found is not None
         assert torch.equal(found[0], expert_bytes(1, 1))
 
@@ -53,8 +55,8 @@ async def test_an_expert_that_is_not_held_is_told_and_the_next_one_comes(transpo
     [
         ({"model_fingerprint": "other"}, "model_fingerprint is 'other' there and 'fingerprint'"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16' there and 'float32'"),
-        ({"etp_size": 2}, "etp_size is 2 there and 1"),
-        ({"expert_bytes": 64}, "expert_bytes is 64 there and 2097164"),
+        ({"shard_size": 2}, "shard_size is 2 there and 1"),
+        ({"unit_bytes": 64}, "unit_bytes is 64 there and 2097164"),
     ],
 )
 async def test_a_process_that_holds_experts_otherwise_is_refused(
@@ -69,7 +71,7 @@ async def test_a_process_that_holds_experts_otherwise_is_refused(
 async def test_a_giver_that_closes_ends_what_is_under_way(transport: str):
     begun = asyncio.Event()
 
-    async def slow(layer_id: int, logical: int, memory: torch.Tensor) -> bytes | None:
+    async def slow(name: UnitName, memory: torch.Tensor) -> bytes | None:
         begun.set()
         await asyncio.Event().wait()
         return None
@@ -79,7 +81,7 @@ async def test_a_giver_that_closes_ends_what_is_under_way(transport: str):
         endpoint_of(transport, 1) as endpoint,
         fetching(address, transport, endpoint) as fetch,
     ):
-        asking = asyncio.create_task(fetch.fetch(1, 1))
+        asking = asyncio.create_task(fetch.fetch((1, 1), "expert 1 of layer 1"))
         await begun.wait()
         await servicer.close()
         with pytest.raises(UnavailableError, match=r"expert 0 .*this process is closing"):
@@ -89,7 +91,7 @@ async def test_a_giver_that_closes_ends_what_is_under_way(transport: str):
 async def test_a_giver_that_does_not_answer_is_named_and_its_memory_is_held_back(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ):
-    async def never(layer_id: int, logical: int, memory: torch.Tensor) -> bytes | None:
+    async def never(name: UnitName, memory: torch.Tensor) -> bytes | None:
         await asyncio.Event().wait()
         return None
 
@@ -98,11 +100,11 @@ async def test_a_giver_that_does_not_answer_is_named_and_its_memory_is_held_back
         words = "expert 0 .*expert 1 of layer 2, 2097164 bytes, took more than 0.1 s"
         with pytest.raises(PeerTimeoutError, match=words):
             async with fetching(address, transport, endpoint) as fetch:
-                await fetch.fetch(2, 1)
+                await fetch.fetch((2, 1), "expert 1 of layer 2")
         if endpoint is None:
             return
         # The giver, this very process, is alive and may yet write.
-        assert endpoint.retired.num_bytes >= SPEC.expert_bytes
+        assert endpoint.retired.num_bytes >= SPEC.unit_bytes
         monkeypatch.setattr(HostProcess, "has_exited", lambda process: True)
         endpoint.retired.sweep()
         assert endpoint.retired.num_bytes == 0
@@ -113,7 +115,7 @@ async def test_more_handovers_than_allowed_are_refused():
         opened = []
         try:
             for _ in range(MAX_HANDOVERS):
-                fetch = handover_client.ExpertFetch(address, "expert 0", SPEC, None)
+                fetch = handover_client.UnitFetch(address, "expert 0", SPEC, None)
                 opened.append(fetch)
                 await fetch.open(1, ("grpc",), None)
             with pytest.raises(RemoteError, match="8 handovers are under way"):
@@ -148,4 +150,4 @@ async def test_bytes_that_are_too_few_are_refused():
     short = Short(*dataclasses.astuple(SPEC))
     async with giving("grpc", spec=short) as (address, _), fetching(address, "grpc", None) as fetch:
         with pytest.raises(ProtocolError, match=r"expert 0 .*sent 1000 of 2097164 bytes"):
-            await fetch.fetch(1, 1)
+            await fetch.fetch((1, 1), "expert 1 of layer 1")

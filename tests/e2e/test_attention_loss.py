@@ -14,6 +14,7 @@ import pytest
 
 from epserve.client import EpserveClient, Sampling
 from epserve.local_cluster import wait_ready
+from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig
 from support.processes import TINY_MODEL, Running, started
 
@@ -91,6 +92,20 @@ async def all_streams(
     return list(await asyncio.gather(*streams))
 
 
+async def moved_tokens(
+    client: EpserveClient, more_than: tuple[int, int] = (-1, -1)
+) -> tuple[int, int]:
+    """Handed over to the process of rank 0, and computed again there, once either has grown."""
+    async with asyncio.timeout(READY_S):
+        while True:
+            metrics = (await client.cluster()).tier(Role.ATTN)[0].engine_metrics
+            if metrics is not None:
+                found = metrics.handed_over_tokens, metrics.recomputed_tokens
+                if found[0] > more_than[0] or found[1] > more_than[1]:
+                    return found
+            await asyncio.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(processes: Processes) -> list[list[int]]:
     async def run() -> list[list[int]]:
@@ -109,6 +124,11 @@ async def test_every_stream_of_a_stopped_attention_process_ends_with_its_own_tok
 ) -> None:
     async with EpserveClient(processes.target) as client:
         await wait_ready(client, PARALLEL, READY_S)
+        before = await moved_tokens(client)
         assert await all_streams(client, processes.attention[1], number) == undisturbed
+        if number is signal.SIGTERM:  # one that drains hands over what it has computed
+            handed_over, recomputed = await moved_tokens(client, more_than=before)
+            assert handed_over > before[0]
+            assert recomputed == before[1]
     assert processes.attention[1].wait() == status
     processes.start_again(1)

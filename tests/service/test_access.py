@@ -185,7 +185,15 @@ async def test_no_port_answers_in_the_clear(secured: Secured) -> None:
             GATEWAY,
             ("/epserve.v1.AttentionService/Serve", "/epserve.v1.AttentionService/Find"),
         ),
-        ("attn", ATTN, ("/epserve.v1.AttentionService/Follow",)),
+        (
+            "attn",
+            ATTN,
+            (
+                "/epserve.v1.AttentionService/Follow",
+                "/epserve.v1.AttentionService/Handover",
+                "/epserve.v1.AttentionService/FetchBlocks",
+            ),
+        ),
         ("expert", CLIENT, ()),
         ("expert", GATEWAY, ()),
         ("expert", EXPERT, ("/epserve.v1.ExpertService/Handover",)),

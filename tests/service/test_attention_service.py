@@ -238,7 +238,7 @@ async def test_an_empty_request_ends_the_stream_with_invalid_argument(service: S
     await expect_status(
         service.stub.Serve(iter([add("a", 1, max_tokens=40), pb.EngineRequest()])),
         grpc.StatusCode.INVALID_ARGUMENT,
-        "neither add nor abort",
+        "none of add, abort and park",
     )
     await service.until_all_blocks_are_free()
 

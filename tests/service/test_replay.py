@@ -70,13 +70,19 @@ class Tier:
 
 @asynccontextmanager
 async def tier(
-    parallel: ParallelConfig = TWO_GROUPS, *, groups: int = 2, attn_wait_s: float = 5.0
+    parallel: ParallelConfig = TWO_GROUPS,
+    *,
+    groups: int = 2,
+    attn_wait_s: float = 5.0,
+    hands_over: bool = False,
 ) -> AsyncIterator[Tier]:
     metrics = RequestMetrics("small", 64)
     async with SmallGateway(
         parallel, word_tokenizer(), observer=metrics, attn_wait_s=attn_wait_s
     ) as gateway:
         started = Tier(gateway, metrics)
+        for fake in started.fakes:
+            fake.hands_over = hands_over
         await started.start(groups)
         yield started
 
@@ -237,6 +243,51 @@ async def test_a_group_that_drains_gives_its_streams_away_at_once() -> None:
         await both.first.wait_for_abort()
     assert tokens_of(answers) == TOKENS
     assert [list(add.output_ids) for add in both.second.added] == [[7, 8]]
+
+
+async def test_a_group_that_hands_over_parks_all_choices_and_the_next_is_told_where() -> None:
+    async with tier(hands_over=True) as both:
+        both.first.pause_at = 2
+        call = both.ask(n=2)
+        await both.first.paused.wait()
+        await asyncio.sleep(0.02)
+        epoch = both.gateway.registry.state.tier(Role.ATTN)[0].instance_epoch
+        both.workers[0].report(MemberState.DRAINING)
+        answers = await call
+        assert both.moves == 1
+    assert [tokens_of(answers, index) for index in range(2)] == [TOKENS, TOKENS]
+    assert both.first.aborted == []
+    for add in both.second.added:
+        source = add.kv_source
+        assert list(add.output_ids) == [7, 8]
+        assert (source.dp_rank, source.instance_epoch) == (0, epoch)
+        assert (source.parked.num_tokens, list(source.parked.block_ids)) == (6, [4, 2])
+
+
+async def test_what_a_lost_group_may_have_kept_is_not_asked_for() -> None:
+    async with tier(hands_over=True) as both:
+        both.first.pause_at = 2
+        call = both.ask()
+        await both.lose_first()
+        assert tokens_of(await call) == TOKENS
+    assert [add.HasField("kv_source") for add in both.second.added] == [False]
+
+
+async def test_an_abort_ends_a_stream_that_is_about_to_leave() -> None:
+    async with tier(hands_over=True) as both:
+        both.first.pause_at = 2
+        call = both.ask(n=2)
+        await both.first.paused.wait()
+        await asyncio.sleep(0.02)
+        both.first.hears.clear()
+        both.workers[0].report(MemberState.DRAINING)
+        await asyncio.sleep(0.1)
+        abort = pb.AbortRequest(request_id="r1")
+        assert (await both.gateway.stub.Abort(abort, timeout=DEADLINE_S)).found
+        both.first.hears.set()
+        answers = await call
+    assert [answer.finish_reason for answer in answers if answer.finish_reason] == ["abort"] * 2
+    assert both.second.added == []
 
 
 async def test_a_group_that_drains_alone_finishes_its_streams() -> None:

@@ -40,6 +40,7 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         self.logprobs: logprobs_pb2.TokenLogprobs | None = None  # of every token
         self.script_of_index: dict[int, Sequence[int]] = {}  # instead of `script`
         self.go_elsewhere = False  # marks `error` so
+        self.hands_over = False  # parks sequences: 6 tokens in the blocks 4 and 2
         self.pause_at: int | None = None
         self.paused = asyncio.Event()
         self.hears = asyncio.Event()  # while it is not set, requests wait unread
@@ -54,6 +55,8 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
                 await self.hears.wait()
                 if request.HasField("abort"):
                     await self._abort(request.abort.sequence_id, context)
+                elif request.HasField("park"):
+                    await self._park(request.park.sequence_id, context)
                 else:
                     self.added.append(request.add)
                     task = asyncio.create_task(self._answer(request.add, context))
@@ -77,6 +80,13 @@ class FakeAttention(attention_pb2_grpc.AttentionServiceServicer):
         await self._write(
             context, pb.SequenceOutput(sequence_id=sequence_id, finish_reason="abort")
         )
+
+    async def _park(self, sequence_id: str, context: Context) -> None:
+        if not self._running.pop(sequence_id).cancel():
+            return
+        parked = pb.ParkedKv(num_tokens=6, block_ids=[4, 2])
+        output = pb.SequenceOutput(sequence_id=sequence_id, finish_reason="parked", parked=parked)
+        await self._write(context, output)
 
     async def _answer(self, add: pb.AddSequence, context: Context) -> None:
         scripted = self.script_of_index.get(add.sampling.index)
@@ -189,7 +199,8 @@ class FakeWorker:
         except BaseException:
             await self._host.stop(0)
             raise
-        load = AttentionLoad(0, 0, total_kv_blocks, total_kv_blocks, 4, max_num_seqs)
+        hands_over = isinstance(fake, FakeAttention) and fake.hands_over
+        load = AttentionLoad(0, 0, total_kv_blocks, total_kv_blocks, 4, max_num_seqs, hands_over)
         self._load = load if self._role is Role.ATTN else None
         self.report(MemberState.READY)
 

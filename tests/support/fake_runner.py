@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from attn_service.engine import StepResult
 from attn_service.logprobs import logprobs_of
 from attn_service.sequence import AskedLogprobs, StepPlan, TokenLogprobs
+from attn_service.step_runner import StepResult
 from attn_service.step_times import StepTimes
 from moe_core.errors import TransportError
 

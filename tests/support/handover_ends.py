@@ -11,9 +11,9 @@ from moe_core.service.grpc_host import GrpcHost
 from moe_core.transport.base import Identity, TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.endpoint import NixlEndpoint
-from moe_core.transport.handover import HandoverSpec, digest_of
-from moe_core.transport.handover_client import ExpertFetch
-from moe_core.transport.handover_servicer import FillExpert, HandoverServicer
+from moe_core.transport.handover import HandoverSpec, UnitName, digest_of
+from moe_core.transport.handover_client import UnitFetch
+from moe_core.transport.handover_servicer import FillUnit, HandoverServicer
 
 SERVICE = "epserve.v1.ExpertService"
 # Two whole pieces and a bit: what is not a multiple of anything.
@@ -22,11 +22,12 @@ SPEC = HandoverSpec("fingerprint", "float32", 0, 1, 2 * (1 << 20) + 12)
 
 def expert_bytes(layer_id: int, logical: int, spec: HandoverSpec = SPEC) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * layer_id + logical)
-    return torch.randint(256, (spec.expert_bytes,), generator=generator, dtype=torch.uint8)
+    return torch.randint(256, (spec.unit_bytes,), generator=generator, dtype=torch.uint8)
 
 
-async def fill(layer_id: int, logical: int, memory: Tensor) -> bytes | None:
+async def fill(name: UnitName, memory: Tensor) -> bytes | None:
     """Layers 1 and 2 hold the experts 0 to 7."""
+    layer_id, logical = name
     if layer_id not in (1, 2) or logical > 7:
         return None
     memory.copy_(expert_bytes(layer_id, logical))
@@ -51,7 +52,7 @@ async def endpoint_of(transport: str, rank: int) -> AsyncIterator[NixlEndpoint |
 @asynccontextmanager
 async def giving(
     transport: str,
-    source: FillExpert = fill,
+    source: FillUnit = fill,
     spec: HandoverSpec = SPEC,
 ) -> AsyncIterator[tuple[str, HandoverServicer]]:
     """Its address, and the servicer."""
@@ -70,8 +71,8 @@ async def giving(
 @asynccontextmanager
 async def fetching(
     address: str, transport: str, endpoint: NixlEndpoint | None, spec: HandoverSpec = SPEC
-) -> AsyncIterator[ExpertFetch]:
-    fetch = ExpertFetch(address, f"expert 0 ({address})", spec, None)
+) -> AsyncIterator[UnitFetch]:
+    fetch = UnitFetch(address, f"expert 0 ({address})", spec, None)
     try:
         await fetch.open(1, (transport,), endpoint)
         yield fetch

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from attn_service.engine import StepResult
 from attn_service.expert_client import ExpertClient
 from attn_service.group_experts import GroupExperts
 from attn_service.microbatches import MicrobatchRule
@@ -19,6 +18,7 @@ from attn_service.model_runner import ModelRunner
 from attn_service.peers import Peers
 from attn_service.placements import Placements
 from attn_service.sequence import AskedLogprobs, SequenceSlice, StepPlan
+from attn_service.step_runner import StepResult
 from expert_service.batcher import Batcher
 from expert_service.expert_runner import ExpertRunner
 from moe_core.checkpoint.attention_loader import load_attention_weights

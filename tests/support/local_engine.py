@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from attn_service.assembly import Site, make_duty
+from attn_service.assembly import Kv, Site, make_cache, make_duty
 from attn_service.duties import Leading
 from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
@@ -122,7 +122,8 @@ async def local_engine(
     terms = GroupTerms(1, settings.num_kv_blocks(checkpoint.config), settings.block_size)
     weights = _weights(checkpoint, site)
     rule = MicrobatchRule.of(microbatches, site.model, parallel, shares_device=True)
-    duty = make_duty(site, weights, _experts(site, peers), None, None, terms, rule)
+    kv = Kv(terms, make_cache(site, terms))
+    duty = make_duty(site, weights, _experts(site, peers), None, None, kv, rule)
     assert isinstance(duty, Leading)
     running = asyncio.create_task(duty.run())
     try:

@@ -32,7 +32,7 @@ PART_S = {"attention": 4.0, "dispatch": 1.0, "expert_wait": 2.0, "combine": 0.5,
           "other": 0.25}  # fmt: skip
 ENGINE = EngineMetrics(
     steps=7, step_s=8.0, expert_queue_s=0.5, expert_compute_s=1.5, preemptions=3,
-    prefix_query_tokens=100, prefix_hit_tokens=40,
+    prefix_query_tokens=100, prefix_hit_tokens=40, handed_over_tokens=30, recomputed_tokens=20,
     **{f"{part}_s": seconds for part, seconds in PART_S.items()},
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from attn_service.adoptions import KvFetcher
 from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.kv_blocks import BlockPool
@@ -28,6 +29,7 @@ async def running_engine(
     expert_wait_s: float = DEFAULT_EXPERT_WAIT_S,
     microbatches: MicrobatchRule = ALWAYS_ONE,
     orphan_grace_s: float = 5.0,
+    kv_fetcher: KvFetcher | None = None,
 ) -> AsyncIterator[Engine]:
     """`budget`: tokens of a step. The engine stops when the context is left."""
     engine = Engine(
@@ -39,6 +41,7 @@ async def running_engine(
         expert_wait_s=expert_wait_s,
         microbatches=microbatches,
         orphan_grace_s=orphan_grace_s,
+        kv_fetcher=kv_fetcher,
     )
     task = asyncio.create_task(engine.run())
     try:

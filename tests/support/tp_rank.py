@@ -8,11 +8,11 @@ import sys
 
 import torch
 
-from attn_service.engine import StepResult, StepRunner
 from attn_service.experts import Combined, ExpertTimes, PendingExperts, StepKey
 from attn_service.follow import GroupTerms, follow
 from attn_service.group_experts import GroupExperts, GroupRunner
 from attn_service.sequence import StepPlan
+from attn_service.step_runner import StepResult, StepRunner
 from attn_service.step_times import StepTimes
 from attn_service.tensor_parallel import GroupRank, dissolve, form, join_store
 from moe_core.errors import PeerLostError

@@ -1,6 +1,6 @@
 """Valid messages of all services, as clients and peers send them to a cluster of the tiny model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -14,7 +14,7 @@ from moe_core.exchange import link_spec
 from moe_core.pb.epserve.v1 import attention_pb2, cluster_pb2, expert_pb2, gateway_pb2
 from moe_core.pb.smg import common_pb2, vllm_engine_pb2
 from moe_core.transport.base import Identity, TransportOptions
-from moe_core.transport.handover import HandoverSpec
+from moe_core.transport.handover import HandoverSpec, UnitKind
 from moe_core.transport.handshake import make_hello
 from support.processes import TINY_MODEL
 from support.served_cluster import method
@@ -146,6 +146,7 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
     sampling = attention_pb2.EngineSampling(max_tokens=1, top_p=1.0, temperature=0.5, seed=3)
     add = attention_pb2.AddSequence(sequence_id="a", prompt_ids=[5, 6], sampling=sampling)
     abort = attention_pb2.AbortSequence(sequence_id="a")
+    park = attention_pb2.ParkSequence(sequence_id="a")
     find = attention_pb2.FindRequest(sequence_ids=["a", "b"])
     spec = link_spec(
         ModelConfig.from_hf(TINY_MODEL),
@@ -157,12 +158,20 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
     hello = make_hello(spec, Identity(0, 1, 1), Identity(0, 1, 0), ("grpc",), None)
     whole = HandoverSpec(spec.model_fingerprint, "float32", 0, 1, 64)
     handover_request = expert_pb2.HandoverRequest(hello=whole.hello(0, ("grpc",)))
+    blocks = replace(whole, kind=UnitKind.KV_BLOCKS, layout="as nobody has it")
+    blocks_request = expert_pb2.HandoverRequest(hello=blocks.hello(0, ("grpc",)))
+    fetch = attention_pb2.FetchBlocksRequest(
+        instance_epoch=1, block_ids=[1], own_blocks=[2], timeout_ms=10, leader_instance_epoch=1
+    )
     serve = (attention_pb2, "AttentionService", "Serve")
     exchange = (expert_pb2, "ExpertService", "Exchange")
     return [
         _addressed("attn_0", *serve, attention_pb2.EngineRequest(add=add)),
         _addressed("attn_0", *serve, attention_pb2.EngineRequest(abort=abort)),
+        _addressed("attn_0", *serve, attention_pb2.EngineRequest(park=park)),
         _addressed("attn_0", *serve[:2], "Find", find),
+        _addressed("attn_0", *serve[:2], "Handover", blocks_request),
+        _addressed("attn_0", *serve[:2], "FetchBlocks", fetch),
         _addressed("expert_0", *exchange, expert_pb2.ExchangeRequest(hello=hello)),
         _addressed("expert_0", *exchange[:2], "Handover", handover_request),
     ]

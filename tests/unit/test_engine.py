@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from attn_service.engine import Engine, StepResult
+from attn_service.engine import Engine
 from attn_service.kv_blocks import BlockPool
 from attn_service.microbatches import ALWAYS_ONE, MicrobatchRule
 from attn_service.scheduler import SchedulerConfig
 from attn_service.sequence import FinishReason, Sampling, SequenceRequest
+from attn_service.step_runner import StepResult
 from attn_service.step_times import StepTimes
 from moe_core.errors import PeerLostError, RequestError, UnavailableError
 from support.fake_runner import VOCAB, FakeRunner, continuation
@@ -378,4 +379,5 @@ async def test_finished_sequences_are_counted_by_reason() -> None:
         FinishReason.STOP: 1,
         FinishReason.ABORT: 1,
         FinishReason.ERROR: 0,
+        FinishReason.PARKED: 0,
     }

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
-from attn_service.engine import Engine, StepResult
+from attn_service.engine import Engine
 from attn_service.sequence import Sampling, SequenceRequest, SequenceSlice, StepPlan
+from attn_service.step_runner import StepResult
 from support.fake_runner import FakeRunner, continuation
 from support.small_engine import collect, running_engine
 

@@ -16,6 +16,7 @@ from moe_core.model.linear import PackedMatrix, values_of
 from moe_core.model.packing import packed_expert
 from moe_core.model.weights import ExpertWeights
 from moe_core.placement import ExpertPlacement
+from moe_core.transport.handover import UnitName
 from support.expert_tier import CPU, cut_layer, whole_layer
 from support.moe_configs import moe_model
 from support.placements import after
@@ -108,7 +109,8 @@ class Peer:
     transport: str = "grpc"
     closed: bool = False
 
-    async def fetch(self, layer_id: int, logical: int) -> tuple[Tensor, bytes] | None:
+    async def fetch(self, name: UnitName, what: str) -> tuple[Tensor, bytes] | None:
+        _, logical = name
         if self.mistake == "lost":
             raise PeerLostError("gone")
         if self.mistake == "dropped":

@@ -23,6 +23,8 @@ def test_engine_and_links_are_shown_with_the_ranks_they_belong_to() -> None:
     assert value("num_preemptions_total", **where) == 3
     assert value("prefix_cache_queries_total", **where) == 100
     assert value("prefix_cache_hits_total", **where) == 40
+    assert value("handed_over_tokens_total", **where) == 30
+    assert value("recomputed_tokens_total", **where) == 20
     assert value("steps_total", **where) == 7
     for part, seconds in PART_S.items():
         assert value("step_part_seconds_total", **where, part=part) == seconds

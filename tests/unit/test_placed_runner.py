@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from attn_service import placed_runner
-from attn_service.engine import StepResult
 from attn_service.placed_runner import PlacedRunner
 from attn_service.placements import Placements
 from attn_service.sequence import StepPlan
+from attn_service.step_runner import StepResult
 from attn_service.step_times import StepTimes
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ProtocolError, UnavailableError

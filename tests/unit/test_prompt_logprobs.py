@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from attn_service import prompt_logprobs
-from attn_service.engine import StepResult
 from attn_service.follow import plan_from_pb, plan_to_pb
 from attn_service.logprobs import token_logprobs
 from attn_service.sequence import (
@@ -19,6 +18,7 @@ from attn_service.sequence import (
     SequenceSlice,
     StepPlan,
 )
+from attn_service.step_runner import StepResult
 from support.fake_runner import VOCAB, FakeRunner, continuation, next_token
 from support.small_engine import outputs_of, running_engine
 

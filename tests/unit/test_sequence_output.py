@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.attention_pool import Delta
+from gateway.request_stream import Delta
 from gateway.requests import Chunk, Sequence, TokenLogprobs, Usage
 from gateway.sequence_output import SequenceOutput
 from gateway.tokenizer import TextTokenizer

@@ -42,8 +42,8 @@ from moe_core.service.addresses import (
 from moe_core.service.grpc_channel import error_from_rpc, error_from_status, status_code
 
 LINK = LinkStats("attn 0", "expert 1", "nixl", 1, 2, 3, 4, 5, 6, 0.5)
-LOAD = AttentionLoad(1, 2, 3, 4, 5, 6)
-METRICS = EngineMetrics(7, *(number / 8 for number in range(9)), 1, 2, 3, 4)
+LOAD = AttentionLoad(1, 2, 3, 4, 5, 6, True)
+METRICS = EngineMetrics(7, *(number / 8 for number in range(9)), 1, 2, 3, 4, 5, 6)
 
 
 def test_cluster_state_survives_the_wire() -> None:

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from moe_core.pb.epserve.v1 import expert_pb2 as epserve_dot_v1_dot_expert__pb2
 from moe_core.pb.epserve.v1 import logprobs_pb2 as epserve_dot_v1_dot_logprobs__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65pserve/v1/attention.proto\x12\nepserve.v1\x1a\x19\x65pserve/v1/logprobs.proto\"k\n\rEngineRequest\x12&\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x17.epserve.v1.AddSequenceH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.epserve.v1.AbortSequenceH\x00\x42\x06\n\x04kind\"\xb2\x01\n\x0b\x41\x64\x64Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.epserve.v1.EngineSampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x12\n\noutput_ids\x18\x05 \x03(\r\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x11\n\ttake_over\x18\x07 \x01(\x08\"\xc7\x03\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nmin_tokens\x18\t \x01(\r\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).epserve.v1.EngineSampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"$\n\rAbortSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"#\n\x0b\x46indRequest\x12\x14\n\x0csequence_ids\x18\x01 \x03(\t\"<\n\x0c\x46indResponse\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.epserve.v1.FoundSequence\"2\n\rFoundSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"G\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x07outputs\x18\x02 \x03(\x0b\x32\x1a.epserve.v1.SequenceOutput\"\xaa\x02\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x12\n\nerror_code\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.epserve.v1.TokenLogprobs\x12\x19\n\x11num_cached_tokens\x18\n \x01(\r\x12\x16\n\tqueued_us\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0cgo_elsewhere\x18\x0c \x01(\x08\x12\x32\n\x0fprompt_logprobs\x18\r \x03(\x0b\x32\x19.epserve.v1.TokenLogprobsB\x0c\n\n_queued_us\"g\n\rFollowRequest\x12\x0f\n\x07tp_rank\x18\x01 \x01(\r\x12\x1d\n\x15leader_instance_epoch\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\"y\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0fplacement_epoch\x18\x02 \x01(\x04\x12,\n\tsequences\x18\x03 \x03(\x0b\x32\x19.epserve.v1.SequenceSlice\x12\x18\n\x10num_microbatches\x18\x04 \x01(\r\"\x9d\x01\n\rSequenceSlice\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13num_computed_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\x14\n\x0cneeds_logits\x18\x04 \x01(\x08\x12\x31\n\x0e\x61sked_logprobs\x18\x05 \x01(\x0b\x32\x19.epserve.v1.AskedLogprobs\"3\n\rAskedLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07num_top\x18\x02 \x01(\r2\xcc\x01\n\x10\x41ttentionService\x12>\n\x05Serve\x12\x19.epserve.v1.EngineRequest\x1a\x16.epserve.v1.StepOutput(\x01\x30\x01\x12=\n\x06\x46ollow\x12\x19.epserve.v1.FollowRequest\x1a\x14.epserve.v1.StepPlan(\x01\x30\x01\x12\x39\n\x04\x46ind\x12\x17.epserve.v1.FindRequest\x1a\x18.epserve.v1.FindResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65pserve/v1/attention.proto\x12\nepserve.v1\x1a\x17\x65pserve/v1/expert.proto\x1a\x19\x65pserve/v1/logprobs.proto\"\x95\x01\n\rEngineRequest\x12&\n\x03\x61\x64\x64\x18\x01 \x01(\x0b\x32\x17.epserve.v1.AddSequenceH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.epserve.v1.AbortSequenceH\x00\x12(\n\x04park\x18\x03 \x01(\x0b\x32\x18.epserve.v1.ParkSequenceH\x00\x42\x06\n\x04kind\"\xdb\x01\n\x0b\x41\x64\x64Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.epserve.v1.EngineSampling\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x12\n\noutput_ids\x18\x05 \x03(\r\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x11\n\ttake_over\x18\x07 \x01(\x08\x12\'\n\tkv_source\x18\x08 \x01(\x0b\x32\x14.epserve.v1.KvSource\"Y\n\x08KvSource\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x16\n\x0einstance_epoch\x18\x02 \x01(\x04\x12$\n\x06parked\x18\x03 \x01(\x0b\x32\x14.epserve.v1.ParkedKv\"1\n\x08ParkedKv\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\tblock_ids\x18\x02 \x03(\r\"\xc7\x03\n\x0e\x45ngineSampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05index\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nmin_tokens\x18\t \x01(\r\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12=\n\nlogit_bias\x18\r \x03(\x0b\x32).epserve.v1.EngineSampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"$\n\rAbortSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"#\n\x0cParkSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\x97\x01\n\x12\x46\x65tchBlocksRequest\x12\x0f\n\x07\x64p_rank\x18\x01 \x01(\r\x12\x16\n\x0einstance_epoch\x18\x02 \x01(\x04\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x12\n\nown_blocks\x18\x04 \x03(\r\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\x12\x1d\n\x15leader_instance_epoch\x18\x06 \x01(\x04\"$\n\x13\x46\x65tchBlocksResponse\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"#\n\x0b\x46indRequest\x12\x14\n\x0csequence_ids\x18\x01 \x03(\t\"<\n\x0c\x46indResponse\x12,\n\tsequences\x18\x01 \x03(\x0b\x32\x19.epserve.v1.FoundSequence\"2\n\rFoundSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"G\n\nStepOutput\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12+\n\x07outputs\x18\x02 \x03(\x0b\x32\x1a.epserve.v1.SequenceOutput\"\xd0\x02\n\x0eSequenceOutput\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x12\n\nerror_code\x18\x04 \x01(\t\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.epserve.v1.TokenLogprobs\x12\x19\n\x11num_cached_tokens\x18\n \x01(\r\x12\x16\n\tqueued_us\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x14\n\x0cgo_elsewhere\x18\x0c \x01(\x08\x12\x32\n\x0fprompt_logprobs\x18\r \x03(\x0b\x32\x19.epserve.v1.TokenLogprobs\x12$\n\x06parked\x18\x0e \x01(\x0b\x32\x14.epserve.v1.ParkedKvB\x0c\n\n_queued_us\"g\n\rFollowRequest\x12\x0f\n\x07tp_rank\x18\x01 \x01(\r\x12\x1d\n\x15leader_instance_epoch\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\"y\n\x08StepPlan\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x17\n\x0fplacement_epoch\x18\x02 \x01(\x04\x12,\n\tsequences\x18\x03 \x03(\x0b\x32\x19.epserve.v1.SequenceSlice\x12\x18\n\x10num_microbatches\x18\x04 \x01(\r\"\x9d\x01\n\rSequenceSlice\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13num_computed_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\x14\n\x0cneeds_logits\x18\x04 \x01(\x08\x12\x31\n\x0e\x61sked_logprobs\x18\x05 \x01(\x0b\x32\x19.epserve.v1.AskedLogprobs\"3\n\rAskedLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07num_top\x18\x02 \x01(\r2\xe7\x02\n\x10\x41ttentionService\x12>\n\x05Serve\x12\x19.epserve.v1.EngineRequest\x1a\x16.epserve.v1.StepOutput(\x01\x30\x01\x12=\n\x06\x46ollow\x12\x19.epserve.v1.FollowRequest\x1a\x14.epserve.v1.StepPlan(\x01\x30\x01\x12\x39\n\x04\x46ind\x12\x17.epserve.v1.FindRequest\x1a\x18.epserve.v1.FindResponse\x12I\n\x08Handover\x12\x1b.epserve.v1.HandoverRequest\x1a\x1c.epserve.v1.HandoverResponse(\x01\x30\x01\x12N\n\x0b\x46\x65tchBlocks\x12\x1e.epserve.v1.FetchBlocksRequest\x1a\x1f.epserve.v1.FetchBlocksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +35,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENGINESAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ENGINEREQUEST']._serialized_start=69
-  _globals['_ENGINEREQUEST']._serialized_end=176
-  _globals['_ADDSEQUENCE']._serialized_start=179
-  _globals['_ADDSEQUENCE']._serialized_end=357
-  _globals['_ENGINESAMPLING']._serialized_start=360
-  _globals['_ENGINESAMPLING']._serialized_end=815
-  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_start=734
-  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_end=782
-  _globals['_ABORTSEQUENCE']._serialized_start=817
-  _globals['_ABORTSEQUENCE']._serialized_end=853
-  _globals['_FINDREQUEST']._serialized_start=855
-  _globals['_FINDREQUEST']._serialized_end=890
-  _globals['_FINDRESPONSE']._serialized_start=892
-  _globals['_FINDRESPONSE']._serialized_end=952
-  _globals['_FOUNDSEQUENCE']._serialized_start=954
-  _globals['_FOUNDSEQUENCE']._serialized_end=1004
-  _globals['_STEPOUTPUT']._serialized_start=1006
-  _globals['_STEPOUTPUT']._serialized_end=1077
-  _globals['_SEQUENCEOUTPUT']._serialized_start=1080
-  _globals['_SEQUENCEOUTPUT']._serialized_end=1378
-  _globals['_FOLLOWREQUEST']._serialized_start=1380
-  _globals['_FOLLOWREQUEST']._serialized_end=1483
-  _globals['_STEPPLAN']._serialized_start=1485
-  _globals['_STEPPLAN']._serialized_end=1606
-  _globals['_SEQUENCESLICE']._serialized_start=1609
-  _globals['_SEQUENCESLICE']._serialized_end=1766
-  _globals['_ASKEDLOGPROBS']._serialized_start=1768
-  _globals['_ASKEDLOGPROBS']._serialized_end=1819
-  _globals['_ATTENTIONSERVICE']._serialized_start=1822
-  _globals['_ATTENTIONSERVICE']._serialized_end=2026
+  _globals['_ENGINEREQUEST']._serialized_start=95
+  _globals['_ENGINEREQUEST']._serialized_end=244
+  _globals['_ADDSEQUENCE']._serialized_start=247
+  _globals['_ADDSEQUENCE']._serialized_end=466
+  _globals['_KVSOURCE']._serialized_start=468
+  _globals['_KVSOURCE']._serialized_end=557
+  _globals['_PARKEDKV']._serialized_start=559
+  _globals['_PARKEDKV']._serialized_end=608
+  _globals['_ENGINESAMPLING']._serialized_start=611
+  _globals['_ENGINESAMPLING']._serialized_end=1066
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_start=985
+  _globals['_ENGINESAMPLING_LOGITBIASENTRY']._serialized_end=1033
+  _globals['_ABORTSEQUENCE']._serialized_start=1068
+  _globals['_ABORTSEQUENCE']._serialized_end=1104
+  _globals['_PARKSEQUENCE']._serialized_start=1106
+  _globals['_PARKSEQUENCE']._serialized_end=1141
+  _globals['_FETCHBLOCKSREQUEST']._serialized_start=1144
+  _globals['_FETCHBLOCKSREQUEST']._serialized_end=1295
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=1297
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=1333
+  _globals['_FINDREQUEST']._serialized_start=1335
+  _globals['_FINDREQUEST']._serialized_end=1370
+  _globals['_FINDRESPONSE']._serialized_start=1372
+  _globals['_FINDRESPONSE']._serialized_end=1432
+  _globals['_FOUNDSEQUENCE']._serialized_start=1434
+  _globals['_FOUNDSEQUENCE']._serialized_end=1484
+  _globals['_STEPOUTPUT']._serialized_start=1486
+  _globals['_STEPOUTPUT']._serialized_end=1557
+  _globals['_SEQUENCEOUTPUT']._serialized_start=1560
+  _globals['_SEQUENCEOUTPUT']._serialized_end=1896
+  _globals['_FOLLOWREQUEST']._serialized_start=1898
+  _globals['_FOLLOWREQUEST']._serialized_end=2001
+  _globals['_STEPPLAN']._serialized_start=2003
+  _globals['_STEPPLAN']._serialized_end=2124
+  _globals['_SEQUENCESLICE']._serialized_start=2127
+  _globals['_SEQUENCESLICE']._serialized_end=2284
+  _globals['_ASKEDLOGPROBS']._serialized_start=2286
+  _globals['_ASKEDLOGPROBS']._serialized_end=2337
+  _globals['_ATTENTIONSERVICE']._serialized_start=2340
+  _globals['_ATTENTIONSERVICE']._serialized_end=2699
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from moe_core.pb.epserve.v1 import expert_pb2 as _expert_pb2
 from moe_core.pb.epserve.v1 import logprobs_pb2 as _logprobs_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -8,15 +9,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineRequest(_message.Message):
-    __slots__ = ("add", "abort")
+    __slots__ = ("add", "abort", "park")
     ADD_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    PARK_FIELD_NUMBER: _ClassVar[int]
     add: AddSequence
     abort: AbortSequence
-    def __init__(self, add: _Optional[_Union[AddSequence, _Mapping]] = ..., abort: _Optional[_Union[AbortSequence, _Mapping]] = ...) -> None: ...
+    park: ParkSequence
+    def __init__(self, add: _Optional[_Union[AddSequence, _Mapping]] = ..., abort: _Optional[_Union[AbortSequence, _Mapping]] = ..., park: _Optional[_Union[ParkSequence, _Mapping]] = ...) -> None: ...
 
 class AddSequence(_message.Message):
-    __slots__ = ("sequence_id", "prompt_ids", "sampling", "priority", "output_ids", "traceparent", "take_over")
+    __slots__ = ("sequence_id", "prompt_ids", "sampling", "priority", "output_ids", "traceparent", "take_over", "kv_source")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +27,7 @@ class AddSequence(_message.Message):
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     TAKE_OVER_FIELD_NUMBER: _ClassVar[int]
+    KV_SOURCE_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     prompt_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: EngineSampling
@@ -31,7 +35,26 @@ class AddSequence(_message.Message):
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     traceparent: str
     take_over: bool
-    def __init__(self, sequence_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ..., take_over: _Optional[bool] = ...) -> None: ...
+    kv_source: KvSource
+    def __init__(self, sequence_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., priority: _Optional[int] = ..., output_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ..., take_over: _Optional[bool] = ..., kv_source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
+
+class KvSource(_message.Message):
+    __slots__ = ("dp_rank", "instance_epoch", "parked")
+    DP_RANK_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
+    dp_rank: int
+    instance_epoch: int
+    parked: ParkedKv
+    def __init__(self, dp_rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., parked: _Optional[_Union[ParkedKv, _Mapping]] = ...) -> None: ...
+
+class ParkedKv(_message.Message):
+    __slots__ = ("num_tokens", "block_ids")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_tokens: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
     __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "index", "stop_token_ids", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "prompt_logprobs")
@@ -80,6 +103,34 @@ class AbortSequence(_message.Message):
     sequence_id: str
     def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
 
+class ParkSequence(_message.Message):
+    __slots__ = ("sequence_id",)
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: str
+    def __init__(self, sequence_id: _Optional[str] = ...) -> None: ...
+
+class FetchBlocksRequest(_message.Message):
+    __slots__ = ("dp_rank", "instance_epoch", "block_ids", "own_blocks", "timeout_ms", "leader_instance_epoch")
+    DP_RANK_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    OWN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    LEADER_INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    dp_rank: int
+    instance_epoch: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    own_blocks: _containers.RepeatedScalarFieldContainer[int]
+    timeout_ms: int
+    leader_instance_epoch: int
+    def __init__(self, dp_rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., own_blocks: _Optional[_Iterable[int]] = ..., timeout_ms: _Optional[int] = ..., leader_instance_epoch: _Optional[int] = ...) -> None: ...
+
+class FetchBlocksResponse(_message.Message):
+    __slots__ = ("error",)
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    error: str
+    def __init__(self, error: _Optional[str] = ...) -> None: ...
+
 class FindRequest(_message.Message):
     __slots__ = ("sequence_ids",)
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -109,7 +160,7 @@ class StepOutput(_message.Message):
     def __init__(self, step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "finish_reason", "error_code", "error", "logprobs", "num_cached_tokens", "queued_us", "go_elsewhere", "prompt_logprobs")
+    __slots__ = ("sequence_id", "token_ids", "finish_reason", "error_code", "error", "logprobs", "num_cached_tokens", "queued_us", "go_elsewhere", "prompt_logprobs", "parked")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +171,7 @@ class SequenceOutput(_message.Message):
     QUEUED_US_FIELD_NUMBER: _ClassVar[int]
     GO_ELSEWHERE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PARKED_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: str
@@ -130,7 +182,8 @@ class SequenceOutput(_message.Message):
     queued_us: int
     go_elsewhere: bool
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_logprobs_pb2.TokenLogprobs]
-    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[_logprobs_pb2.TokenLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., queued_us: _Optional[int] = ..., go_elsewhere: _Optional[bool] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_logprobs_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    parked: ParkedKv
+    def __init__(self, sequence_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., error_code: _Optional[str] = ..., error: _Optional[str] = ..., logprobs: _Optional[_Iterable[_Union[_logprobs_pb2.TokenLogprobs, _Mapping]]] = ..., num_cached_tokens: _Optional[int] = ..., queued_us: _Optional[int] = ..., go_elsewhere: _Optional[bool] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_logprobs_pb2.TokenLogprobs, _Mapping]]] = ..., parked: _Optional[_Union[ParkedKv, _Mapping]] = ...) -> None: ...
 
 class FollowRequest(_message.Message):
     __slots__ = ("tp_rank", "leader_instance_epoch", "num_blocks", "block_size")

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from moe_core.pb.epserve.v1 import attention_pb2 as epserve_dot_v1_dot_attention__pb2
+from moe_core.pb.epserve.v1 import expert_pb2 as epserve_dot_v1_dot_expert__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -49,6 +50,16 @@ class AttentionServiceStub:
                 request_serializer=epserve_dot_v1_dot_attention__pb2.FindRequest.SerializeToString,
                 response_deserializer=epserve_dot_v1_dot_attention__pb2.FindResponse.FromString,
                 _registered_method=True)
+        self.Handover = channel.stream_stream(
+                '/epserve.v1.AttentionService/Handover',
+                request_serializer=epserve_dot_v1_dot_expert__pb2.HandoverRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_expert__pb2.HandoverResponse.FromString,
+                _registered_method=True)
+        self.FetchBlocks = channel.unary_unary(
+                '/epserve.v1.AttentionService/FetchBlocks',
+                request_serializer=epserve_dot_v1_dot_attention__pb2.FetchBlocksRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_attention__pb2.FetchBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class AttentionServiceServicer:
@@ -76,6 +87,21 @@ class AttentionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Handover(self, request_iterator, context):
+        """Gives KV blocks of parked sequences to the same tp_rank of another group.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBlocks(self, request, context):
+        """From tp_rank 0 to another rank of its group: fetch your shard of these blocks. Once there is an
+        answer, and at the latest after timeout_ms, nothing more is written to own_blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttentionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +119,16 @@ def add_AttentionServiceServicer_to_server(servicer, server):
                     servicer.Find,
                     request_deserializer=epserve_dot_v1_dot_attention__pb2.FindRequest.FromString,
                     response_serializer=epserve_dot_v1_dot_attention__pb2.FindResponse.SerializeToString,
+            ),
+            'Handover': grpc.stream_stream_rpc_method_handler(
+                    servicer.Handover,
+                    request_deserializer=epserve_dot_v1_dot_expert__pb2.HandoverRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_expert__pb2.HandoverResponse.SerializeToString,
+            ),
+            'FetchBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchBlocks,
+                    request_deserializer=epserve_dot_v1_dot_attention__pb2.FetchBlocksRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_attention__pb2.FetchBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +212,60 @@ class AttentionService:
             '/epserve.v1.AttentionService/Find',
             epserve_dot_v1_dot_attention__pb2.FindRequest.SerializeToString,
             epserve_dot_v1_dot_attention__pb2.FindResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Handover(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/epserve.v1.AttentionService/Handover',
+            epserve_dot_v1_dot_expert__pb2.HandoverRequest.SerializeToString,
+            epserve_dot_v1_dot_expert__pb2.HandoverResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/epserve.v1.AttentionService/FetchBlocks',
+            epserve_dot_v1_dot_attention__pb2.FetchBlocksRequest.SerializeToString,
+            epserve_dot_v1_dot_attention__pb2.FetchBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -102,23 +102,25 @@ class StatusReport(_message.Message):
     def __init__(self, state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., store_address: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., refused_epoch: _Optional[int] = ...) -> None: ...
 
 class AttentionLoad(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size", "max_num_seqs")
+    __slots__ = ("num_running", "num_waiting", "free_kv_blocks", "total_kv_blocks", "kv_block_size", "max_num_seqs", "hands_over")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     FREE_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
+    HANDS_OVER_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     free_kv_blocks: int
     total_kv_blocks: int
     kv_block_size: int
     max_num_seqs: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
+    hands_over: bool
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., free_kv_blocks: _Optional[int] = ..., total_kv_blocks: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., hands_over: _Optional[bool] = ...) -> None: ...
 
 class EngineMetrics(_message.Message):
-    __slots__ = ("steps", "step_s", "attention_s", "dispatch_s", "expert_wait_s", "expert_queue_s", "expert_compute_s", "combine_s", "sampling_s", "other_s", "preemptions", "prefix_query_tokens", "prefix_hit_tokens", "output_tokens")
+    __slots__ = ("steps", "step_s", "attention_s", "dispatch_s", "expert_wait_s", "expert_queue_s", "expert_compute_s", "combine_s", "sampling_s", "other_s", "preemptions", "prefix_query_tokens", "prefix_hit_tokens", "output_tokens", "handed_over_tokens", "recomputed_tokens")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_S_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +135,8 @@ class EngineMetrics(_message.Message):
     PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     step_s: float
     attention_s: float
@@ -147,7 +151,9 @@ class EngineMetrics(_message.Message):
     prefix_query_tokens: int
     prefix_hit_tokens: int
     output_tokens: int
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., expert_queue_s: _Optional[float] = ..., expert_compute_s: _Optional[float] = ..., combine_s: _Optional[float] = ..., sampling_s: _Optional[float] = ..., other_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+    handed_over_tokens: int
+    recomputed_tokens: int
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., attention_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., expert_wait_s: _Optional[float] = ..., expert_queue_s: _Optional[float] = ..., expert_compute_s: _Optional[float] = ..., combine_s: _Optional[float] = ..., sampling_s: _Optional[float] = ..., other_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., handed_over_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
 
 class ExpertLoad(_message.Message):
     __slots__ = ("layers",)

@@ -7,14 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class HandoverRequest(_message.Message):
-    __slots__ = ("hello", "grant", "expert")
+    __slots__ = ("hello", "grant", "expert", "blocks", "release")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
     hello: HandoverHello
     grant: NixlGrant
     expert: ExpertName
-    def __init__(self, hello: _Optional[_Union[HandoverHello, _Mapping]] = ..., grant: _Optional[_Union[NixlGrant, _Mapping]] = ..., expert: _Optional[_Union[ExpertName, _Mapping]] = ...) -> None: ...
+    blocks: KvBlocks
+    release: str
+    def __init__(self, hello: _Optional[_Union[HandoverHello, _Mapping]] = ..., grant: _Optional[_Union[NixlGrant, _Mapping]] = ..., expert: _Optional[_Union[ExpertName, _Mapping]] = ..., blocks: _Optional[_Union[KvBlocks, _Mapping]] = ..., release: _Optional[str] = ...) -> None: ...
 
 class HandoverResponse(_message.Message):
     __slots__ = ("welcome", "part", "sent")
@@ -23,28 +27,30 @@ class HandoverResponse(_message.Message):
     SENT_FIELD_NUMBER: _ClassVar[int]
     welcome: HandoverWelcome
     part: bytes
-    sent: ExpertSent
-    def __init__(self, welcome: _Optional[_Union[HandoverWelcome, _Mapping]] = ..., part: _Optional[bytes] = ..., sent: _Optional[_Union[ExpertSent, _Mapping]] = ...) -> None: ...
+    sent: UnitSent
+    def __init__(self, welcome: _Optional[_Union[HandoverWelcome, _Mapping]] = ..., part: _Optional[bytes] = ..., sent: _Optional[_Union[UnitSent, _Mapping]] = ...) -> None: ...
 
 class HandoverHello(_message.Message):
-    __slots__ = ("protocol_versions", "model_fingerprint", "dtype", "etp_rank", "etp_size", "expert_bytes", "transports", "rank")
+    __slots__ = ("protocol_versions", "model_fingerprint", "dtype", "shard_rank", "shard_size", "unit_bytes", "transports", "rank", "layout")
     PROTOCOL_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
-    ETP_RANK_FIELD_NUMBER: _ClassVar[int]
-    ETP_SIZE_FIELD_NUMBER: _ClassVar[int]
-    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARD_RANK_FIELD_NUMBER: _ClassVar[int]
+    SHARD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     protocol_versions: _containers.RepeatedScalarFieldContainer[int]
     model_fingerprint: str
     dtype: str
-    etp_rank: int
-    etp_size: int
-    expert_bytes: int
+    shard_rank: int
+    shard_size: int
+    unit_bytes: int
     transports: _containers.RepeatedScalarFieldContainer[str]
     rank: int
-    def __init__(self, protocol_versions: _Optional[_Iterable[int]] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., etp_rank: _Optional[int] = ..., etp_size: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ...) -> None: ...
+    layout: str
+    def __init__(self, protocol_versions: _Optional[_Iterable[int]] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., shard_rank: _Optional[int] = ..., shard_size: _Optional[int] = ..., unit_bytes: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., layout: _Optional[str] = ...) -> None: ...
 
 class HandoverWelcome(_message.Message):
     __slots__ = ("protocol_version", "transport", "transport_reason", "instance_epoch", "agent_name", "process")
@@ -70,7 +76,13 @@ class ExpertName(_message.Message):
     logical_id: int
     def __init__(self, layer_id: _Optional[int] = ..., logical_id: _Optional[int] = ...) -> None: ...
 
-class ExpertSent(_message.Message):
+class KvBlocks(_message.Message):
+    __slots__ = ("block_ids",)
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class UnitSent(_message.Message):
     __slots__ = ("held", "blake3")
     HELD_FIELD_NUMBER: _ClassVar[int]
     BLAKE3_FIELD_NUMBER: _ClassVar[int]

@@ -61,11 +61,7 @@ class ExpertServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Handover(self, request_iterator, context):
-        """Gives experts' weights to another expert process, one after the other. The first message is a
-        HandoverHello, the first answer a HandoverWelcome; a hello that does not fit ends the stream with
-        FAILED_PRECONDITION. Where the welcome chooses nixl, the caller then grants memory for one
-        expert. Each ExpertName is answered with its bytes, by WRITEs into that memory or in `part`s,
-        and then by what they were; no write comes after that.
+        """Gives experts' weights to another expert process, one after the other; a unit is one expert.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
