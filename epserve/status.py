@@ -26,6 +26,7 @@ _MEMBER_FIELDS = (
     "address",
     "device",
     "state",
+    "detail",
     "experts",
 )
 _LINK_FIELDS = (

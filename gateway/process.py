@@ -22,11 +22,14 @@ from gateway.attention_pool import AttentionPool
 from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
+from gateway.election import Election
 from gateway.entrance import QueueLimits
+from gateway.etcd_store import EMBEDDED, EtcdAddress, EtcdStore, parse_registry
 from gateway.generation import Generator
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.host import HttpHost
+from gateway.leadership import Leadership, SoleGateway
 from gateway.metrics.exposition import metrics_routes
 from gateway.metrics.requests import RequestMetrics
 from gateway.observers import BothObservers, RequestObserver
@@ -45,9 +48,16 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
-from moe_core.service.addresses import host_id, join_address, new_instance_epoch
+from moe_core.service.addresses import (
+    WITH_PORT,
+    advertised_address,
+    host_id,
+    join_address,
+    new_instance_epoch,
+    split_address,
+)
 from moe_core.service.binding import require_safe_bind
-from moe_core.service.certificates import Certificates
+from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.logs import bind_rank
 from moe_core.service.peer_roles import PeerRole
@@ -69,6 +79,8 @@ class GatewaySettings:
 
     With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
     certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
+    `registry`: as etcd_store.parse_registry takes it. `advertise_address`: where others reach this
+    gateway, HOST or HOST:PORT (of gRPC), if not where it listens.
     `rebalance_interval` is how often experts are placed anew; 0: when asked only.
     `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
     `attn_wait_s`: how long requests wait for an attention group where none can go on with them.
@@ -90,8 +102,31 @@ class GatewaySettings:
     otlp_traces_endpoint: str | None = None
     rebalance_interval: float = 0.0
     attn_wait_s: float = DEFAULT_ATTN_WAIT_S
+    registry: str = EMBEDDED
+    advertise_address: str | None = None
+
+    @property
+    def etcd(self) -> EtcdAddress | None:
+        return parse_registry(self.registry, self.insecure)
+
+    def advertised(self, port: int) -> str:
+        """Where others reach this gateway's `port`."""
+        if self.advertise_address is None and self.etcd is None:
+            return join_address(self.host, port)
+        towards = "127.0.0.1:1" if self.etcd is None else self.etcd.addresses[0]
+        return advertised_address(self.host, port, self.advertise_address, towards)
+
+    def cluster_address(self, port: int) -> str:
+        """Where processes and other gateways reach this one: `port` is the cluster's, with TLS."""
+        if self.advertise_address is None or self.tls is None:
+            return self.advertised(port)
+        advertised = self.advertise_address
+        if WITH_PORT.fullmatch(advertised):
+            advertised, _ = split_address("advertise_address", advertised)
+        return join_address(advertised, port)
 
     def __post_init__(self) -> None:
+        parse_registry(self.registry, self.insecure)
         check_rebalance_interval(self.rebalance_interval)
         require_safe_bind("host", self.host, self.tls, self.insecure)
         check_traces_endpoint(self.otlp_traces_endpoint)
@@ -113,7 +148,7 @@ class GatewayService:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
+        tls = self._tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
         self._keys = ApiKeys(settings.api_keys, launcher_key_hash=settings.launcher_key_hash)
         self._host = GrpcHost(tls, self._keys.authenticate)
         self._http = HttpHost(tls)
@@ -122,6 +157,7 @@ class GatewayService:
         self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
         self._rebalancer: Rebalancer | None = None
+        self._election: Election | None = None
         self._spans: Spans | None = None
         self._draining = False
         self.port = settings.port
@@ -151,13 +187,13 @@ class GatewayService:
             observer,
             attn_wait_s=settings.attn_wait_s,
         )
-        self._cluster = ClusterServicer(registry)
+        leadership = self._leadership(registry, fingerprint)
+        self._cluster = ClusterServicer(registry, leadership)
         self._cluster.add_to(self._host)
-        leader = PlacementLeader(registry)
+        leader = PlacementLeader(registry, leadership)
         self._rebalancer = Rebalancer(registry, leader, config.moe.n_group or 1)
-        AdminServicer(registry, Scaling(registry, leader, config), self._rebalancer).add_to(
-            self._host
-        )
+        scaling = Scaling(registry, leader, config)
+        AdminServicer(registry, scaling, self._rebalancer, leadership).add_to(self._host)
         GatewayServicer(self._generator, registry).add_to(self._host)
         VllmServicer(self._generator, registry, directory).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
@@ -175,7 +211,7 @@ class GatewayService:
             extra_routes=extra_routes,
         )
         self.http_port = await self._http.start(app, settings.host, settings.http_port)
-        address = join_address(settings.host, self.port)
+        address = settings.advertised(self.port)
         registry.set_address(address)
         scheme = "http" if settings.tls is None else "https"
         http = f"{scheme}://{join_address(settings.host, self.http_port)}"
@@ -187,6 +223,10 @@ class GatewayService:
         """Until cancelled."""
         async with asyncio.TaskGroup() as jobs:
             jobs.create_task(self._follow(), name="follow the cluster")
+            if self._election is not None:
+                at = self.port if self.cluster_port is None else self.cluster_port
+                work = self._election.run(self._settings.cluster_address(at))
+                jobs.create_task(work, name="election")
             if self._rebalancer is not None and self._settings.rebalance_interval:
                 interval_s = self._settings.rebalance_interval
                 jobs.create_task(self._rebalancer.run(interval_s), name="rebalance")
@@ -222,6 +262,8 @@ class GatewayService:
                 self._generator.close()
             if self._cluster is not None:
                 self._cluster.close()
+            if self._election is not None:
+                await self._election.close()
             if self._registry is not None:
                 self._registry.close()
             await self._pool.close()
@@ -229,6 +271,19 @@ class GatewayService:
             await self._host.stop(STOP_GRACE_S)
             if self._spans is not None:
                 await self._spans.close()
+
+    def _leadership(self, registry: Registry, fingerprint: str) -> Leadership:
+        where = self._settings.etcd
+        if where is None:
+            return SoleGateway()
+
+        def on_lost() -> None:
+            if self._cluster is not None:
+                self._cluster.end_registrations()
+
+        security = expecting(self._tls, PeerRole.GATEWAY)
+        self._election = Election(EtcdStore(where), registry, fingerprint, on_lost, security)
+        return self._election
 
     def _observer(self, metrics: RequestMetrics) -> RequestObserver:
         self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, 0)
