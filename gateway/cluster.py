@@ -301,7 +301,8 @@ class Registry:
         What an earlier leader was preparing is given up."""
         self._layout = layout or self._layout
         self._next_placement = self._target = None
-        self._adopted = {place: LeaseClock(self._clock) for place in self._members}
+        strangers = self._members.keys() - self._keys.keys()
+        self._adopted = {place: LeaseClock(self._clock) for place in sorted(strangers)}
         self._count_experts()
         self._publish()
 
