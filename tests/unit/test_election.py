@@ -78,9 +78,7 @@ class Gateway:
     async def change(self) -> ExpertPlacement:
         placement = self.registry.state.placement
         with self.leader.turn("a test"):
-            return await self.leader.change(
-                placement.layers, self.registry.parallel, timeout_s=5.0
-            )
+            return await self.leader.change(placement.layers, self.registry.parallel, timeout_s=5.0)
 
 
 @asynccontextmanager
@@ -124,7 +122,7 @@ async def test_one_leads_and_the_other_names_it() -> None:
     async with gateways() as (_, (first, second)):
         assert (first.election.leads, second.election.leads) == (True, False)
         await until(lambda: standing(second) == "follows gateway 0")
-        with pytest.raises(UnavailableError, match="a test is for the leading gateway, .* h:1"):
+        with pytest.raises(UnavailableError, match=r"a test is for the leading gateway, .* h:1"):
             await second.change()
         ranks = {(m.rank, m.address) for m in second.registry.state.tier(Role.GATEWAY)}
         assert ranks == {(0, "h:1"), (1, "h:2")}
