@@ -49,7 +49,8 @@ def gateway(
 ) -> None:
     """Run the gateway of a cluster."""
     from gateway.entrance import QueueLimits
-    from gateway.process import GatewaySettings, main
+    from gateway.process import main
+    from gateway.settings import GatewaySettings
 
     _configure_logging("gateway", debug, log_json)
     settings = settings_from(

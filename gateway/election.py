@@ -26,6 +26,7 @@ from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError, UnavailableError
 from moe_core.placement import ExpertPlacement
 from moe_core.service.certificates import ServerCheck
+from moe_core.service.logs import bind_rank
 from moe_core.service.shared_records import GatewayRecord, SharedLayout
 
 log = structlog.get_logger(__name__)
@@ -57,7 +58,7 @@ class Election:
         self._own: Item | None = None  # this gateway's record, as it was written last
         self._rank = 0
         self._others: tuple[Member, ...] = ()
-        self._leads = False
+        self._leads = self._closed = False
         self._term = 0  # the revision at which this gateway came to lead
         self._layout_revision = 0
         self._pending = b""
@@ -85,26 +86,24 @@ class Election:
         """Until cancelled. `cluster_address`: where workers and other gateways reach this one.
         Raises RequestError where the registry belongs to another model."""
         self._cluster_address = cluster_address
-        async with asyncio.TaskGroup() as jobs:
-            jobs.create_task(self._check_adopted(), name="check adopted")
-            while True:
-                try:
-                    async with self._turn:
-                        await self._look()
-                    self._note_trouble("")
-                except UnavailableError as error:
-                    self._note_trouble(str(error))
-                self._show()
+        checking = asyncio.create_task(self._check_adopted(), name="check adopted")
+        try:
+            while not self._closed:
+                await self._look_once()
                 await asyncio.sleep(LOOK_S)
+        finally:
+            checking.cancel()
 
     async def close(self) -> None:
         """Leave; another gateway may lead at once."""
-        if self._following is not None:
-            await self._following.close()
-        if self._lease is not None:
-            with suppress(UnavailableError):
-                await self._store.revoke(self._lease)
-        await self._store.close()
+        async with self._turn:
+            self._closed, self._leads = True, False
+            if self._following is not None:
+                await self._following.close()
+            if self._lease is not None:
+                with suppress(UnavailableError):
+                    await self._store.revoke(self._lease)
+            await self._store.close()
 
     async def publish(
         self, placement: ExpertPlacement, parallel: ParallelConfig, last_epoch: int
@@ -144,6 +143,16 @@ class Election:
             self.require("changing the cluster")
         raise UndecidedError("this gateway's leadership has lapsed and is being renewed")
 
+    async def _look_once(self) -> None:
+        try:
+            async with self._turn:
+                if not self._closed:
+                    await self._look()
+            self._note_trouble("")
+        except UnavailableError as error:
+            self._note_trouble(str(error))
+        self._show()
+
     async def _look(self) -> None:
         if self._lease is None or not await self._store.refresh(self._lease):
             self._own = None
@@ -178,6 +187,7 @@ class Election:
             free = [rank for rank in range(MAX_GATEWAYS) if rank not in taken]
             self._rank = int(mine[0].removeprefix(GATEWAYS)) if mine else free[0]
             created = live[mine[0]].created if mine else 0
+            bind_rank(self._rank)
             self._show()
             value = self._record().encode()
         else:

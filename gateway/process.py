@@ -7,9 +7,8 @@ once, all expert processes are READY now, and at least one DP group can take req
 """
 
 import asyncio
-import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,7 @@ from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.election import Election
-from gateway.entrance import QueueLimits
-from gateway.etcd_store import EMBEDDED, EtcdAddress, EtcdStore, parse_registry
+from gateway.etcd_store import EtcdStore
 from gateway.generation import Generator
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
@@ -35,34 +33,27 @@ from gateway.metrics.requests import RequestMetrics
 from gateway.observers import BothObservers, RequestObserver
 from gateway.page.routes import page_routes
 from gateway.placement_leader import PlacementLeader
-from gateway.rebalancing import Rebalancer, check_rebalance_interval
+from gateway.rebalancing import Rebalancer
 from gateway.scaling import Scaling
 from gateway.servicer import GatewayServicer
+from gateway.settings import GatewaySettings
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
-from gateway.waiting_room import DEFAULT_ATTN_WAIT_S
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
-from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
 from moe_core.service.addresses import (
-    WITH_PORT,
-    advertised_address,
     host_id,
     join_address,
     new_instance_epoch,
-    split_address,
 )
-from moe_core.service.binding import require_safe_bind
 from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.logs import bind_rank
 from moe_core.service.peer_roles import PeerRole
-from moe_core.service.tls_files import TlsFiles
-from moe_core.service.trace_option import check_traces_endpoint, open_spans
+from moe_core.service.trace_option import open_spans
 
 if TYPE_CHECKING:
     from moe_core.service.tracing import Spans
@@ -70,69 +61,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STOP_GRACE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class GatewaySettings:
-    """`model` is a Hugging Face directory; `model_name` None: the directory's name. `port` is
-    gRPC's; 0 is any free one, also for http_port.
-
-    With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
-    certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
-    `registry`: as etcd_store.parse_registry takes it. `advertise_address`: where others reach this
-    gateway, HOST or HOST:PORT (of gRPC), if not where it listens.
-    `rebalance_interval` is how often experts are placed anew; 0: when asked only.
-    `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
-    `attn_wait_s`: how long requests wait for an attention group where none can go on with them.
-    """
-
-    model: Path
-    host: str
-    port: int
-    parallel: ParallelConfig
-    model_name: str | None = None
-    http_port: int = 0
-    limits: QueueLimits = field(default_factory=QueueLimits)
-    cluster_port: int = 0
-    tls: TlsFiles | None = None
-    insecure: bool = False
-    drain_timeout_s: float = lifecycle.DRAIN_TIMEOUT_S
-    api_keys: Path | None = None
-    launcher_key_hash: str | None = None
-    otlp_traces_endpoint: str | None = None
-    rebalance_interval: float = 0.0
-    attn_wait_s: float = DEFAULT_ATTN_WAIT_S
-    registry: str = EMBEDDED
-    advertise_address: str | None = None
-
-    @property
-    def etcd(self) -> EtcdAddress | None:
-        return parse_registry(self.registry, self.insecure)
-
-    def advertised(self, port: int) -> str:
-        """Where others reach this gateway's `port`."""
-        if self.advertise_address is None and self.etcd is None:
-            return join_address(self.host, port)
-        towards = "127.0.0.1:1" if self.etcd is None else self.etcd.addresses[0]
-        return advertised_address(self.host, port, self.advertise_address, towards)
-
-    def cluster_address(self, port: int) -> str:
-        """Where processes and other gateways reach this one: `port` is the cluster's, with TLS."""
-        if self.advertise_address is None or self.tls is None:
-            return self.advertised(port)
-        advertised = self.advertise_address
-        if WITH_PORT.fullmatch(advertised):
-            advertised, _ = split_address("advertise_address", advertised)
-        return join_address(advertised, port)
-
-    def __post_init__(self) -> None:
-        parse_registry(self.registry, self.insecure)
-        check_rebalance_interval(self.rebalance_interval)
-        require_safe_bind("host", self.host, self.tls, self.insecure)
-        check_traces_endpoint(self.otlp_traces_endpoint)
-        if not 0 <= self.attn_wait_s < math.inf:
-            rule = "must be a number of seconds of at least 0"
-            raise ConfigError("attn_wait_s", self.attn_wait_s, rule, (DEFAULT_ATTN_WAIT_S,))
 
 
 def main(settings: GatewaySettings) -> int:
@@ -220,16 +148,23 @@ class GatewayService:
         )
 
     async def serve(self) -> None:
-        """Until cancelled."""
-        async with asyncio.TaskGroup() as jobs:
-            jobs.create_task(self._follow(), name="follow the cluster")
-            if self._election is not None:
-                at = self.port if self.cluster_port is None else self.cluster_port
-                work = self._election.run(self._settings.cluster_address(at))
-                jobs.create_task(work, name="election")
-            if self._rebalancer is not None and self._settings.rebalance_interval:
-                interval_s = self._settings.rebalance_interval
-                jobs.create_task(self._rebalancer.run(interval_s), name="rebalance")
+        """Until cancelled, or one of its jobs fails."""
+        try:
+            async with asyncio.TaskGroup() as jobs:
+                for name, job in self._jobs().items():
+                    jobs.create_task(job, name=name)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    def _jobs(self) -> dict[str, Coroutine[None, None, None]]:
+        settings = self._settings
+        jobs = {"follow the cluster": self._follow()}
+        if self._election is not None:
+            at = self.port if self.cluster_port is None else self.cluster_port
+            jobs["election"] = self._election.run(settings.cluster_address(at))
+        if self._rebalancer is not None and settings.rebalance_interval:
+            jobs["rebalance"] = self._rebalancer.run(settings.rebalance_interval)
+        return jobs
 
     async def _follow(self) -> None:
         """Health, and the streams to groups that have left."""
