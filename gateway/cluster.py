@@ -109,6 +109,7 @@ class Registry:
 
     @property
     def state(self) -> ClusterState:
+        """Its first member is this gateway."""
         gateway = replace(self.gateway, queued_requests=self.queued_requests)
         members = (gateway, *self._others, *(self._shown(place) for place in self._members))
         return ClusterState(
