@@ -148,7 +148,7 @@ async def _lose_etcd(cluster: Cluster, frozen: bool) -> None:
             assert "the registry is unreachable" in standing(state, client.target)
             assert starts(state) == before
         with pytest.raises(AssertionError, match="cannot be reached"):
-            await changed(first, "rebalance", "--force")
+            await changed(first, "scale", "--experts", "1")
         if frozen:
             cluster.etcd.send(signal.SIGCONT)
         else:
