@@ -20,7 +20,7 @@ from support.processes import TINY_MODEL, Running, epserve, started
 MODEL = ("--model", str(TINY_MODEL))
 LAYOUT = (
     *("--attn-devices", "2", "--dp-size", "2", "--expert-devices", "2", "--ep-size", "2"),
-    *("--expert-parallel-degree", "2", "--num-redundant-experts", "16"),
+    *("--expert-parallel-degree", "2"),
 )
 STREAMS = 4
 DEADLINE_S = 60.0
