@@ -15,7 +15,7 @@ from pathlib import Path
 
 from epserve.client import Target
 from epserve.layout import Place, derive_layout, device_of, spread_devices
-from epserve.options import LAUNCHER_KEY_HASH
+from epserve.options import DEFAULT_REGISTRY, LAUNCHER_KEY_HASH
 from epserve.supervisor import ChildSpec
 from gateway.api_keys import hash_of, new_key, read_keys
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -166,7 +166,7 @@ class LaunchPlan:
     def _gateway_arguments(self) -> list[str]:
         settings = self.settings
         arguments = ["--host", settings.host, "--port", str(settings.http_port)]
-        arguments += ["--grpc-port", str(settings.grpc_port)]
+        arguments += ["--grpc-port", str(settings.grpc_port), "--registry", DEFAULT_REGISTRY]
         if settings.tls is not None:
             arguments += ["--cluster-port", str(settings.cluster_port)]
         if settings.insecure:

@@ -18,13 +18,14 @@ from epserve.environment import variable_of
 from epserve.settings_command import read_settings
 from moe_core.config.kv_cache_size import parse_bytes
 from moe_core.errors import ConfigError
-from moe_core.service.addresses import check_advertised, split_address
+from moe_core.service.addresses import check_advertised, split_address, split_addresses
 from moe_core.service.tls_files import TlsFiles
 
 DEFAULT_GRPC_PORT = 50051
 DEFAULT_CLUSTER_PORT = 50052
 DEFAULT_HTTP_PORT = 8000
 DEFAULT_TARGET = f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+DEFAULT_REGISTRY = "embedded"
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_MAX_NUM_SEQS = 64
 DEFAULT_MAX_QUEUED_REQUESTS = 1024
@@ -89,6 +90,11 @@ def _seconds(parameter: typer.CallbackParam, value: float) -> float:
 
 def _address(parameter: typer.CallbackParam, value: str) -> str:
     split_address(str(parameter.name), value)
+    return value
+
+
+def _addresses(parameter: typer.CallbackParam, value: str) -> str:
+    split_addresses(str(parameter.name), value)
     return value
 
 
@@ -164,8 +170,17 @@ WorkerPortOption = Annotated[
 GatewayOption = Annotated[
     str,
     typer.Option(
-        callback=_address,
-        help="HOST:PORT of the gateway to register with.",
+        callback=_addresses,
+        help="HOST:PORT of the gateway to register with; of all gateways that share a registry, "
+        "with commas between them.",
+        rich_help_panel=NETWORK,
+    ),
+]
+RegistryOption = Annotated[
+    str,
+    typer.Option(
+        help="Where gateways of one cluster find each other: embedded (there is one gateway), or "
+        "etcd://HOST:PORT[,HOST:PORT…][/NAME], NAME being the cluster's.",
         rich_help_panel=NETWORK,
     ),
 ]

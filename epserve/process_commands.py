@@ -32,6 +32,8 @@ def gateway(
     port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
     grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
     cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
+    advertise_address: o.AdvertiseOption = None,
+    registry: o.RegistryOption = o.DEFAULT_REGISTRY,
     tls_cert: o.TlsCertOption = None,
     tls_key: o.TlsKeyOption = None,
     tls_ca: o.TlsCaOption = None,
@@ -47,7 +49,8 @@ def gateway(
 ) -> None:
     """Run the gateway of a cluster."""
     from gateway.entrance import QueueLimits
-    from gateway.process import GatewaySettings, main
+    from gateway.process import main
+    from gateway.settings import GatewaySettings
 
     _configure_logging("gateway", debug, log_json)
     settings = settings_from(

@@ -26,6 +26,7 @@ _MEMBER_FIELDS = (
     "address",
     "device",
     "state",
+    "detail",
     "experts",
 )
 _LINK_FIELDS = (
@@ -133,7 +134,9 @@ def links_table(state: ClusterState) -> Table:
 
 
 def member_name(member: Member) -> str:
-    return "gateway" if member.role is Role.GATEWAY else f"{member.role} {member.rank}"
+    """A gateway that is alone needs no number."""
+    first = member.role is Role.GATEWAY and member.rank == 0
+    return "gateway" if first else f"{member.role} {member.rank}"
 
 
 def _ranks_words(member: Member) -> str:

@@ -12,6 +12,7 @@ import grpc.aio
 
 from gateway.cluster import Registry
 from gateway.draining import drain
+from gateway.leadership import Leadership, SoleGateway
 from gateway.rebalancing import Rebalancer
 from gateway.scaling import Scaling
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
@@ -23,8 +24,15 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
-    def __init__(self, registry: Registry, scaling: Scaling, rebalancer: Rebalancer) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        scaling: Scaling,
+        rebalancer: Rebalancer,
+        leadership: Leadership | None = None,
+    ) -> None:
         self._registry = registry
+        self._leadership = leadership or SoleGateway()
         self._scaling = scaling
         self._rebalancer = rebalancer
 
@@ -48,6 +56,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return pb.RebalanceResponse(**asdict(done))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        self._leadership.require("draining")
         drain(self._registry, role_from_pb(request.role), request.rank)
         return pb.DrainResponse()
 

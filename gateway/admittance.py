@@ -39,7 +39,7 @@ def rank_for(join: Join, state: ClusterState, gone: Collection[Place]) -> int:
     free = [
         rank
         for rank in range(size)
-        if rank not in holders or (join.role, rank) in gone or _is_same(join, holders[rank])
+        if rank not in holders or (join.role, rank) in gone or is_same(join, holders[rank])
     ]
     if join.rank is None and free:
         return free[0]
@@ -87,7 +87,7 @@ def new_member(join: Join, rank: int, parallel: ParallelConfig) -> Member:
     return replace(member, ep_rank=ep_rank, etp_rank=etp_rank)
 
 
-def _is_same(join: Join, holder: Member) -> bool:
+def is_same(join: Join, holder: Member) -> bool:
     """A worker that noticed before this gateway that its stream is gone."""
     return (join.instance_epoch, join.pid, join.host_id) == (
         holder.instance_epoch,

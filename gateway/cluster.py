@@ -8,16 +8,27 @@ A member is removed when its stream ends. One whose leases do not come while its
 formally up is shown as FAILED; from then on its rank may be taken, and the first word that it
 says again removes it: it has to join like everybody else.
 
+Gateways that share a registry have one leader, with whom all workers register; the others show
+what it tells them (`follow`). Who comes to lead keeps the members that it was told of for
+ADOPTED_S, for them to register here.
+
 A load or a link total changes all the time and concerns only this process, so it shows in
 `state` at once but does not make a new version; whatever peers act upon does.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gateway.admittance import Place, check_same_model, has_exited, new_member, rank_for
+from gateway.admittance import (
+    Place,
+    check_same_model,
+    has_exited,
+    is_same,
+    new_member,
+    rank_for,
+)
 from gateway.leases import Clock, LeaseClock
 from gateway.takeover import Layout, take_over
 from moe_core.cluster import (
@@ -36,6 +47,7 @@ from moe_core.placement import ExpertPlacement
 
 LEASE_LOST_S = 3.0
 NO_LEASE = f"no lease for {LEASE_LOST_S:g} s"
+ADOPTED_S = 15.0  # longer than a worker takes to notice that its gateway is gone, and to try others
 STALLED_MS = 5_000
 STALLED = f"event loop without progress for over {STALLED_MS // 1000} s"
 
@@ -72,6 +84,9 @@ class Registry:
         self._leases: dict[Place, LeaseClock] = {}
         self._stalled: set[Place] = set()
         self._silent: set[Place] = set()
+        self._adopted: dict[Place, LeaseClock] = {}
+        self._others: tuple[Member, ...] = ()
+        self._standing = ""
         self._version = 1
         self._closed = False
         self.queued_requests = 0  # of this gateway
@@ -82,9 +97,21 @@ class Registry:
         return self._layout.parallel
 
     @property
+    def gateway(self) -> Member:
+        """This gateway, as others are to see it."""
+        detail = "; ".join(filter(None, (self._gateway.detail, self._standing)))
+        return replace(self._gateway, detail=detail)
+
+    @property
+    def adopted(self) -> list[str]:
+        """Members of an earlier leader that have not registered here yet."""
+        return [f"{role} {rank}" for role, rank in self._adopted]
+
+    @property
     def state(self) -> ClusterState:
-        gateway = replace(self._gateway, queued_requests=self.queued_requests)
-        members = (gateway, *(self._shown(place) for place in self._members))
+        """Its first member is this gateway."""
+        gateway = replace(self.gateway, queued_requests=self.queued_requests)
+        members = (gateway, *self._others, *(self._shown(place) for place in self._members))
         return ClusterState(
             self._version,
             self._layout.parallel,
@@ -150,8 +177,10 @@ class Registry:
         rank = rank_for(join, state, self._gone())
         self._layout = layout
         place, key = (join.role, rank), MemberKey(join.role, rank, join.instance_epoch)
+        known = self._members[place] if place in self._adopted else None
         self._forget(place)
-        self._members[place] = new_member(join, rank, self.accepted)
+        same = known is not None and is_same(join, known)
+        self._members[place] = known if known and same else new_member(join, rank, self.accepted)
         self._keys[place] = key
         self._dtypes[place] = join.dtype
         self._leases[place] = LeaseClock(self._clock)
@@ -207,6 +236,8 @@ class Registry:
         progress, in milliseconds. Raises NotFoundError as `report` does."""
         self._heard_again(key)
         place = (key.role, key.rank)
+        if place not in self._leases:  # it registers with the leader
+            raise _not_joined(key)
         self._leases[place].heard()
         stalled = loop_idle_ms >= STALLED_MS
         if stalled != (place in self._stalled):
@@ -256,6 +287,50 @@ class Registry:
             if place in self._members:
                 self._members[place] = replace(self._members[place], leaving=leaving)
         self._publish()
+
+    def follow(self, state: ClusterState, *, news: bool) -> None:
+        """What the leading gateway knows. `news`: others may act upon what has changed."""
+        self._layout = Layout(state.parallel, state.placement, told=True, settled=True)
+        self._next_placement, self._target = state.next_placement, state.target
+        members = (member for member in state.members if member.role is not Role.GATEWAY)
+        self._members = {(member.role, member.rank): member for member in members}
+        if news:
+            self._publish()
+
+    def lead(self, layout: Layout | None) -> None:
+        """From now on workers register here. `layout` is what is in force, None: what is here.
+        What an earlier leader was preparing is given up."""
+        self._layout = layout or self._layout
+        self._next_placement = self._target = None
+        strangers = self._members.keys() - self._keys.keys()
+        self._adopted = {place: LeaseClock(self._clock) for place in sorted(strangers)}
+        self._count_experts()
+        self._publish()
+
+    def stop_leading(self) -> None:
+        """Another gateway leads. The members stay until it says who they are."""
+        self._members = {place: self._shown(place) for place in self._members}
+        for of_registrations in (self._keys, self._dtypes, self._leases, self._adopted):
+            of_registrations.clear()
+        self._stalled.clear()
+        self._silent.clear()
+        self._publish()
+
+    def check_adopted(self) -> None:
+        """Remove members that have not registered here in time; to be called every CHECK_S."""
+        late = [place for place, clock in self._adopted.items() if clock.silent_s() >= ADOPTED_S]
+        for place in late:
+            self._forget(place)
+        if late:
+            self._publish()
+
+    def set_gateways(self, own_rank: int, others: Sequence[Member], standing: str) -> None:
+        """The gateways that share a registry, and how this one stands to it."""
+        known = (self._gateway.rank, self._others, self._standing)
+        if known != (own_rank, tuple(others), standing):
+            self._gateway = replace(self._gateway, rank=own_rank)
+            self._others, self._standing = tuple(others), standing
+            self._publish()
 
     def set_address(self, address: str) -> None:
         """Where this gateway listens, once its port is bound."""
@@ -311,7 +386,7 @@ class Registry:
         return self._silent | exited
 
     def _forget(self, place: Place) -> None:
-        for known in (self._members, self._keys, self._dtypes, self._leases):
+        for known in (self._members, self._keys, self._dtypes, self._leases, self._adopted):
             known.pop(place, None)
         self._stalled.discard(place)
         self._silent.discard(place)

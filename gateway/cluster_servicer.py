@@ -2,17 +2,20 @@
 
 Knows the streams and the messages; who gets which rank, and what the cluster is, is the
 registry's business (cluster.py). No member is in the registry for longer than its stream lives, and
-a stream whose member is no longer there is ended.
+a stream whose member is no longer there is ended. Workers register with the gateway that leads; the
+other gateways follow it from here.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import grpc.aio
 import structlog
 
 from gateway.cluster import MemberKey, Registry
+from gateway.leadership import Leadership, SoleGateway
 from gateway.leases import CHECK_S
 from moe_core.cluster import ClusterState, Join, Role
 from moe_core.errors import ProtocolError, RequestError
@@ -35,13 +38,15 @@ log = structlog.get_logger(__name__)
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 JOIN_TIMEOUT_S = 10.0
+FOLLOW_S = 1.0  # as often as workers report their loads
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """Serves until `close`, which ends all registrations."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, leadership: Leadership | None = None) -> None:
         self._registry = registry
+        self._leadership = leadership or SoleGateway()
         self._closing = asyncio.Event()
         self._encoded = pb.ClusterState()
 
@@ -54,6 +59,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> AsyncIterator[pb.RegisterResponse]:
         join, version = await _first_join(requests)
         _check_certificate(context, join.role)
+        self._leadership.require("registering processes")
         key = self._registry.join(join)
         log.info("joined", role=str(key.role), rank=key.rank, peer=context.peer())
         reports = asyncio.create_task(self._take_reports(requests, key), name="reports")
@@ -81,6 +87,27 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         key = MemberKey(role, request.rank, request.instance_epoch)
         self._registry.lease(key, request.loop_idle_ms)
         return pb.LeaseResponse()
+
+    async def FollowLeader(
+        self, request: pb.FollowLeaderRequest, context: Context
+    ) -> AsyncIterator[pb.ClusterState]:
+        log.info("followed", by=request.address)
+        version, closing = 0, self._closing
+        while True:
+            self._leadership.require("saying who is in the cluster")
+            state = self._registry.state
+            version = state.version
+            yield cluster_to_pb(state)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_S):
+                    await self._registry.newer_than(version)
+            if closing.is_set():
+                return
+
+    def end_registrations(self) -> None:
+        """The workers are to register with another gateway."""
+        self._closing.set()
+        self._closing = asyncio.Event()
 
     def close(self) -> None:
         """End every registration; the workers learn that this gateway has left."""

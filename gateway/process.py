@@ -7,9 +7,8 @@ once, all expert processes are READY now, and at least one DP group can take req
 """
 
 import asyncio
-import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,37 +21,39 @@ from gateway.attention_pool import AttentionPool
 from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
-from gateway.entrance import QueueLimits
+from gateway.election import Election
+from gateway.etcd_store import EtcdStore
 from gateway.generation import Generator
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.host import HttpHost
+from gateway.leadership import Leadership, SoleGateway
 from gateway.metrics.exposition import metrics_routes
 from gateway.metrics.requests import RequestMetrics
 from gateway.observers import BothObservers, RequestObserver
 from gateway.page.routes import page_routes
 from gateway.placement_leader import PlacementLeader
-from gateway.rebalancing import Rebalancer, check_rebalance_interval
+from gateway.rebalancing import Rebalancer
 from gateway.scaling import Scaling
 from gateway.servicer import GatewayServicer
+from gateway.settings import GatewaySettings
 from gateway.tokenizer import TextTokenizer
 from gateway.vllm_servicer import VllmServicer
-from gateway.waiting_room import DEFAULT_ATTN_WAIT_S
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.model import ModelConfig
-from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import ConfigError
 from moe_core.placement import ExpertPlacement
 from moe_core.service import lifecycle
-from moe_core.service.addresses import host_id, join_address, new_instance_epoch
-from moe_core.service.binding import require_safe_bind
-from moe_core.service.certificates import Certificates
+from moe_core.service.addresses import (
+    host_id,
+    join_address,
+    new_instance_epoch,
+)
+from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.grpc_host import GrpcHost
 from moe_core.service.logs import bind_rank
 from moe_core.service.peer_roles import PeerRole
-from moe_core.service.tls_files import TlsFiles
-from moe_core.service.trace_option import check_traces_endpoint, open_spans
+from moe_core.service.trace_option import open_spans
 
 if TYPE_CHECKING:
     from moe_core.service.tracing import Spans
@@ -60,44 +61,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 STOP_GRACE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class GatewaySettings:
-    """`model` is a Hugging Face directory; `model_name` None: the directory's name. `port` is
-    gRPC's; 0 is any free one, also for http_port.
-
-    With `tls`, `port` is for clients and `cluster_port` for processes and everybody else who has a
-    certificate; without, `port` is for all, and only on a loopback `host` unless `insecure`.
-    `rebalance_interval` is how often experts are placed anew; 0: when asked only.
-    `api_keys` is a file of keys (api_keys.py), `launcher_key_hash` that of one key more.
-    `attn_wait_s`: how long requests wait for an attention group where none can go on with them.
-    """
-
-    model: Path
-    host: str
-    port: int
-    parallel: ParallelConfig
-    model_name: str | None = None
-    http_port: int = 0
-    limits: QueueLimits = field(default_factory=QueueLimits)
-    cluster_port: int = 0
-    tls: TlsFiles | None = None
-    insecure: bool = False
-    drain_timeout_s: float = lifecycle.DRAIN_TIMEOUT_S
-    api_keys: Path | None = None
-    launcher_key_hash: str | None = None
-    otlp_traces_endpoint: str | None = None
-    rebalance_interval: float = 0.0
-    attn_wait_s: float = DEFAULT_ATTN_WAIT_S
-
-    def __post_init__(self) -> None:
-        check_rebalance_interval(self.rebalance_interval)
-        require_safe_bind("host", self.host, self.tls, self.insecure)
-        check_traces_endpoint(self.otlp_traces_endpoint)
-        if not 0 <= self.attn_wait_s < math.inf:
-            rule = "must be a number of seconds of at least 0"
-            raise ConfigError("attn_wait_s", self.attn_wait_s, rule, (DEFAULT_ATTN_WAIT_S,))
 
 
 def main(settings: GatewaySettings) -> int:
@@ -113,7 +76,7 @@ class GatewayService:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
+        tls = self._tls = Certificates.of(settings.tls, PeerRole.GATEWAY)
         self._keys = ApiKeys(settings.api_keys, launcher_key_hash=settings.launcher_key_hash)
         self._host = GrpcHost(tls, self._keys.authenticate)
         self._http = HttpHost(tls)
@@ -122,6 +85,7 @@ class GatewayService:
         self._registry: Registry | None = None
         self._cluster: ClusterServicer | None = None
         self._rebalancer: Rebalancer | None = None
+        self._election: Election | None = None
         self._spans: Spans | None = None
         self._draining = False
         self.port = settings.port
@@ -151,13 +115,13 @@ class GatewayService:
             observer,
             attn_wait_s=settings.attn_wait_s,
         )
-        self._cluster = ClusterServicer(registry)
+        leadership = self._leadership(registry, fingerprint)
+        self._cluster = ClusterServicer(registry, leadership)
         self._cluster.add_to(self._host)
-        leader = PlacementLeader(registry)
+        leader = PlacementLeader(registry, leadership)
         self._rebalancer = Rebalancer(registry, leader, config.moe.n_group or 1)
-        AdminServicer(registry, Scaling(registry, leader, config), self._rebalancer).add_to(
-            self._host
-        )
+        scaling = Scaling(registry, leader, config)
+        AdminServicer(registry, scaling, self._rebalancer, leadership).add_to(self._host)
         GatewayServicer(self._generator, registry).add_to(self._host)
         VllmServicer(self._generator, registry, directory).add_to(self._host)
         cluster_port = None if settings.tls is None else settings.cluster_port
@@ -175,7 +139,7 @@ class GatewayService:
             extra_routes=extra_routes,
         )
         self.http_port = await self._http.start(app, settings.host, settings.http_port)
-        address = join_address(settings.host, self.port)
+        address = settings.advertised(self.port)
         registry.set_address(address)
         scheme = "http" if settings.tls is None else "https"
         http = f"{scheme}://{join_address(settings.host, self.http_port)}"
@@ -184,12 +148,23 @@ class GatewayService:
         )
 
     async def serve(self) -> None:
-        """Until cancelled."""
-        async with asyncio.TaskGroup() as jobs:
-            jobs.create_task(self._follow(), name="follow the cluster")
-            if self._rebalancer is not None and self._settings.rebalance_interval:
-                interval_s = self._settings.rebalance_interval
-                jobs.create_task(self._rebalancer.run(interval_s), name="rebalance")
+        """Until cancelled, or one of its jobs fails."""
+        try:
+            async with asyncio.TaskGroup() as jobs:
+                for name, job in self._jobs().items():
+                    jobs.create_task(job, name=name)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    def _jobs(self) -> dict[str, Coroutine[None, None, None]]:
+        settings = self._settings
+        jobs = {"follow the cluster": self._follow()}
+        if self._election is not None:
+            at = self.port if self.cluster_port is None else self.cluster_port
+            jobs["election"] = self._election.run(settings.cluster_address(at))
+        if self._rebalancer is not None and settings.rebalance_interval:
+            jobs["rebalance"] = self._rebalancer.run(settings.rebalance_interval)
+        return jobs
 
     async def _follow(self) -> None:
         """Health, and the streams to groups that have left."""
@@ -222,6 +197,8 @@ class GatewayService:
                 self._generator.close()
             if self._cluster is not None:
                 self._cluster.close()
+            if self._election is not None:
+                await self._election.close()
             if self._registry is not None:
                 self._registry.close()
             await self._pool.close()
@@ -229,6 +206,19 @@ class GatewayService:
             await self._host.stop(STOP_GRACE_S)
             if self._spans is not None:
                 await self._spans.close()
+
+    def _leadership(self, registry: Registry, fingerprint: str) -> Leadership:
+        where = self._settings.etcd
+        if where is None:
+            return SoleGateway()
+
+        def on_lost() -> None:
+            if self._cluster is not None:
+                self._cluster.end_registrations()
+
+        security = expecting(self._tls, PeerRole.GATEWAY)
+        self._election = Election(EtcdStore(where), registry, fingerprint, on_lost, security)
+        return self._election
 
     def _observer(self, metrics: RequestMetrics) -> RequestObserver:
         self._spans = open_spans(self._settings.otlp_traces_endpoint, self.name, 0)

@@ -75,9 +75,11 @@ class Rebalancer:
         self._seen: tuple[tuple[int, ...], ExpertLoad] | None = None
 
     async def run(self, interval_s: float) -> None:
-        """Look every `interval_s` seconds, until cancelled."""
+        """Look every `interval_s` seconds, where this gateway leads, until cancelled."""
         while True:
             await asyncio.sleep(interval_s)
+            if not self._leader.leads:
+                continue
             try:
                 done = await self.rebalance()
             except UnavailableError as error:

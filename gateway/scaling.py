@@ -75,11 +75,12 @@ class Scaling:
             if role is Role.EXPERT:
                 yield f"loading experts on {role} {_ranks(coming)}"
                 await self._place(after)
+            await self._leader.set_sizes(after)
         except BaseException:
-            self._registry.set_sizes(before, None)
-            self._registry.set_leaving(role, coming)
+            if not self._leader.undecided:
+                self._registry.set_sizes(before, None)
+                self._registry.set_leaving(role, coming)
             raise
-        self._registry.set_sizes(after, None)
 
     async def _shrink(
         self, role: Role, before: ParallelConfig, after: ParallelConfig
@@ -96,10 +97,10 @@ class Scaling:
             yield f"waiting for {role} {_ranks(going)} to leave"
             self._registry.set_leaving(role, going)
             await self._registry.until_none(partial(_still_here, role, going), LEAVE_TIMEOUT_S)
+            await self._leader.set_sizes(after)
         except BaseException:  # what was asked to leave may be started again
             self._registry.set_sizes(sizes, None)
             raise
-        self._registry.set_sizes(after, None)
 
     async def _place(self, parallel: ParallelConfig) -> None:
         """All experts on the EP groups of `parallel`, as few of them moved as can be."""

@@ -37,8 +37,7 @@ async def ready(request: Request) -> Response:
 
 def _missing(context: HttpContext) -> list[str]:
     """Follows the gateway's own state, as gRPC's health does."""
-    state = context.registry.state
-    (gateway,) = state.tier(Role.GATEWAY)
+    state, gateway = context.registry.state, context.registry.gateway
     if gateway.state is MemberState.READY:
         return []
     missing = [*state.missing(Role.ATTN), *state.missing(Role.EXPERT)]

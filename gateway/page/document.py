@@ -36,7 +36,7 @@ def cluster_document(
         "layout": _layout(state),
         "placement_epoch": state.placement.epoch,
         "expert_load_version": expert_load_version,
-        "gateway": _member(state.tier(Role.GATEWAY)[0]),
+        "gateway": _member(state.members[0]),  # this one, whatever its rank
         "counts": {role: _count_states(state, role) for role in TIERS},
         "members": [shown for role in TIERS for shown in _members(state, role)],
         "nodes": {role: list(_nodes(state, role, nodes[role])) for role in TIERS},

@@ -58,6 +58,7 @@ RULES: Mapping[str, Rule] = {
     "vllm.grpc.engine.VllmEngine": KEY,
     "epserve.v1.Admin": ADMINISTRATORS,
     "epserve.v1.ClusterService": WORKERS,
+    "/epserve.v1.ClusterService/FollowLeader": _only(PeerRole.GATEWAY),
     "epserve.v1.AttentionService": _only(PeerRole.GATEWAY),
     "/epserve.v1.AttentionService/Follow": _only(PeerRole.ATTN),
     "/epserve.v1.AttentionService/Handover": _only(PeerRole.ATTN),

@@ -31,18 +31,24 @@ def split_address(setting: str, address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def split_addresses(setting: str, addresses: str) -> list[tuple[str, int]]:
+    """Host and port of each of `addresses`, which have commas between them. Raises ConfigError
+    naming `setting`."""
+    return [split_address(setting, address) for address in addresses.split(",")]
+
+
 def advertised_address(host: str, port: int, advertise: str | None, gateway: str) -> str:
     """Where peers reach a server that listens on host:port.
 
     `advertise` (HOST or HOST:PORT) if given; else `host`; for a wildcard host the address from
-    which this machine reaches the gateway.
+    which this machine reaches the (first) gateway.
     """
     if advertise:
         check_advertised(advertise)
         return advertise if WITH_PORT.fullmatch(advertise) else join_address(advertise, port)
     if host not in WILDCARDS:
         return join_address(host, port)
-    return join_address(_own_address_towards(*split_address("gateway", gateway)), port)
+    return join_address(_own_address_towards(*split_addresses("gateway", gateway)[0]), port)
 
 
 def check_advertised(advertise: str) -> None:

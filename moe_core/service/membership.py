@@ -6,11 +6,13 @@ what the worker does; whether the cluster is as the worker needs it is a predica
 A worker outlives its gateway. When a registration ends (the gateway was restarted, or has taken
 this process for dead) the worker registers again, as the same start of the same process, and says
 what it knows of the cluster. Meanwhile `state` stays as it was. The membership is `lost` when no
-gateway takes the worker back in time, or one refuses to.
+gateway takes the worker back in time, or one refuses to. Where several gateways share a registry
+the one that leads takes it, and the others refuse for the time being: each is asked in turn.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -47,6 +49,7 @@ __all__ = ["REJOIN_TIMEOUT_S", "Join", "Membership"]
 
 REJOIN_TIMEOUT_S = 600.0
 RETRY_S = 0.5
+ATTEMPT_TIMEOUT_S = 5.0  # where there is another gateway to ask
 REJOIN_RETRIES_S = (0.1, 2.0)  # the first pause, and the longest that it doubles to
 FINAL = (RequestError, AccessError, AuthenticationError, ProtocolError)
 
@@ -55,9 +58,9 @@ class Membership:
     """A place in the cluster, from `join` until `close` or until `lost` raises."""
 
     def __init__(
-        self, gateway_address: str, security: ServerCheck | None, rejoin_timeout_s: float
+        self, gateways: Sequence[str], security: ServerCheck | None, rejoin_timeout_s: float
     ) -> None:
-        self._gateway = gateway_address
+        self._gateways = deque(gateways)  # the first is asked next
         self._security = security
         self._rejoin_timeout_s = rejoin_timeout_s
         self._changed = asyncio.Condition()
@@ -81,12 +84,14 @@ class Membership:
         tls: Certificates | None = None,
         rejoin_timeout_s: float = REJOIN_TIMEOUT_S,
     ) -> "Membership":
-        """Join the cluster of the gateway at `gateway_address` (host:port), waiting up to
+        """Join the cluster of the gateway at `gateway_address` (host:port, or several with commas
+        between them, of gateways that share a registry), waiting up to
         `timeout_s` for a gateway that is not there yet, and later up to `rejoin_timeout_s` for
         one that is gone. When this returns, `rank`, `parallel` and `state` are known. Raises
         UnavailableError when no gateway came in time, and at once the gateway's own refusal (of a
         rank, a fingerprint, a dtype)."""
-        membership = cls(gateway_address, expecting(tls, PeerRole.GATEWAY), rejoin_timeout_s)
+        gateways = gateway_address.split(",")
+        membership = cls(gateways, expecting(tls, PeerRole.GATEWAY), rejoin_timeout_s)
         membership._registration = await membership._join_within(timeout_s, join)
         staying = membership._stay(replace(join, rank=membership.rank))
         membership._staying = asyncio.create_task(staying, name="membership")
@@ -194,17 +199,35 @@ class Membership:
                     raise
             except TimeoutError:
                 raise UnavailableError(
-                    f"no gateway answered at {self._gateway} within {timeout_s:g} s"
+                    f"no gateway answered at {', '.join(self._gateways)} within {timeout_s:g} s"
                 ) from None
             if not noted:
-                log.info("waiting for the gateway", address=self._gateway, reason=reason)
+                log.info("waiting for the gateway", address=list(self._gateways), reason=reason)
                 noted = True
             await asyncio.sleep(RETRY_S)
 
     async def _register(self, join: Join) -> Registration:
-        """One attempt. The last reports are told again, since nobody may know them yet."""
+        """Ask each gateway once, and remember which has taken this worker. Raises what
+        the last of them has answered, or a refusal at once."""
+        several = len(self._gateways) > 1
+        reason = UnavailableError("no gateway was asked")
+        for _ in tuple(self._gateways):
+            try:
+                async with asyncio.timeout(ATTEMPT_TIMEOUT_S if several else None):
+                    return await self._register_once(join)
+            except UnavailableError as error:
+                reason = error
+            except TimeoutError:
+                reason = UnavailableError(
+                    f"gateway {self._gateways[0]}: no answer within {ATTEMPT_TIMEOUT_S:g} s"
+                )
+            self._gateways.rotate(-1)
+        raise reason
+
+    async def _register_once(self, join: Join) -> Registration:
+        """The last reports are told again, since nobody may know them yet."""
         self._outbox = Outbox(self._status, self._load)
-        registration = Registration(self._gateway, self._security, join, self._outbox)
+        registration = Registration(self._gateways[0], self._security, join, self._outbox)
         try:
             await registration.open()
             self.rank, self.parallel = registration.rank, registration.parallel
@@ -219,9 +242,11 @@ class Membership:
         try:
             while True:
                 reason = await self._until_it_ends(self._registration)
-                log.warning("the registration has ended", gateway=self._gateway, reason=reason)
+                gateway = self._gateways[0]
+                log.warning("the registration has ended", gateway=gateway, reason=reason)
+                self._gateways.rotate(-1)
                 self._registration = await self._join_again(join, reason)
-                log.info("registered again", gateway=self._gateway, rank=self.rank)
+                log.info("registered again", gateway=self._gateways[0], rank=self.rank)
         except EpserveError as error:
             async with self._changed:
                 self._error = error

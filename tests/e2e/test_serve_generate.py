@@ -23,7 +23,7 @@ from support.served_cluster import DEADLINE_S, ServedCluster, connected, greedy,
 
 MEMBER_FIELDS = {
     *("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank"),
-    *("pid", "address", "device", "state", "experts", "metrics", "queued_requests"),
+    *("pid", "address", "device", "detail", "state", "experts", "metrics", "queued_requests"),
 }
 LINK_FIELDS = {
     *("source", "target", "transport"),

@@ -200,8 +200,17 @@ async def test_no_port_answers_in_the_clear(secured: Secured) -> None:
         ("expert", ATTN, ("/epserve.v1.ExpertService/Exchange",)),
         ("cluster", CLIENT, ()),
         ("cluster", ADMIN, ("/epserve.v1.Admin/",)),
-        ("cluster", ATTN, ("/epserve.v1.ClusterService/",)),
-        ("cluster", EXPERT, ("/epserve.v1.ClusterService/",)),
+        ("cluster", GATEWAY, ("/epserve.v1.ClusterService/",)),
+        (
+            "cluster",
+            ATTN,
+            ("/epserve.v1.ClusterService/Register", "/epserve.v1.ClusterService/Lease"),
+        ),
+        (
+            "cluster",
+            EXPERT,
+            ("/epserve.v1.ClusterService/Register", "/epserve.v1.ClusterService/Lease"),
+        ),
     ],
 )
 async def test_role_opens_what_it_needs_and_nothing_else(

@@ -13,7 +13,8 @@ import httpx2
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from gateway.process import GatewayService, GatewaySettings
+from gateway.process import GatewayService
+from gateway.settings import GatewaySettings
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig
@@ -130,7 +131,8 @@ def test_gateway_process_never_imports_torch() -> None:
     code = (
         "import sys, asyncio\n"
         "from pathlib import Path\n"
-        "from gateway.process import GatewayService, GatewaySettings\n"
+        "from gateway.process import GatewayService\n"
+        "from gateway.settings import GatewaySettings\n"
         "from moe_core.config.parallel import ParallelConfig\n"
         "async def main():\n"
         f"    settings = GatewaySettings(Path({str(MODEL)!r}), '127.0.0.1', 0, ParallelConfig())\n"

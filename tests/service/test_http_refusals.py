@@ -19,7 +19,8 @@ from starlette.routing import Route
 
 from gateway import process
 from gateway.api_keys import hash_of, new_key
-from gateway.process import GatewayService, GatewaySettings
+from gateway.process import GatewayService
+from gateway.settings import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
 from moe_core.service.peer_roles import PeerRole
 from support.certificates import CertificateAuthority

@@ -10,13 +10,16 @@ import pytest
 from epserve.client import EpserveClient
 from gateway.balancer import Group
 from gateway.cluster import NO_LEASE
+from gateway.following import Following
+from gateway.leadership import SoleGateway
 from moe_core.cluster import AttentionLoad, ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2
 from moe_core.service.cluster_codec import role_to_pb
+from moe_core.service.shared_records import GatewayRecord
 from support.fake_attention import FakeAttention, FakeWorker
-from support.small_gateway import SmallGateway
+from support.small_gateway import FINGERPRINT, SmallGateway
 
 PARALLEL = ParallelConfig(attn_devices=2, dp_size=2, expert_devices=2, ep_size=2)
 DEADLINE_S = 20
@@ -209,3 +212,52 @@ async def test_clients_watch_the_cluster_until_the_gateway_leaves() -> None:
                 pass
             gateway.registry.close()
             assert [state async for state in states][1:] == []
+
+
+async def test_workers_go_from_a_lost_gateway_to_the_next() -> None:
+    async with SmallGateway(PARALLEL) as first, SmallGateway(PARALLEL) as second:
+        worker = FakeWorker(f"{first.address},{second.address}", FINGERPRINT, Role.ATTN, 1)
+        await worker.start()
+        try:
+            await until(first, "joined", lambda state: state.tier(Role.ATTN))
+            joined = identities(first.registry.state)
+            first.cluster.close()
+            await until(second, "joined", lambda state: state.tier(Role.ATTN))
+            assert identities(second.registry.state) == joined
+        finally:
+            await worker.stop()
+
+
+async def test_follower_refuses_workers_and_shows_what_the_leader_knows() -> None:
+    leadership = Followed()
+    async with SmallGateway(PARALLEL) as leader, SmallGateway(PARALLEL) as follower:
+        follower.cluster._leadership = leadership
+        record = GatewayRecord(leader.registry.gateway, leader.address)
+        following = Following(record, follower.address, follower.registry, None)
+        addresses = f"{follower.address},{leader.address}"
+        worker = FakeWorker(addresses, FINGERPRINT, Role.ATTN, 1)
+        await worker.start()
+        try:
+            state = await until(follower, "told", lambda state: state.tier(Role.ATTN))
+            assert identities(state) == identities(leader.registry.state)
+            assert following.is_heard
+            with pytest.raises(UnavailableError, match="registering processes is for another"):
+                await follower.worker(Role.EXPERT).start(join_timeout_s=0.2)
+            leader.cluster.end_registrations()
+            leader.cluster._leadership = leadership
+            async with asyncio.timeout(DEADLINE_S):
+                while following.is_heard:
+                    await asyncio.sleep(0.01)
+            assert follower.registry.state.tier(Role.ATTN)  # until somebody knows better
+        finally:
+            await worker.stop()
+            await following.close()
+
+
+class Followed(SoleGateway):
+    """Another gateway leads."""
+
+    leads = False
+
+    def require(self, what: str) -> None:
+        raise UnavailableError(f"{what} is for another gateway")

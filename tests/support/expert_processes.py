@@ -17,7 +17,8 @@ from attn_service.placements import Placements
 from expert_service.process import ExpertProcess, ExpertSettings
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
-from gateway.process import GatewayService, GatewaySettings
+from gateway.process import GatewayService
+from gateway.settings import GatewaySettings
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.cluster import ClusterState, Join, Member, MemberState, Role

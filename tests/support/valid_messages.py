@@ -133,11 +133,13 @@ def _cluster_messages(state: ClusterState) -> list[Addressed]:
     lease = cluster_pb2.LeaseRequest(
         role=cluster_pb2.ROLE_EXPERT, rank=0, instance_epoch=expert.instance_epoch + 1
     )
+    follow = cluster_pb2.FollowLeaderRequest(address="h:1")
     service = (cluster_pb2, "ClusterService")
     return [
         _addressed("gateway", *service, "Register", cluster_pb2.RegisterRequest(join=join)),
         _addressed("gateway", *service, "Register", cluster_pb2.RegisterRequest(status=status)),
         _addressed("gateway", *service, "Lease", lease),
+        _addressed("gateway", *service, "FollowLeader", follow),
     ]
 
 

@@ -83,7 +83,7 @@ class Sender:
                 await channel.unary_unary(path)(each.message, timeout=CALL_DEADLINE_S)
             if called.server_streaming:
                 async for _ in call:
-                    if called.name == "WatchCluster":  # which has no end
+                    if called.name in ("WatchCluster", "FollowLeader"):  # which have no end
                         call.cancel()
                         break
         except grpc.aio.AioRpcError as error:

@@ -8,7 +8,7 @@ import pytest
 from attn_service.settings import AttnSettings
 from epserve.launch_plan import ClusterSettings
 from expert_service.process import ExpertSettings
-from gateway.process import GatewaySettings
+from gateway.settings import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.service.binding import is_loopback, require_safe_bind

@@ -11,7 +11,7 @@ from epserve import cli, process_commands
 from epserve.launch_plan import ClusterSettings
 from expert_service.process import ExpertSettings
 from gateway.entrance import QueueLimits
-from gateway.process import GatewaySettings
+from gateway.settings import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gateway.cluster import LEASE_LOST_S, NO_LEASE, STALLED, MemberKey, Registry
+from gateway.cluster import ADOPTED_S, LEASE_LOST_S, NO_LEASE, STALLED, MemberKey, Registry
 from gateway.leases import CHECK_S, LeaseClock
 from moe_core.cluster import (
     AttentionLoad,
@@ -258,3 +258,32 @@ async def test_states_are_told_until_the_registry_closes() -> None:
     async with asyncio.timeout(1):
         await following
     assert seen == [0, 1]
+
+
+def test_members_that_a_new_leader_was_told_of_have_time_to_register_with_it() -> None:
+    leader, clock = make_registry(PARALLEL), Clock()
+    for rank in (0, 1):
+        key = leader.join(join(rank=rank, epoch=rank + 1))
+        leader.report(key, StatusReport(MemberState.READY))
+    registry = make_registry(PARALLEL, clock)
+    registry.follow(leader.state, news=True)
+    registry.lead(None)
+    assert registry.adopted == ["attn 0", "attn 1"]
+    key = registry.join(join(rank=0, epoch=1))
+    assert [m.state for m in registry.state.tier(Role.ATTN)] == [MemberState.READY] * 2
+    for _ in range(round(ADOPTED_S / CHECK_S)):
+        registry.lease(key, 0)
+        clock.now += CHECK_S
+        registry.check_adopted()
+    assert [m.rank for m in registry.state.tier(Role.ATTN)] == [0]
+    assert registry.adopted == []
+
+
+def test_lease_of_a_member_that_registered_elsewhere_is_refused() -> None:
+    registry = make_registry(PARALLEL)
+    key = registry.join(join())
+    registry.stop_leading()
+    with pytest.raises(NotFoundError, match="not joined"):
+        registry.lease(key, 0)
+    registry.leave(key)
+    assert [m.rank for m in registry.state.tier(Role.ATTN)] == [0]

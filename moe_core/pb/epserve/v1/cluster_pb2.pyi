@@ -338,3 +338,29 @@ class LeaseRequest(_message.Message):
 class LeaseResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class FollowLeaderRequest(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class SharedLayout(_message.Message):
+    __slots__ = ("placement", "parallel", "last_epoch", "model_fingerprint")
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    LAST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    placement: Placement
+    parallel: ParallelSettings
+    last_epoch: int
+    model_fingerprint: str
+    def __init__(self, placement: _Optional[_Union[Placement, _Mapping]] = ..., parallel: _Optional[_Union[ParallelSettings, _Mapping]] = ..., last_epoch: _Optional[int] = ..., model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class GatewayRecord(_message.Message):
+    __slots__ = ("member", "cluster_address")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    member: Member
+    cluster_address: str
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., cluster_address: _Optional[str] = ...) -> None: ...

@@ -47,6 +47,11 @@ class ClusterServiceStub:
                 request_serializer=epserve_dot_v1_dot_cluster__pb2.LeaseRequest.SerializeToString,
                 response_deserializer=epserve_dot_v1_dot_cluster__pb2.LeaseResponse.FromString,
                 _registered_method=True)
+        self.FollowLeader = channel.unary_stream(
+                '/epserve.v1.ClusterService/FollowLeader',
+                request_serializer=epserve_dot_v1_dot_cluster__pb2.FollowLeaderRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_cluster__pb2.ClusterState.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer:
@@ -69,6 +74,14 @@ class ClusterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FollowLeader(self, request, context):
+        """For the other gateways of a shared registry: what the leading one knows, whenever it changes
+        and at least every second, loads included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +94,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.Lease,
                     request_deserializer=epserve_dot_v1_dot_cluster__pb2.LeaseRequest.FromString,
                     response_serializer=epserve_dot_v1_dot_cluster__pb2.LeaseResponse.SerializeToString,
+            ),
+            'FollowLeader': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowLeader,
+                    request_deserializer=epserve_dot_v1_dot_cluster__pb2.FollowLeaderRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_cluster__pb2.ClusterState.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -140,6 +158,33 @@ class ClusterService:
             '/epserve.v1.ClusterService/Lease',
             epserve_dot_v1_dot_cluster__pb2.LeaseRequest.SerializeToString,
             epserve_dot_v1_dot_cluster__pb2.LeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowLeader(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/epserve.v1.ClusterService/FollowLeader',
+            epserve_dot_v1_dot_cluster__pb2.FollowLeaderRequest.SerializeToString,
+            epserve_dot_v1_dot_cluster__pb2.ClusterState.FromString,
             options,
             channel_credentials,
             insecure,
