@@ -62,7 +62,7 @@ def _run_grouped(
     for run in _runs(counts[:num_experts]):
         sizes = [counts[expert] for expert in run]
         part = slice(start, start := start + sum(sizes))
-        outputs[part] = _run_routed(weights, run, rows[part].split(sizes))
+        outputs[part] = _run_routed(weights, run, torch.split(rows[part], sizes))
     if start < len(rows):
         outputs[start:] = _run_shared(weights, rows[start:])
     return outputs
@@ -90,7 +90,8 @@ def _run_routed(
     w13 = [_held(weights.w13[expert], expert) for expert in experts]
     w2 = [_held(weights.w2[expert], expert) for expert in experts]
     gate, up = linear_each(parts, w13).chunk(2, dim=-1)
-    return linear_each(functional.silu(gate).mul_(up).split([len(part) for part in parts]), w2)
+    products = functional.silu(gate).mul_(up)  # [Σ n_i, moe_intermediate/etp]
+    return linear_each(torch.split(products, [len(part) for part in parts]), w2)
 
 
 def _held(matrix: Matrix | None, expert: int) -> Matrix:

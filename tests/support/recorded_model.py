@@ -35,6 +35,7 @@ class Journal:
 class FakeLayer:
     def __init__(self, layer_id: int, journal: Journal, tp: "FakeGroup") -> None:
         self.layer_id = layer_id
+        self.dtype = torch.float32
         self.is_moe = layer_id in MOE_LAYERS
         self.fails_in_shared = False
         self._journal = journal

@@ -41,6 +41,12 @@ class Parts:
         self.reconciled += 1
         return False
 
+    def give_up(self, state: object) -> None:
+        assert not self.closed
+
+    async def next_state(self, state: object) -> None:
+        await asyncio.Event().wait()
+
     def add(self, placement: object) -> None:
         """It knows them all."""
 
