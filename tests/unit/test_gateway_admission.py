@@ -80,6 +80,10 @@ def test_priority_is_passed_on(priority: int) -> None:
     assert admit(request, MODEL, KV_TOKENS).priority == priority
 
 
+def test_a_top_k_beyond_the_vocabulary_keeps_all_of_it() -> None:
+    assert admitted(top_k=2**32 - 1).top_k == MODEL.config.vocab_size
+
+
 def test_text_and_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(RequestError, match=r"text: .*no tokenizer\.json"):
         admitted("hello", WITHOUT_TOKENIZER)
