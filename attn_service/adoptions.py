@@ -18,8 +18,9 @@ import structlog
 
 from attn_service.kv_blocks import BlockPool
 from attn_service.scheduler import Scheduler
-from attn_service.sequence import KvSource, Sequence
+from attn_service.sequence import Sequence
 from moe_core.errors import EpserveError, UnavailableError
+from moe_core.parked_kv import KvSource
 
 log = structlog.get_logger(__name__)
 

@@ -33,14 +33,7 @@ from attn_service.parked import ParkedBlocks
 from attn_service.request_check import check_request
 from attn_service.sampler import sample
 from attn_service.scheduler import Scheduled, Scheduler, SchedulerConfig
-from attn_service.sequence import (
-    FinishReason,
-    ParkedKv,
-    Sequence,
-    SequenceOutput,
-    SequenceRequest,
-    StepPlan,
-)
+from attn_service.sequence import FinishReason, Sequence, SequenceOutput, SequenceRequest, StepPlan
 from attn_service.sequence_step import (
     error_output,
     next_output,
@@ -55,6 +48,7 @@ from attn_service.step_times import StepTimes
 from moe_core.cluster import AttentionLoad, EngineMetrics
 from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.errors import EpserveError, TransportError, UnavailableError
+from moe_core.parked_kv import ParkedKv
 
 log = structlog.get_logger(__name__)
 

@@ -14,10 +14,10 @@ import grpc.aio
 
 from attn_service.adoptions import StillWritingError
 from attn_service.kv_handover import KvHandover, NotKeptError
-from attn_service.sequence import KvSource, ParkedKv
 from attn_service.tensor_parallel import GroupRank
 from moe_core.cluster import ClusterState, Member, Role
 from moe_core.errors import EpserveError, RequestError, UnavailableError
+from moe_core.parked_kv import KvSource, ParkedKv
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.service.certificates import Certificates, expecting

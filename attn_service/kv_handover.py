@@ -12,11 +12,11 @@ from collections.abc import Sequence as Many
 from torch import Tensor
 
 from attn_service.kv_bytes import KvBlockBytes
-from attn_service.sequence import KvSource
 from attn_service.tensor_parallel import GroupRank
 from moe_core.cluster import ClusterState, Member, Role
 from moe_core.errors import EpserveError, PeerTimeoutError, UnavailableError
 from moe_core.model.kv_cache import KvCache
+from moe_core.parked_kv import KvSource
 from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.peer_roles import PeerRole
 from moe_core.transport.base import Identity, TransportOptions
@@ -97,7 +97,7 @@ class KvHandover:
             self._give_up(peer)
             if isinstance(error, TimeoutError):
                 raise PeerTimeoutError(
-                    f"attn {peer.rank} ({peer.address}): {len(there)} KV blocks took more than "
+                    f"{_name(peer)}: {len(there)} KV blocks took more than "
                     f"{timeout_s:g} s, phase: network"
                 ) from None
             raise
@@ -106,9 +106,8 @@ class KvHandover:
         """Whether the group kept the sequence's blocks until now. Raises EpserveError."""
         peer = self._peer(source)
         async with self._lock:
-            fetch = await self._fetch_from(peer)
             try:
-                return await fetch.release(sequence_id)
+                return await (await self._fetch_from(peer)).release(sequence_id)
             except BaseException:
                 self._give_up(peer)
                 raise
@@ -141,10 +140,11 @@ class KvHandover:
         if leader is None or leader.instance_epoch != source.instance_epoch or peer is None:
             raise UnavailableError(f"attention group dp_rank={source.dp_rank} is not there now")
         if peer.instance_epoch in self._failed:
-            raise UnavailableError(f"attn {peer.rank} ({peer.address}) has failed before")
+            raise UnavailableError(f"{_name(peer)} has failed before")
         return peer
 
     async def _fetch_from(self, peer: Member) -> UnitFetch:
+        """After an error the caller gives up the peer."""
         if self._closed:
             raise UnavailableError("this attention process is closing")
         self._rest_later()
@@ -152,15 +152,10 @@ class KvHandover:
         if fetch is not None:
             return fetch
         security = expecting(self._tls, PeerRole.ATTN)
-        name = f"attn {peer.rank} ({peer.address})"
         fetch = self._fetches[peer.instance_epoch] = UnitFetch(
-            peer.address, name, self._spec, security
+            peer.address, _name(peer), self._spec, security
         )
-        try:
-            await fetch.open(self._identity.rank, self._transports, self._endpoint)
-        except BaseException:
-            self._give_up(peer)
-            raise
+        await fetch.open(self._identity.rank, self._transports, self._endpoint)
         return fetch
 
     def _give_up(self, peer: Member) -> None:
@@ -197,3 +192,7 @@ class KvHandover:
 
     def _released(self, sequence_id: str) -> bool:
         return self._release is not None and self._release(sequence_id)
+
+
+def _name(peer: Member) -> str:
+    return f"attn {peer.rank} ({peer.address})"

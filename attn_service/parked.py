@@ -12,7 +12,8 @@ from collections.abc import Sequence as Many
 import structlog
 
 from attn_service.kv_blocks import BlockPool
-from attn_service.sequence import ParkedKv, Sequence
+from attn_service.sequence import Sequence
+from moe_core.parked_kv import ParkedKv
 
 log = structlog.get_logger(__name__)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from attn_service.token_counts import TokenCounts
+from moe_core.parked_kv import KvSource, ParkedKv
 
 
 class FinishReason(StrEnum):
@@ -54,24 +55,6 @@ class Sampling:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ParkedKv:
-    """Keys and values of a parked sequence's first `num_tokens`, in the blocks of its group that
-    block_ids names; none where they could not be kept."""
-
-    num_tokens: int
-    block_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KvSource:
-    """Which group has parked a sequence: its dp_rank, and its tp_rank 0's instance epoch."""
-
-    dp_rank: int
-    instance_epoch: int
-    parked: ParkedKv
 
 
 @dataclass(frozen=True, slots=True)

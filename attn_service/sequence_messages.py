@@ -5,14 +5,8 @@ Knows fields, and no call.
 
 from typing import Any
 
-from attn_service.sequence import (
-    KvSource,
-    ParkedKv,
-    Sampling,
-    SequenceRequest,
-    StepOutput,
-    TokenLogprobs,
-)
+from attn_service.sequence import Sampling, SequenceRequest, StepOutput, TokenLogprobs
+from moe_core.parked_kv import KvSource, ParkedKv
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import logprobs_pb2
 

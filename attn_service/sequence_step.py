@@ -12,12 +12,12 @@ from attn_service.scheduler import Scheduled
 from attn_service.sequence import (
     AskedLogprobs,
     FinishReason,
-    ParkedKv,
     Sequence,
     SequenceOutput,
     SequenceSlice,
     TokenLogprobs,
 )
+from moe_core.parked_kv import ParkedKv
 
 
 def slice_of(item: Scheduled) -> SequenceSlice:

@@ -63,9 +63,8 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
         max_tokens=max_tokens,
         temperature=_or(sampling.temperature, 1.0),
         top_p=_or(sampling.top_p, 1.0),
-        top_k=min(
-            sampling.top_k or 0, model.config.vocab_size
-        ),  # of any width in a client's message
+        # A client's number may be wider than the engine's; all of the vocabulary is all there is.
+        top_k=min(sampling.top_k or 0, model.config.vocab_size),
         min_p=_or(sampling.min_p, 0.0),
         seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
         stop_token_ids=_stop_token_ids(sampling, model),

@@ -131,10 +131,13 @@ class Election:
             modified={LAYOUT: self._layout_revision},
         )
 
+    async def _written_layout(self) -> Item | None:
+        return (await self._store.read(LAYOUT)).get(LAYOUT)
+
     async def _revision_of_pending(self) -> int:
         """Of what an earlier attempt has written after all. Raises UnavailableError where another
         gateway leads, or this one's leadership has to be renewed first."""
-        written = (await self._store.read(LAYOUT)).get(LAYOUT)
+        written = await self._written_layout()
         if written is not None and written.value == self._pending:
             return written.modified
         leader = (await self._store.read(LIVE)).get(LEADER)
@@ -216,7 +219,7 @@ class Election:
     async def _lead(self, term: int) -> None:
         if self._leads and term == self._term:
             return
-        written = (await self._store.read(LAYOUT)).get(LAYOUT)
+        written = await self._written_layout()
         layout = None if written is None else self._checked(SharedLayout.decode(written.value))
         if self._leads and written is not None and not self._has_written(written):
             self._end_leading()  # another gateway has led meanwhile
@@ -258,7 +261,7 @@ class Election:
             return
         if known is not None:
             await known.close()
-        written = (await self._store.read(LAYOUT)).get(LAYOUT)
+        written = await self._written_layout()
         if written is not None:
             self._checked(SharedLayout.decode(written.value))
         self._listen_to(leader)

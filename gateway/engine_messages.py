@@ -6,7 +6,8 @@ Knows the fields of attention.proto. Knows no stream.
 from collections.abc import Iterable
 
 from gateway.request_stream import Delta
-from gateway.requests import KvSource, ParkedKv, Sequence, TokenLogprobs
+from gateway.requests import Sequence, TokenLogprobs
+from moe_core.parked_kv import KvSource, ParkedKv
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import logprobs_pb2
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gateway.requests import ParkedKv, TokenLogprobs
+from gateway.requests import TokenLogprobs
 from moe_core.errors import EpserveError, UnavailableError
+from moe_core.parked_kv import ParkedKv
 
 ABORTED = "abort"
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.callers import ANONYMOUS, Caller
+from moe_core.parked_kv import KvSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +50,6 @@ class GenerationRequest:
     traceparent: str = ""
     resume_from: tuple[int, ...] | None = None
     admitted: "Sequence | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class ParkedKv:
-    """What a group keeps of a sequence that has left it: keys and values of its first `num_tokens`,
-    in the blocks that block_ids names to that group; none where it could keep none."""
-
-    num_tokens: int
-    block_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KvSource:
-    """The group that keeps it: its dp_rank, and its tp_rank 0's instance epoch."""
-
-    dp_rank: int
-    instance_epoch: int
-    parked: ParkedKv
 
 
 @dataclass(frozen=True, slots=True)

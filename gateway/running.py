@@ -20,8 +20,9 @@ from gateway.balancer import Group, GroupKey
 from gateway.observers import RequestWatch
 from gateway.place import Place
 from gateway.request_stream import ABORTED, Delta, GroupLostError
-from gateway.requests import KvSource, ParkedKv, Sequence
+from gateway.requests import Sequence
 from moe_core.errors import UnavailableError
+from moe_core.parked_kv import KvSource, ParkedKv
 
 log = structlog.get_logger(__name__)
 

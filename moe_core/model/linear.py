@@ -66,26 +66,19 @@ def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_each(parts: Sequence[Tensor], matrices: Sequence[Matrix]) -> Tensor:
-    """Each part [n_i, in_features] times its own matrix: [Σ n_i, out_features], in the matrices'
-    dtype, float32 where any of them is packed.
+    """Each part [n_i, in_features] times its own matrix: [Σ n_i, out_features], in the parts'
+    dtype, float32 where any matrix is packed.
 
     With few rows a part the products are short, and what is done to each of them costs as much: so
     that is done once for all.
     """
     packed = [matrix for matrix in matrices if isinstance(matrix, PackedMatrix)]
     if len(packed) < len(matrices):
-        products = [
-            linear(_rows_for(each, x), each) for x, each in zip(parts, matrices, strict=True)
-        ]
-        return _joined([each.float() for each in products] if packed else products)
+        wide = [x.float() for x in parts] if packed else parts
+        return _joined([linear(x, each) for x, each in zip(wide, matrices, strict=True)])
     product = _joined([each.scaled_product(x) for x, each in zip(parts, packed, strict=True)])
     unscale = [each.unscale for x, each in zip(parts, packed, strict=True) for _ in range(len(x))]
     return product.mul_(torch.tensor(unscale)[:, None])
-
-
-def _rows_for(matrix: Matrix, rows: Tensor) -> Tensor:
-    """Packed matrices compute in float32 anyhow; a plain one wants its own dtype."""
-    return rows.to(matrix.dtype) if isinstance(matrix, Tensor) else rows.float()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

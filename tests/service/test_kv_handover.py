@@ -12,9 +12,9 @@ from attn_service import group_kv
 from attn_service.adoptions import StillWritingError
 from attn_service.group_kv import GroupKv
 from attn_service.kv_handover import NotKeptError
-from attn_service.sequence import KvSource, ParkedKv
 from attn_service.tensor_parallel import GroupRank
 from moe_core.errors import EpserveError, PeerTimeoutError, ProtocolError, UnavailableError
+from moe_core.parked_kv import KvSource, ParkedKv
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1.attention_pb2_grpc import AttentionServiceStub
 from moe_core.transport import handover_client

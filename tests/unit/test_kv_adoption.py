@@ -15,14 +15,13 @@ from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.sequence import (
     FinishReason,
-    KvSource,
-    ParkedKv,
     Sampling,
     SequenceOutput,
     SequenceRequest,
     StepOutput,
 )
 from moe_core.errors import EpserveError, PeerLostError, RequestError
+from moe_core.parked_kv import KvSource, ParkedKv
 from support.fake_runner import FakeRunner, continuation
 from support.small_engine import running_engine
 

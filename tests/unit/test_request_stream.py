@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from gateway.request_stream import Delta, GroupLostError, RequestStream
-from gateway.requests import ParkedKv
 from moe_core.errors import UnavailableError
+from moe_core.parked_kv import ParkedKv
 
 
 class Link:
