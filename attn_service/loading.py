@@ -9,7 +9,7 @@ from attn_service.assembly import Site
 from moe_core.checkpoint.attention_loader import load_attention_weights
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.checkpoint.progress import shown_progress
-from moe_core.model.linear import packing_pays
+from moe_core.model.fastest_form import fastest_form
 from moe_core.model.weights import AttentionTierWeights
 
 log = structlog.get_logger(__name__)
@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 def load_weights(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
     rank = site.group_rank
-    packed = packing_pays(site.dtype, site.device)
+    form = fastest_form(site.dtype, site.device)
     with shown_progress(f"attn {site.rank}: loading", "layer") as progress:
         weights = load_attention_weights(
             checkpoint,
@@ -26,13 +26,13 @@ def load_weights(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
             shared_expert=not site.parallel.shared_on_experts,
             dtype=site.dtype,
             device=site.device,
-            packed=packed,
+            form=form,
             progress=progress,
         )
     log.info(
         "attention weights loaded",
         rank=site.rank,
-        packed=packed,
+        matrix_form=form,
         bytes_read=checkpoint.bytes_read,
     )
     return weights

@@ -1,6 +1,6 @@
 """One expert as the bytes in which it travels to another process, and back.
 
-Knows the matrices' shapes and that packed ones keep their values. Knows no stream and no peer.
+Knows the matrices' shapes and that every form of them keeps their values. Knows no stream and no peer.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 from moe_core.checkpoint.expert_loader import ExpertShard
 from moe_core.config.model import ModelConfig
 from moe_core.errors import CheckpointError
-from moe_core.model.linear import Matrix, values_of
-from moe_core.model.packing import packed_expert
+from moe_core.model.matrix_forms import Matrix, values_of
+from moe_core.model.weight_forms import expert_in_form
 from moe_core.model.weights import ExpertWeights
 from moe_core.transport.handover import HandoverSpec, digest_of
 from moe_core.transport.wire import dtype_name
@@ -65,7 +65,7 @@ class ExpertForm:
         w13, w2 = self._views(memory)
         device = self.shard.device
         weights = ExpertWeights(w13.clone().to(device), w2.clone().to(device))
-        return packed_expert(weights) if self.shard.packed else weights
+        return expert_in_form(weights, self.shard.form)
 
     def _views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         dtype, cut = self.shard.dtype, self._w13_bytes
@@ -75,5 +75,5 @@ class ExpertForm:
         )
 
     def _plain(self, matrix: Matrix) -> Tensor:
-        """Packing changes no value, so this is what was loaded."""
+        """No form changes a value, so this is what was loaded."""
         return values_of(matrix).to(self.shard.dtype)

@@ -25,7 +25,7 @@ from moe_core.checkpoint.progress import shown_progress
 from moe_core.cluster import Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
 from moe_core.exchange import link_spec
-from moe_core.model.linear import packing_pays
+from moe_core.model.fastest_form import fastest_form
 from moe_core.service.addresses import advertised_address, host_id, new_instance_epoch
 from moe_core.service.binding import keep_libraries_on
 from moe_core.service.certificates import Certificates
@@ -208,9 +208,9 @@ class ExpertProcess:
         return membership.parallel.expert_ranks(membership.rank)
 
     async def _shard(self, membership: Membership, dtype: torch.dtype) -> ExpertShard:
-        packed = await in_own_thread(packing_pays, dtype, self._device)
+        form = await in_own_thread(fastest_form, dtype, self._device)
         _, etp_rank = self._ranks(membership)
-        return ExpertShard(etp_rank, membership.parallel.etp_size, dtype, self._device, packed)
+        return ExpertShard(etp_rank, membership.parallel.etp_size, dtype, self._device, form)
 
     async def _load(
         self, membership: Membership, checkpoint: Checkpoint, shard: ExpertShard
@@ -231,13 +231,13 @@ class ExpertProcess:
                 shared_expert=parallel.shared_on_experts,
                 dtype=shard.dtype,
                 device=self._device,
-                packed=shard.packed,
+                form=shard.form,
                 progress=progress,
             )
         log.info(
             "experts loaded",
             rank=membership.rank,
-            packed=shard.packed,
+            matrix_form=shard.form,
             placement_epoch=placement.epoch,
             experts_per_layer=placement.num_local_experts(ep_rank),
             bytes_read=checkpoint.bytes_read,

@@ -21,8 +21,8 @@ from moe_core.checkpoint.names import (
 from moe_core.checkpoint.progress import Progress, no_progress
 from moe_core.checkpoint.source import Cut, TensorSource, even_cut
 from moe_core.config.model import MlaConfig, ModelConfig
-from moe_core.model.linear import pack
-from moe_core.model.packing import packed_layer
+from moe_core.model.matrix_forms import MatrixForm, in_form
+from moe_core.model.weight_forms import layer_in_form
 from moe_core.model.weights import (
     AttentionTierWeights,
     GqaWeights,
@@ -43,11 +43,11 @@ def load_attention_weights(
     shared_expert: bool,
     dtype: torch.dtype,
     device: torch.device,
-    packed: bool = False,
+    form: MatrixForm = MatrixForm.PLAIN,
     progress: Progress = no_progress,
 ) -> AttentionTierWeights:
     """The weights of one attention TP rank; `shared_expert` says that this tier runs those. Its
-    matrices are `packed` (see moe_core/model/linear.py) or as they are stored.
+    matrices are brought into `form`.
 
     Progress counts layers. Raises CheckpointError naming the tensor that cannot be used and
     ConfigError where `tp_size` does not divide heads or widths.
@@ -55,7 +55,7 @@ def load_attention_weights(
     with checkpoint.reader() as reader:
         source = TensorSource(checkpoint, reader, dtype, device)
         loader = _AttentionLoader(checkpoint, source, tp_rank, tp_size, shared_expert)
-        return loader.load(progress, packed)
+        return loader.load(progress, form)
 
 
 def load_gated_mlp(
@@ -82,12 +82,12 @@ class _AttentionLoader:
         self._size = size
         self._shared = shared
 
-    def load(self, progress: Progress, packed: bool) -> AttentionTierWeights:
+    def load(self, progress: Progress, form: MatrixForm) -> AttentionTierWeights:
         embed_tokens = self._source.load(EMBED_TOKENS, self._vocabulary_cut())
         layers = []
         for layer_id in range(self._config.num_hidden_layers):
             layer = self._layer(layer_id)
-            layers.append(packed_layer(layer) if packed else layer)
+            layers.append(layer_in_form(layer, form))
             progress(layer_id + 1, self._config.num_hidden_layers)
         tied = self._config.tie_word_embeddings
         lm_head = embed_tokens if tied else self._source.load(LM_HEAD, self._vocabulary_cut())
@@ -95,7 +95,7 @@ class _AttentionLoader:
             embed_tokens=embed_tokens,
             layers=tuple(layers),
             norm=self._source.load(FINAL_NORM),
-            lm_head=pack(lm_head) if packed else lm_head,
+            lm_head=in_form(lm_head, form),
         )
 
     def _vocabulary_cut(self) -> Cut:

@@ -17,7 +17,8 @@ from moe_core.checkpoint.names import MoeNames, moe_names
 from moe_core.checkpoint.progress import Progress, no_progress
 from moe_core.checkpoint.source import Cut, TensorSource, even_cut
 from moe_core.errors import ConfigError
-from moe_core.model.packing import packed_expert, packed_mlp
+from moe_core.model.matrix_forms import MatrixForm
+from moe_core.model.weight_forms import expert_in_form, mlp_in_form
 from moe_core.model.weights import ExpertLayerWeights, ExpertWeights, MlpWeights
 from moe_core.placement import ExpertPlacement
 
@@ -28,13 +29,13 @@ _WHAT = "expert tensor-parallel"
 @dataclass(frozen=True, slots=True)
 class ExpertShard:
     """How one process holds each of its experts: which expert TP part of it, in which type, where,
-    and `packed` (see moe_core/model/linear.py) or as it is stored."""
+    and with its matrices in which form."""
 
     etp_rank: int
     etp_size: int
     dtype: torch.dtype
     device: torch.device
-    packed: bool = False
+    form: MatrixForm = MatrixForm.PLAIN
 
 
 def load_expert_weights(
@@ -47,7 +48,7 @@ def load_expert_weights(
     shared_expert: bool,
     dtype: torch.dtype,
     device: torch.device,
-    packed: bool = False,
+    form: MatrixForm = MatrixForm.PLAIN,
     progress: Progress = no_progress,
 ) -> dict[int, ExpertLayerWeights]:
     """By layer: the experts that `placement` gives to `ep_rank`, in slot order; none for an
@@ -64,7 +65,7 @@ def load_expert_weights(
         value = f"{placement.num_logical_experts} experts on layers {placed}"
         raise ConfigError("placement", value, rule)
     loaded: dict[int, ExpertLayerWeights] = {}
-    shard = ExpertShard(etp_rank, etp_size, dtype, device, packed)
+    shard = ExpertShard(etp_rank, etp_size, dtype, device, form)
     with checkpoint.reader() as reader:
         loader = _ExpertLoader(checkpoint, TensorSource(checkpoint, reader, dtype, device), shard)
         for layer in placement.layers:
@@ -88,7 +89,7 @@ class _ExpertLoader:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._source = source
-        self._packed = shard.packed
+        self._form = shard.form
         self._rank, self._size = shard.etp_rank, shard.etp_size
         intermediate = self._config.moe.moe_intermediate_size
         self._rows = even_cut(ROWS, intermediate, self._rank, self._size, _WHAT)
@@ -109,7 +110,7 @@ class _ExpertLoader:
         w13, w2 = self._empty(2 * part, hidden), self._empty(hidden, part)
         self._copy_expert(names, expert, w13, w2)
         weights = ExpertWeights(w13, w2)
-        return packed_expert(weights) if self._packed else weights
+        return expert_in_form(weights, self._form)
 
     def _names(self, layer_id: int) -> MoeNames:
         return moe_names(self._config, layer_id, self._checkpoint.tensors)
@@ -145,4 +146,4 @@ class _ExpertLoader:
             return None
         names, intermediate = self._names(layer_id).shared, moe.shared_intermediate_size
         mlp = load_gated_mlp(self._source, names, intermediate, self._rank, self._size, _WHAT)
-        return packed_mlp(mlp) if self._packed else mlp
+        return mlp_in_form(mlp, self._form)

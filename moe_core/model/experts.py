@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_core.model.linear import Matrix, linear_each
+from moe_core.model.linear import linear_each
+from moe_core.model.matrix_forms import Matrix
 from moe_core.model.weights import ExpertLayerWeights
 
 NO_EXPERT = -1

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_core.model.linear import Matrix, linear
+from moe_core.model.linear import linear
+from moe_core.model.matrix_forms import Matrix
 from moe_core.model.tensor_parallel import TensorParallel
 from moe_core.model.weights import MlpWeights
 

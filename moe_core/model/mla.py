@@ -14,7 +14,8 @@ from moe_core.config.model import MlaConfig, ModelConfig
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.kv_cache import LatentKv, PerHeadKv, gather_valid, write_slots
 from moe_core.model.layers import rms_norm
-from moe_core.model.linear import activation_dtype, linear, values_of
+from moe_core.model.linear import activation_dtype, linear
+from moe_core.model.matrix_forms import values_of
 from moe_core.model.paged_attention import (
     all_rows,
     decode_attention,
@@ -44,11 +45,11 @@ class MlaAttention:
         self._tp = tp
         self._scale = softmax_scale(config)
         per_head = (-1, mla.qk_nope_head_dim + mla.v_head_dim, mla.kv_lora_rank)
-        # Products of one row a head, which no packed form computes.
+        # Products of one row a head, which only plain matrices compute.
         wide = activation_dtype(weights.kv_a_layernorm.dtype, weights.kv_a_layernorm.device)
         kv_b = values_of(weights.kv_b_proj).to(wide).view(per_head)
-        self._key_up = kv_b[:, : mla.qk_nope_head_dim]  # [heads/tp, nope, kv_lora_rank]
-        self._value_up = kv_b[:, mla.qk_nope_head_dim :]  # [heads/tp, v, kv_lora_rank]
+        self._key_up = _laid_out(kv_b[:, : mla.qk_nope_head_dim])  # [heads/tp, nope, kv_lora_rank]
+        self._value_up = _laid_out(kv_b[:, mla.qk_nope_head_dim :])  # [heads/tp, v, kv_lora_rank]
 
     def __call__(
         self, hidden: Tensor, batch: AttentionBatch, cache: LatentKv | PerHeadKv
@@ -141,12 +142,18 @@ class MlaAttention:
         """[n, heads/tp, nope + rope] to [n, heads/tp, kv_lora_rank + rope]."""
         nope_dim = self._mla.qk_nope_head_dim
         nope = queries[..., :nope_dim].to(self._key_up.dtype)
-        content = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(0, 1)
+        content = torch.bmm(_laid_out(nope.transpose(0, 1)), self._key_up).transpose(0, 1)
         return torch.cat((content, queries[..., nope_dim:].to(content.dtype)), dim=-1)
 
     def _values_of(self, mixed: Tensor) -> Tensor:
         """[n, heads/tp, kv_lora_rank] to [n, heads/tp, v]."""
-        return torch.bmm(mixed.transpose(0, 1), self._value_up.transpose(1, 2)).transpose(0, 1)
+        heads = _laid_out(mixed.transpose(0, 1))  # [heads/tp, n, kv_lora_rank]
+        return torch.bmm(heads, self._value_up.transpose(1, 2)).transpose(0, 1)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Contiguous on a CPU, whose `bmm` else copies what it is given at every call."""
+    return x.contiguous() if x.device.type == "cpu" else x
 
 
 def absorbing_is_cheaper(mla: MlaConfig, num_new: int, seq_len: int) -> bool:

@@ -2,7 +2,7 @@
 
 The checkpoint loader fills these and the model reads them; this module knows the shapes and
 nothing of files, ranks on the wire or arithmetic. All matrices are stored as checkpoints
-store them, `[out_features, in_features]`, or packed (linear.py). `/tp` marks a dimension of
+store them, `[out_features, in_features]`, or in another form (matrix_forms.py). `/tp` marks a dimension of
 which an attention TP rank holds its share, `/etp` the same for an expert TP rank.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_core.model.linear import Matrix
+from moe_core.model.matrix_forms import Matrix
 
 Tensor = torch.Tensor
 

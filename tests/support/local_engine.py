@@ -31,7 +31,7 @@ from moe_core.checkpoint.expert_loader import load_expert_weights
 from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
 from moe_core.config.parallel import ParallelConfig
 from moe_core.exchange import link_spec
-from moe_core.model.linear import packing_pays
+from moe_core.model.fastest_form import fastest_form
 from moe_core.model.tensor_parallel import NoTensorParallel
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.local import LocalLink
@@ -145,7 +145,7 @@ def _weights(checkpoint: Checkpoint, site: Site):
         shared_expert=not site.parallel.shared_on_experts,
         dtype=site.dtype,
         device=site.device,
-        packed=packing_pays(site.dtype, site.device),
+        form=fastest_form(site.dtype, site.device),
     )
 
 
@@ -187,6 +187,6 @@ def _batcher(checkpoint: Checkpoint, site: Site, rank: int) -> Batcher:
         shared_expert=parallel.shared_on_experts,
         dtype=site.dtype,
         device=site.device,
-        packed=packing_pays(site.dtype, site.device),
+        form=fastest_form(site.dtype, site.device),
     )
     return Batcher(ExpertRunner(weights, placement, ep_rank, site.device))
