@@ -1,6 +1,7 @@
 """One expert as the bytes in which it travels to another process, and back.
 
-Knows the matrices' shapes and that every form of them keeps their values. Knows no stream and no peer.
+Knows the matrices' shapes and that every form of them keeps their values. Knows no stream and no
+peer.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,8 @@
 
 The checkpoint loader fills these and the model reads them; this module knows the shapes and
 nothing of files, ranks on the wire or arithmetic. All matrices are stored as checkpoints
-store them, `[out_features, in_features]`, or in another form (matrix_forms.py). `/tp` marks a dimension of
-which an attention TP rank holds its share, `/etp` the same for an expert TP rank.
+store them, `[out_features, in_features]`, or in another form (matrix_forms.py). `/tp` marks a
+dimension of which an attention TP rank holds its share, `/etp` the same for an expert TP rank.
 """
 
 from collections.abc import Sequence

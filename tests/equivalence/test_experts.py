@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_core.model.experts import NO_EXPERT, run_experts, run_experts_by_loop
-from moe_core.model.packing import packed_expert, packed_mlp
+from moe_core.model.matrix_forms import MatrixForm
+from moe_core.model.weight_forms import expert_in_form, mlp_in_form
 from moe_core.model.weights import ExpertLayerWeights, ExpertWeights, MlpWeights
+from support.matrix_forms import ARRANGED
 from support.patience import patient
 
 HIDDEN, WIDTH = 16, 12
@@ -55,23 +57,24 @@ def test_grouped_equals_loop(dtype: torch.dtype, data: st.DataObject) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def packed(weights: ExpertLayerWeights) -> ExpertLayerWeights:
+def arranged(weights: ExpertLayerWeights, form: MatrixForm) -> ExpertLayerWeights:
     pairs = zip(weights.w13, weights.w2, strict=True)
-    experts = [packed_expert(ExpertWeights(w13, w2)) for w13, w2 in pairs]
-    shared = weights.shared and packed_mlp(weights.shared)
+    experts = [expert_in_form(ExpertWeights(w13, w2), form) for w13, w2 in pairs]
+    shared = weights.shared and mlp_in_form(weights.shared, form)
     return ExpertLayerWeights([e.w13 for e in experts], [e.w2 for e in experts], shared)
 
 
-@pytest.mark.parametrize("first_stays_plain", [False, True])
-def test_packed_experts_equal_the_loop_over_plain_ones(first_stays_plain: bool) -> None:
+@pytest.mark.parametrize("form", ARRANGED)
+@pytest.mark.parametrize("odd_one", [False, True])
+def test_arranged_experts_equal_the_loop_over_plain_ones(form: MatrixForm, odd_one: bool) -> None:
     weights = make_weights(5, torch.bfloat16)
-    if first_stays_plain:
-        weights.w13[0, 0, 0] = 1e-20  # which packing would change
+    if odd_one:
+        weights.w13[0, 0, 0] = 1e-20  # which float16 would change
     batch = make_batch([[0, 5, 3], [4, NO_EXPERT, 1], [2, 0, 5]], 3, torch.bfloat16)
     expected = run_experts_by_loop(weights, *batch)
     tolerance = TOLERANCE[torch.bfloat16]
-    held = packed(weights)
-    assert isinstance(held.w13[0], Tensor) == first_stays_plain
+    held = arranged(weights, form)
+    assert isinstance(held.w13[0], Tensor) == (odd_one and form is MatrixForm.FLOAT16)
     actual = run_experts(held, *batch)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 

@@ -12,12 +12,13 @@ from moe_core.checkpoint.expert_loader import ExpertShard
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import CheckpointError, PeerLostError, UnavailableError
-from moe_core.model.linear import PackedMatrix, values_of
-from moe_core.model.packing import packed_expert
+from moe_core.model.matrix_forms import MatrixForm, values_of
+from moe_core.model.weight_forms import expert_in_form
 from moe_core.model.weights import ExpertWeights
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.handover import UnitName
 from support.expert_tier import CPU, cut_layer, whole_layer
+from support.matrix_forms import ARRANGED
 from support.moe_configs import moe_model
 from support.placements import after
 
@@ -28,8 +29,10 @@ PLACEMENT = after(
 )
 
 
-def shard_of(dtype: torch.dtype = torch.float64, packed: bool = False) -> ExpertShard:
-    return ExpertShard(1, 2, dtype, CPU, packed)
+def shard_of(
+    dtype: torch.dtype = torch.float64, form: MatrixForm = MatrixForm.PLAIN
+) -> ExpertShard:
+    return ExpertShard(1, 2, dtype, CPU, form)
 
 
 def weights_of(logical: int, dtype: torch.dtype = torch.float64) -> ExpertWeights:
@@ -54,17 +57,15 @@ def test_an_expert_survives_its_bytes(dtype: torch.dtype) -> None:
     assert torch.equal(restored.w2, weights.w2)
 
 
-@pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="nothing is ever packed"
-)
-def test_a_packed_expert_gives_the_bytes_that_it_was_made_from() -> None:
-    form = ExpertForm.of(MODEL, shard_of(torch.bfloat16, packed=True))
+@pytest.mark.parametrize("matrix_form", ARRANGED)
+def test_an_expert_in_a_form_gives_the_bytes_that_it_was_made_from(matrix_form: MatrixForm) -> None:
+    form = ExpertForm.of(MODEL, shard_of(torch.bfloat16, matrix_form))
     plain = weights_of(3, torch.bfloat16)
-    memory, digest = stored(form, packed_expert(plain))
+    memory, digest = stored(form, expert_in_form(plain, matrix_form))
     assert (memory == stored(form, plain)[0]).all()
     restored = form.restore(memory, digest)
-    assert isinstance(restored.w2, PackedMatrix)
-    assert torch.equal(values_of(restored.w2), values_of(plain.w2).float())
+    assert not isinstance(restored.w2, Tensor)
+    assert torch.equal(values_of(restored.w2).float(), values_of(plain.w2).float())
 
 
 def test_bytes_that_are_not_what_was_sent_are_refused() -> None:

@@ -12,11 +12,13 @@ from expert_service.expert_runner import ExpertRunner
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import EpserveError, ProtocolError
 from moe_core.model.experts import run_experts_by_loop
-from moe_core.model.packing import packed_expert
+from moe_core.model.matrix_forms import MatrixForm
+from moe_core.model.weight_forms import expert_in_form
 from moe_core.model.weights import ExpertLayerWeights, ExpertWeights
 from moe_core.placement import ExpertPlacement
 from moe_core.transport.base import Dispatch, DispatchKey
 from support.expert_tier import CPU, cut_layer, random_routing, whole_layer
+from support.matrix_forms import ARRANGED
 from support.moe_configs import moe_model
 from support.placements import after
 
@@ -138,9 +140,10 @@ def test_a_rank_beyond_the_placement_begins_with_nothing() -> None:
     torch.testing.assert_close(actual, expected(2, [[7, 8], [2, -1]]), rtol=1e-12, atol=1e-12)
 
 
-def test_packed_experts_move_like_plain_ones() -> None:
+@pytest.mark.parametrize("form", ARRANGED)
+def test_experts_in_a_form_move_like_plain_ones(form: MatrixForm) -> None:
     runner = make_runner(dtype=torch.bfloat16)
-    runner.put(2, 2, packed_expert(one(2, 2, torch.bfloat16)))
+    runner.put(2, 2, expert_in_form(one(2, 2, torch.bfloat16), form))
     runner.serve(SECOND)
     hidden = random_routing(MODEL, 2, torch.bfloat16, 3).hidden
     ids = torch.tensor([[7, 4], [6, 5]], dtype=torch.int32)
