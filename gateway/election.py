@@ -18,9 +18,9 @@ import structlog
 from gateway.cluster import Registry
 from gateway.etcd_store import Item, Store
 from gateway.following import Following
+from gateway.layout import Layout
 from gateway.leadership import UndecidedError
 from gateway.leases import CHECK_S
-from gateway.takeover import Layout
 from moe_core.cluster import Member
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError, UnavailableError

@@ -11,9 +11,10 @@ import asyncio
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from gateway.balancer import Balancer, Group, GroupKey, usable_groups, why_unusable
+from gateway.balancer import Balancer
 from gateway.cluster import Registry
 from gateway.group_room import GroupRoom, Seat
+from gateway.groups import Group, GroupKey, usable_groups, why_unusable
 from gateway.requests import Sequence
 
 REST_S = 1.0

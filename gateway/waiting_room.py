@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from gateway.balancer import Group, require_groups, usable_groups, why_unusable
 from gateway.cluster import Registry
 from gateway.entrance import Entrance, QueueLimits
 from gateway.fair_queue import FairQueue
 from gateway.group_choice import GroupChoice
+from gateway.groups import Group, require_groups, usable_groups, why_unusable
 from gateway.place import Place
 from gateway.requests import GenerationRequest, Sequence
 from moe_core.errors import UnavailableError

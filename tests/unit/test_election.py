@@ -62,7 +62,7 @@ class Gateway:
                 self.cluster.add(role, rank)
 
     async def obey(self) -> None:
-        await until_for_ever(lambda: self.registry._keys)
+        await until_for_ever(lambda: self.registry._registrations.places)
         await self.cluster.obey()
 
     def _end(self) -> None:
