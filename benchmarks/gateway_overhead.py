@@ -27,7 +27,7 @@ sys.path.append(str(HERE.parent / "tests"))
 from epserve.client import EpserveClient, Sampling  # noqa: E402
 from epserve.local_cluster import wait_ready  # noqa: E402
 from gateway.attention_pool import AttentionPool  # noqa: E402
-from gateway.balancer import Group  # noqa: E402
+from gateway.groups import Group  # noqa: E402
 from gateway.requests import Sequence  # noqa: E402
 from moe_core.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from moe_core.cluster import Role  # noqa: E402

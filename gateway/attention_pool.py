@@ -20,8 +20,8 @@ from typing import Any
 import grpc.aio
 import structlog
 
-from gateway.balancer import Group
 from gateway.engine_messages import add_to_pb, delta_from_pb, parked_from_pb
+from gateway.groups import Group
 from gateway.request_stream import GroupLostError, RequestStream
 from gateway.requests import Sequence
 from moe_core.cluster import ClusterState, MemberState, Role

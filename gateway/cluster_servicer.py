@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 import grpc.aio
 import structlog
 
-from gateway.cluster import MemberKey, Registry
+from gateway.cluster import Registry
 from gateway.leadership import Leadership, SoleGateway
 from gateway.leases import CHECK_S
+from gateway.registrations import MemberKey
 from moe_core.cluster import ClusterState, Join, Role
 from moe_core.errors import ProtocolError, RequestError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
@@ -100,7 +101,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
             yield cluster_to_pb(state)
             with suppress(TimeoutError):
                 async with asyncio.timeout(FOLLOW_S):
-                    await self._registry.newer_than(version)
+                    await self._registry.versions.newer_than(version)
             if closing.is_set():
                 return
 
@@ -118,7 +119,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> ClusterState | None:
         """None when the worker has ended its side or the gateway closes; raises what the worker
         has sent wrongly."""
-        newer = asyncio.create_task(self._registry.newer_than(version), name="newer state")
+        newer = asyncio.create_task(self._registry.versions.newer_than(version), name="newer state")
         try:
             await asyncio.wait({newer, reports, closing}, return_when=asyncio.FIRST_COMPLETED)
             if reports.done():

@@ -3,8 +3,8 @@
 Knows who holds what. Knows no request: whoever balances sends a leaving group nothing more.
 """
 
-from gateway.balancer import usable_groups
 from gateway.cluster import Registry
+from gateway.groups import usable_groups
 from moe_core.cluster import ClusterState, MemberState, Role
 from moe_core.errors import NotFoundError, RequestError, UnavailableError
 

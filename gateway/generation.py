@@ -14,11 +14,11 @@ from functools import partial
 
 from gateway.admission import ServedModel, admit
 from gateway.attention_pool import AttentionPool
-from gateway.balancer import leaving_groups
 from gateway.callers import Caller
 from gateway.cluster import Registry
 from gateway.entrance import QueueLimits
 from gateway.fair_slots import FairSlots
+from gateway.groups import leaving_groups
 from gateway.observers import NoObserver, RequestObserver, RequestWatch
 from gateway.place import Place
 from gateway.request_stream import ABORTED, Delta

@@ -12,7 +12,7 @@ ends come at once.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gateway.balancer import Group, GroupKey
+from gateway.groups import Group, GroupKey
 
 SPARE_SHARE = 8  # one sequence beyond a step's for each so many of a step's
 

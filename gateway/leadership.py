@@ -18,7 +18,8 @@ class UndecidedError(UnavailableError):
 class Leadership(Protocol):
     """last_epoch: the largest placement epoch that a leader before this one has given out."""
 
-    last_epoch: int
+    @property
+    def last_epoch(self) -> int: ...
 
     @property
     def leads(self) -> bool: ...

@@ -8,9 +8,9 @@ import asyncio
 from collections.abc import Sequence as Many
 from typing import Protocol
 
-from gateway.balancer import Group
 from gateway.entrance import Hold
 from gateway.group_room import Seat
+from gateway.groups import Group
 from gateway.requests import GenerationRequest, Sequence
 from moe_core.errors import EpserveError, UnavailableError
 

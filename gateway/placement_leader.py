@@ -90,7 +90,7 @@ class PlacementLeader:
         self._registry.set_next(wanted)
         try:
             preparation = _Preparation(wanted, parallel, self._registry.state)
-            await self._registry.until_none(preparation, timeout_s)
+            await self._registry.versions.until_none(preparation, timeout_s)
         except BaseException as error:
             self._registry.set_next(None)
             log.warning("a placement was taken back", epoch=wanted.epoch, reason=str(error))
@@ -100,7 +100,9 @@ class PlacementLeader:
         if not done:
             raise UnavailableError(self._undecided())
         self._deciding.result()
-        await self._registry.until_none(partial(_not_adopted, wanted.epoch), ADOPT_TIMEOUT_S)
+        await self._registry.versions.until_none(
+            partial(_not_adopted, wanted.epoch), ADOPT_TIMEOUT_S
+        )
         return wanted
 
     async def set_sizes(self, parallel: ParallelConfig) -> None:

@@ -18,12 +18,12 @@ from gateway.admin_servicer import AdminServicer
 from gateway.admission import ServedModel
 from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
-from gateway.balancer import usable_groups
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.election import Election
 from gateway.etcd_store import EtcdStore
 from gateway.generation import Generator
+from gateway.groups import usable_groups
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.host import HttpHost
@@ -173,7 +173,7 @@ class GatewayService:
         assert self._generator is not None
         version, been_complete, ready = 0, False, False
         while True:
-            state = await registry.newer_than(version)
+            state = await registry.versions.newer_than(version)
             version = state.version
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
@@ -200,7 +200,7 @@ class GatewayService:
             if self._election is not None:
                 await self._election.close()
             if self._registry is not None:
-                self._registry.close()
+                self._registry.versions.close()
             await self._pool.close()
             await self._http.stop(STOP_GRACE_S)
             await self._host.stop(STOP_GRACE_S)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import structlog
 
 from gateway.attention_pool import AttentionPool
-from gateway.balancer import Group, known_groups
+from gateway.groups import Group, known_groups
 from gateway.requests import GenerationRequest, Sequence
 from moe_core.cluster import ClusterState
 from moe_core.errors import EpserveError, NotFoundError, RequestError, UnavailableError

@@ -16,7 +16,7 @@ from dataclasses import replace
 import structlog
 
 from gateway.attention_pool import AttentionPool
-from gateway.balancer import Group, GroupKey
+from gateway.groups import Group, GroupKey
 from gateway.observers import RequestWatch
 from gateway.place import Place
 from gateway.request_stream import ABORTED, Delta, GroupLostError

@@ -71,7 +71,9 @@ class Scaling:
         self._registry.set_sizes(before, TierSizes(after.attn_devices, after.expert_devices))
         try:
             yield f"waiting for {role} {_ranks(coming)} to come"
-            await self._registry.until_none(partial(_not_ready, role, coming), ARRIVAL_TIMEOUT_S)
+            await self._registry.versions.until_none(
+                partial(_not_ready, role, coming), ARRIVAL_TIMEOUT_S
+            )
             if role is Role.EXPERT:
                 yield f"loading experts on {role} {_ranks(coming)}"
                 await self._place(after)
@@ -96,7 +98,9 @@ class Scaling:
         try:
             yield f"waiting for {role} {_ranks(going)} to leave"
             self._registry.set_leaving(role, going)
-            await self._registry.until_none(partial(_still_here, role, going), LEAVE_TIMEOUT_S)
+            await self._registry.versions.until_none(
+                partial(_still_here, role, going), LEAVE_TIMEOUT_S
+            )
             await self._leader.set_sizes(after)
         except BaseException:  # what was asked to leave may be started again
             self._registry.set_sizes(sizes, None)

@@ -90,7 +90,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def WatchCluster(
         self, request: pb.WatchClusterRequest, context: Context
     ) -> AsyncIterator[cluster_pb2.ClusterState]:
-        async with aclosing(self._registry.states()) as states:
+        async with aclosing(self._registry.versions.states()) as states:
             async for state in states:
                 yield cluster_to_pb(state)
 

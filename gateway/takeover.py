@@ -8,8 +8,9 @@ ones, so that nobody who is there loses its rank. That ends once the cluster has
 from then on this gateway knows better. What cannot be of the same cluster is refused by name.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from gateway.layout import Layout
 from moe_core.cluster import Join
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError
@@ -17,17 +18,6 @@ from moe_core.placement import ExpertPlacement
 
 # A running cluster may change its other sizes; these are the same for its whole life.
 FIXED = ("tp_size", "etp_size", "enable_mla", "shared_experts", "colocated")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Sizes and placement as this gateway has them. `told`: by a worker, else they are those
-    that it was started with. `settled`: the cluster has been complete."""
-
-    parallel: ParallelConfig
-    placement: ExpertPlacement
-    told: bool = False
-    settled: bool = False
 
 
 def take_over(known: Layout, join: Join) -> Layout:

@@ -17,10 +17,10 @@ from typing import Any, NoReturn, TypeAlias
 import grpc.aio
 
 from gateway.admission import check_sizes
-from gateway.balancer import Group, usable_groups
 from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.generation import Generator
+from gateway.groups import Group, usable_groups
 from gateway.vllm_messages import ChoiceAnswer, chunk_to_pb, request_from_pb
 from moe_core.cluster import MemberState, Role
 from moe_core.errors import NotFoundError, UnsupportedError

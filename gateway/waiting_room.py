@@ -1,11 +1,10 @@
 """Where requests wait for the attention tier: from when one enters the gateway until it has ended.
 
-Knows whose turn it is and which group has room, and brings the two together whenever either
-changes. Knows no text and no stream: what comes back for a request is told to its Place.
+Knows whose turn it is, and asks which group takes it (group_choice.py) whenever either may have
+changed. Knows no text and no stream: what comes back for a request is told to its Place.
 
 A request whose group was lost has had its turn: it goes before all that wait in line, and to a
-group that has no room where none has. A group that was lost rests for a moment: whether it is gone
-is not known yet, and if it is not, it may be the only one.
+group that has no room where none has.
 """
 
 import asyncio
@@ -14,25 +13,17 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
-from gateway.balancer import (
-    Balancer,
-    Group,
-    GroupKey,
-    require_groups,
-    usable_groups,
-    why_unusable,
-)
 from gateway.cluster import Registry
 from gateway.entrance import Entrance, QueueLimits
 from gateway.fair_queue import FairQueue
-from gateway.group_room import GroupRoom
+from gateway.group_choice import GroupChoice
+from gateway.groups import Group, require_groups, usable_groups, why_unusable
 from gateway.place import Place
 from gateway.requests import GenerationRequest, Sequence
 from moe_core.errors import UnavailableError
 
 BYTES_PER_TOKEN = 40  # of a tuple of ints
 DEFAULT_ATTN_WAIT_S = 30.0
-REST_S = 1.0
 
 
 class WaitingRoom:
@@ -53,11 +44,9 @@ class WaitingRoom:
         self._registry = registry
         self._entrance = Entrance(limits or QueueLimits(), clock)
         self._queue: FairQueue[Place] = FairQueue()
-        self._groups = GroupRoom()
-        self._balancer = Balancer()
+        self._groups = GroupChoice(registry, self.pump)
         self._inside: set[Place] = set()
         self._moving: dict[Place, None] = {}  # in the order in which they lost their groups
-        self._resting: dict[GroupKey, asyncio.TimerHandle] = {}
         self._giving_up: asyncio.TimerHandle | None = None  # while no group is left
         self._passing = 0  # those that wait without a place in the queue: they can start at once
         self._closed: UnavailableError | None = None
@@ -108,23 +97,17 @@ class WaitingRoom:
         assert place.seat is not None
         place.seat.leave()
         place.seat, place.choices = None, choices
-        self._rest(lost)
+        self._groups.rest(lost)
         self._moving[place] = None
         self.pump()
 
     def has_other(self, place: Place) -> bool:
         """Whether there is a group that could go on with a request that runs."""
-        return bool(self._large(place.choices))
+        return self._groups.has_large(place.choices)
 
     def why_none(self, place: Place) -> str:
         """Why no group takes the request, group by group."""
-        needed = place.choices[0].num_tokens
-        usable = usable_groups(self._registry.state)
-        small = [f"{g.name} holds {g.kv_tokens} tokens" for g in usable if g.kv_tokens < needed]
-        resting = [f"{g.name} has just been lost" for g in usable if g.key in self._resting]
-        if not usable:
-            return why_unusable(self._registry.state)
-        return "; ".join([*resting, *small]) + f" ({needed} tokens are needed)"
+        return self._groups.why_none(place.choices)
 
     def pump(self) -> None:
         """Call whoever has room, in their order; the first that has none keeps its turn."""
@@ -138,7 +121,7 @@ class WaitingRoom:
         self._stop_giving_up()
         while (place := self._queue.peek()) is not None:
             try:
-                group = self._group_for(place.choices)
+                group = self._groups.first(place.choices)
             except UnavailableError as error:
                 self._refuse(place, error)
                 continue
@@ -148,15 +131,11 @@ class WaitingRoom:
 
     def _pump_moving(self) -> None:
         for place in tuple(self._moving):
-            large = self._large(place.choices)
-            if not large:
+            group = self._groups.another(place.choices)
+            if group is None:
                 continue
-            count = len(place.choices)
-            tokens = _num_tokens(place.choices)
-            free = [group for group in large if self._groups.fits(group, count, tokens)]
-            group = self._balancer.choose(free or large, place.choices[0].num_tokens, count)
             del self._moving[place]
-            place.seat = self._groups.take(group, count, tokens)
+            place.seat = self._groups.take(group, place.choices)
             place.answer(group)
 
     def _wait_for_groups(self) -> None:
@@ -178,15 +157,6 @@ class WaitingRoom:
         )
         for place in self._queue:
             self._refuse(place, reason)
-
-    def _rest(self, group: Group) -> None:
-        if group.key not in self._resting:
-            loop = asyncio.get_running_loop()
-            self._resting[group.key] = loop.call_later(REST_S, self._rested, group.key)
-
-    def _rested(self, key: GroupKey) -> None:
-        del self._resting[key]
-        self.pump()
 
     def received(self, place: Place, num_tokens: int, cached_tokens: int) -> None:
         assert place.seat is not None
@@ -245,28 +215,10 @@ class WaitingRoom:
         prompt_tokens = len(place.choices[0].prompt_ids)
         self.stop_waiting(place)
         self._entrance.called()
-        place.seat = self._groups.take(group, len(place.choices), prompt_tokens)
+        place.seat = self._groups.take(group, place.choices)
         place.used_tokens = prompt_tokens
         self._queue.charge(place.request.caller, prompt_tokens)
         place.answer(group)
-
-    def _group_for(self, choices: Many[Sequence]) -> Group | None:
-        """None where it has to wait. Raises UnavailableError where no group could hold it."""
-        first, count = choices[0], len(choices)
-        large = self._large(choices)
-        free = [g for g in large if self._groups.fits(g, count, len(first.prompt_ids))]
-        if not free and (large or self._resting):
-            return None
-        return self._balancer.choose(free, first.num_tokens, count)
-
-    def _large(self, choices: Many[Sequence]) -> list[Group]:
-        """The groups that can be used now and could hold each of `choices`."""
-        needed = choices[0].num_tokens
-        return [
-            group
-            for group in usable_groups(self._registry.state)
-            if group.key not in self._resting and group.kv_tokens >= needed
-        ]
 
     def _show(self) -> None:
         self._registry.queued_requests = self._entrance.num_queued
@@ -281,8 +233,3 @@ def _least_tokens(request: GenerationRequest) -> int:
     """The fewest that it may take, as far as can be seen without cutting text into tokens."""
     prompt_tokens = 1 if isinstance(request.prompt, str) else len(request.prompt or ())
     return prompt_tokens + (request.sampling.max_tokens or 1) * (request.sampling.n or 1)
-
-
-def _num_tokens(choices: Many[Sequence]) -> int:
-    """Of the prompt, which they share, and of what has been generated."""
-    return len(choices[0].prompt_ids) + sum(len(choice.output_ids) for choice in choices)

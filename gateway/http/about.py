@@ -3,7 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway.balancer import usable_groups
+from gateway.groups import usable_groups
 from gateway.http.context import HttpContext, context_of
 from moe_core.cluster import MemberState, Role
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from gateway.admission import ServedModel
-from gateway.cluster import attention_groups
 from gateway.expert_totals import ExpertTotals
+from gateway.groups import attention_groups
 from moe_core.cluster import AttentionLoad, ClusterState, Member, Role
 from moe_core.placement import ExpertPlacement, LayerPlacement
 

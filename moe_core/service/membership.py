@@ -1,21 +1,20 @@
 """A worker's place in the cluster: join, report, and know who else is there.
 
-Knows registrations (registration.py) one after the other, and their deadlines. Knows nothing of
-what the worker does; whether the cluster is as the worker needs it is a predicate of the caller's.
+Knows registrations (registration.py) one after the other; which gateway is asked for the next, and
+for how long, gateways.py knows. Knows nothing of what the worker does; whether the cluster is as it
+needs it is a predicate of the caller's.
 
 A worker outlives its gateway. When a registration ends (the gateway was restarted, or has taken
 this process for dead) the worker registers again, as the same start of the same process, and says
 what it knows of the cluster. Meanwhile `state` stays as it was. The membership is `lost` when no
-gateway takes the worker back in time, or one refuses to. Where several gateways share a registry
-the one that leads takes it, and the others refuse for the time being: each is asked in turn.
+gateway takes the worker back in time, or one refuses to.
 """
 
 import asyncio
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -31,15 +30,9 @@ from moe_core.cluster import (
     StatusReport,
 )
 from moe_core.config.parallel import ParallelConfig
-from moe_core.errors import (
-    AccessError,
-    AuthenticationError,
-    EpserveError,
-    ProtocolError,
-    RequestError,
-    UnavailableError,
-)
+from moe_core.errors import EpserveError, UnavailableError
 from moe_core.service.certificates import Certificates, ServerCheck, expecting
+from moe_core.service.gateways import FINAL, Gateways
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.registration import Outbox, Registration
 
@@ -48,10 +41,6 @@ log = structlog.get_logger(__name__)
 __all__ = ["REJOIN_TIMEOUT_S", "Join", "Membership"]
 
 REJOIN_TIMEOUT_S = 600.0
-RETRY_S = 0.5
-ATTEMPT_TIMEOUT_S = 5.0  # where there is another gateway to ask
-REJOIN_RETRIES_S = (0.1, 2.0)  # the first pause, and the longest that it doubles to
-FINAL = (RequestError, AccessError, AuthenticationError, ProtocolError)
 
 
 class Membership:
@@ -60,7 +49,7 @@ class Membership:
     def __init__(
         self, gateways: Sequence[str], security: ServerCheck | None, rejoin_timeout_s: float
     ) -> None:
-        self._gateways = deque(gateways)  # the first is asked next
+        self._gateways = Gateways(gateways)
         self._security = security
         self._rejoin_timeout_s = rejoin_timeout_s
         self._changed = asyncio.Condition()
@@ -92,7 +81,8 @@ class Membership:
         rank, a fingerprint, a dtype)."""
         gateways = gateway_address.split(",")
         membership = cls(gateways, expecting(tls, PeerRole.GATEWAY), rejoin_timeout_s)
-        membership._registration = await membership._join_within(timeout_s, join)
+        first = partial(membership._register, join)
+        membership._registration = await membership._gateways.register(first, timeout_s)
         staying = membership._stay(replace(join, rank=membership.rank))
         membership._staying = asyncio.create_task(staying, name="membership")
         return membership
@@ -185,49 +175,10 @@ class Membership:
                 await self._staying
             await self._registration.close()
 
-    async def _join_within(self, timeout_s: float, join: Join) -> Registration:
-        """The first registration."""
-        deadline = time.monotonic() + timeout_s
-        noted = False
-        while True:
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    return await self._register(join)
-            except UnavailableError as error:
-                reason = str(error)
-                if deadline - time.monotonic() < RETRY_S:
-                    raise
-            except TimeoutError:
-                raise UnavailableError(
-                    f"no gateway answered at {', '.join(self._gateways)} within {timeout_s:g} s"
-                ) from None
-            if not noted:
-                log.info("waiting for the gateway", address=list(self._gateways), reason=reason)
-                noted = True
-            await asyncio.sleep(RETRY_S)
-
-    async def _register(self, join: Join) -> Registration:
-        """Ask each gateway once, and remember which has taken this worker. Raises what
-        the last of them has answered, or a refusal at once."""
-        several = len(self._gateways) > 1
-        reason = UnavailableError("no gateway was asked")
-        for _ in tuple(self._gateways):
-            try:
-                async with asyncio.timeout(ATTEMPT_TIMEOUT_S if several else None):
-                    return await self._register_once(join)
-            except UnavailableError as error:
-                reason = error
-            except TimeoutError:
-                reason = UnavailableError(
-                    f"gateway {self._gateways[0]}: no answer within {ATTEMPT_TIMEOUT_S:g} s"
-                )
-            self._gateways.rotate(-1)
-        raise reason
-
-    async def _register_once(self, join: Join) -> Registration:
+    async def _register(self, join: Join, gateway: str) -> Registration:
         """The last reports are told again, since nobody may know them yet."""
         self._outbox = Outbox(self._status, self._load)
-        registration = Registration(self._gateways[0], self._security, join, self._outbox)
+        registration = Registration(gateway, self._security, join, self._outbox)
         try:
             await registration.open()
             self.rank, self.parallel = registration.rank, registration.parallel
@@ -237,16 +188,23 @@ class Membership:
             raise
         return registration
 
+    async def _register_again(self, join: Join, gateway: str) -> Registration:
+        """Telling what this worker knows of the cluster."""
+        state = self.state
+        told = replace(join, placement=state.placement, parallel=state.parallel)
+        return await self._register(told, gateway)
+
     async def _stay(self, join: Join) -> None:
         """Until cancelled, or lost."""
         try:
             while True:
                 reason = await self._until_it_ends(self._registration)
-                gateway = self._gateways[0]
-                log.warning("the registration has ended", gateway=gateway, reason=reason)
-                self._gateways.rotate(-1)
-                self._registration = await self._join_again(join, reason)
-                log.info("registered again", gateway=self._gateways[0], rank=self.rank)
+                gateways = self._gateways
+                log.warning("the registration has ended", gateway=gateways.current, reason=reason)
+                self._registration = await gateways.register_again(
+                    partial(self._register_again, join), self._rejoin_timeout_s, reason
+                )
+                log.info("registered again", gateway=gateways.current, rank=self.rank)
         except EpserveError as error:
             async with self._changed:
                 self._error = error
@@ -263,29 +221,6 @@ class Membership:
             return str(error)
         finally:
             await registration.close()
-
-    async def _join_again(self, join: Join, reason: str) -> Registration:
-        """Raises UnavailableError when no gateway was there in time, or one has refused."""
-        pause_s, longest_s = REJOIN_RETRIES_S
-        try:
-            async with asyncio.timeout(self._rejoin_timeout_s):
-                while True:
-                    try:
-                        return await self._register(self._with_knowledge(join))
-                    except FINAL as error:
-                        raise UnavailableError(f"lost its place in the cluster: {error}") from None
-                    except EpserveError as error:
-                        reason = str(error)
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, longest_s)
-        except TimeoutError:
-            raise UnavailableError(
-                f"lost its gateway, and none took it back within {self._rejoin_timeout_s:g} s: "
-                f"{reason}"
-            ) from None
-
-    def _with_knowledge(self, join: Join) -> Join:
-        return replace(join, placement=self.state.placement, parallel=self.state.parallel)
 
     async def _take(self, state: ClusterState) -> None:
         async with self._changed:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from epserve.client import EpserveClient
-from gateway.balancer import Group
-from gateway.cluster import NO_LEASE
 from gateway.following import Following
+from gateway.groups import Group
 from gateway.leadership import SoleGateway
+from gateway.registrations import NO_LEASE
 from moe_core.cluster import AttentionLoad, ClusterState, Member, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
@@ -34,7 +34,7 @@ async def until(gateway: SmallGateway, what: str, done: object) -> ClusterState:
     assert callable(done)
     try:
         async with asyncio.timeout(DEADLINE_S):
-            async for state in gateway.registry.states():
+            async for state in gateway.registry.versions.states():
                 if done(state):
                     return state
     except TimeoutError:
@@ -210,7 +210,7 @@ async def test_clients_watch_the_cluster_until_the_gateway_leaves() -> None:
             await gateway.add_worker(Role.ATTN)
             while len((await anext(states)).members) == 1:
                 pass
-            gateway.registry.close()
+            gateway.registry.versions.close()
             assert [state async for state in states][1:] == []
 
 

@@ -222,7 +222,7 @@ async def test_what_an_engine_cannot_go_on_with_goes_elsewhere() -> None:
 async def test_a_request_that_loses_every_group_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.waiting_room.REST_S", 0.0)
+    monkeypatch.setattr("gateway.group_choice.REST_S", 0.0)
     async with tier() as both:
         for fake in both.fakes:
             fake.error, fake.go_elsewhere = ("INTERNAL", "it broke"), True

@@ -141,7 +141,7 @@ async def test_a_seed_that_the_lost_gateway_drew_is_found_with_the_sequence(
 async def test_a_stream_that_broke_between_two_that_live_is_mended_and_nothing_computed_again(
     served: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.waiting_room.REST_S", 0.02)
+    monkeypatch.setattr("gateway.group_choice.REST_S", 0.02)
     served.runner.let(4)
     call = aiter(served.second.stub.Generate(message(logprobs=0), timeout=DEADLINE_S))
     answers = [await anext(call) for _ in range(4)]

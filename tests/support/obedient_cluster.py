@@ -7,7 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from gateway.cluster import MemberKey, Registry
+from gateway.cluster import Registry
+from gateway.registrations import MemberKey
 from moe_core.cluster import (
     AttentionLoad,
     ClusterState,
@@ -56,7 +57,7 @@ class ObedientCluster:
         """Until cancelled."""
         version = 0
         while True:
-            state = await self.registry.newer_than(version)
+            state = await self.registry.versions.newer_than(version)
             version = state.version
             following = state.next_placement
             self.history.append(

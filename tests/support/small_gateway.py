@@ -110,14 +110,14 @@ class SmallGateway:
         self._following.cancel()
         await asyncio.wait({self._following})
         self.cluster.close()
-        self.registry.close()
+        self.registry.versions.close()
         await self.pool.close()
         await self._host.stop(0.2)
 
     async def _follow(self) -> None:
         version = 0
         while True:
-            state = await self.registry.newer_than(version)
+            state = await self.registry.versions.newer_than(version)
             version = state.version
             self.pool.reconcile(state)
             self.generator.reconcile()

@@ -9,7 +9,8 @@ from unittest.mock import AsyncMock
 import pytest
 
 import gateway.election as election_module
-from gateway.election import LAYOUT, Election
+from gateway.election import Election
+from gateway.layout_record import LAYOUT
 from gateway.leadership import UndecidedError
 from gateway.placement_leader import PlacementLeader
 from moe_core.cluster import Join, Role, StatusReport
@@ -62,7 +63,7 @@ class Gateway:
                 self.cluster.add(role, rank)
 
     async def obey(self) -> None:
-        await until_for_ever(lambda: self.registry._keys)
+        await until_for_ever(lambda: self.registry._registrations.places)
         await self.cluster.obey()
 
     def _end(self) -> None:
@@ -70,7 +71,7 @@ class Gateway:
 
     def expire(self) -> None:
         """Its lease ends without its knowing."""
-        self.store.etcd.expire(self.election._lease)
+        self.store.etcd.expire(self.election._presence._lease)
 
     def stop_hearing(self) -> None:
         assert self.election._following is not None
@@ -149,7 +150,7 @@ async def test_who_hears_the_leader_does_not_take_its_place() -> None:
         await asyncio.sleep(0.05)
         assert not second.election.leads
         first.store.reachable = True
-        await until(lambda: first.election._own is not None)
+        await until(lambda: first.election._presence._own is not None)
         await asyncio.sleep(0.02)
         assert first.election.leads
         assert first.ended == 0

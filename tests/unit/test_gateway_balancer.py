@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.balancer import (
-    Balancer,
+from gateway.balancer import Balancer
+from gateway.groups import (
     Group,
     known_groups,
     leaving_groups,

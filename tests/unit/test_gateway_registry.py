@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from gateway.cluster import ADOPTED_S, LEASE_LOST_S, NO_LEASE, STALLED, MemberKey, Registry
+from gateway.cluster import Registry
 from gateway.leases import CHECK_S, LeaseClock
+from gateway.registrations import ADOPTED_S, LEASE_LOST_S, NO_LEASE, STALLED, MemberKey
 from moe_core.cluster import (
     AttentionLoad,
     ExpertLoad,
@@ -128,7 +129,7 @@ def test_missing_names_every_rank_that_is_not_ready() -> None:
 
 async def test_waiting_for_a_newer_state_ends_with_the_next_change() -> None:
     registry = make_registry(PARALLEL)
-    waiting = asyncio.create_task(registry.newer_than(registry.state.version))
+    waiting = asyncio.create_task(registry.versions.newer_than(registry.state.version))
     await asyncio.sleep(0)
     assert not waiting.done()
     registry.join(join())
@@ -247,14 +248,14 @@ async def test_states_are_told_until_the_registry_closes() -> None:
     seen = []
 
     async def follow() -> None:
-        async for state in registry.states():
+        async for state in registry.versions.states():
             seen.append(len(state.tier(Role.ATTN)))
 
     following = asyncio.create_task(follow())
     await asyncio.sleep(0)
     registry.join(join())
     await asyncio.sleep(0)
-    registry.close()
+    registry.versions.close()
     async with asyncio.timeout(1):
         await following
     assert seen == [0, 1]

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.cluster import MemberKey, Registry
+from gateway.cluster import Registry
+from gateway.registrations import MemberKey
 from moe_core.cluster import Join, MemberState, Role, StatusReport, TierSizes
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError

@@ -5,12 +5,13 @@ import json
 from prometheus_client import CollectorRegistry
 
 from gateway.admission import ServedModel
-from gateway.cluster import MemberKey, Registry
+from gateway.cluster import Registry
 from gateway.expert_totals import ExpertTotals
 from gateway.metrics.requests import RequestMetrics
 from gateway.page.document import cluster_document, experts_document, placement_document
 from gateway.page.documents import MAX_AGE_S, Documents
 from gateway.page.request_totals import request_totals
+from gateway.registrations import MemberKey
 from gateway.requests import Chunk, GenerationRequest, Sampling, Usage
 from moe_core.cluster import (
     AttentionLoad,

@@ -6,8 +6,8 @@ from contextlib import aclosing
 import pytest
 
 import gateway.scaling as scaling
-from gateway.balancer import usable_groups
 from gateway.draining import drain
+from gateway.groups import usable_groups
 from gateway.placement_leader import PlacementLeader
 from gateway.scaling import Scaling
 from moe_core.cluster import ClusterState, Role

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.callers import ANONYMOUS, Caller
-from gateway.cluster import MemberKey, Registry
+from gateway.cluster import Registry
 from gateway.entrance import QueueLimits
+from gateway.registrations import MemberKey
 from gateway.requests import GenerationRequest, Sampling, Sequence
 from gateway.waiting_room import Place, WaitingRoom
 from moe_core.cluster import AttentionLoad, Join, MemberState, Role, StatusReport
