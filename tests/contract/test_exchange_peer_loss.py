@@ -13,7 +13,6 @@ from moe_core.errors import PeerLostError, PeerTimeoutError, TransportError
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.connect import connect_link
-from moe_core.transport.nixl_link import NixlLink
 from support.exchange_ends import (
     ATTENTION,
     PEER,
@@ -190,18 +189,3 @@ async def test_an_exchange_that_ends_in_order_gives_its_memory_back():
         await until(lambda: expert.servicer.peers == ())
         assert expert.servicer.retired_bytes == 0
     endpoint.close()
-
-
-async def test_a_hundred_loaded_dispatches_by_nixl_put_no_tensor_bytes_on_the_stream():
-    with PeerProcess("nixl") as peer:
-        link = await connect(peer.address, SPEC, "nixl")
-        assert isinstance(link, NixlLink)
-        await asyncio.gather(*(round_trips(link, 25) for _ in range(4)))
-        assert link.counters.dispatches == 100
-        assert link.counters.stream_tensor_bytes == 0
-        # Whoever finds the peer asleep rings: the first dispatch after a pause does.
-        rung = link.counters.doorbells
-        await asyncio.sleep(0.1)
-        await round_trips(link, 1)
-        assert link.counters.doorbells > rung
-        await link.close()

@@ -36,7 +36,7 @@ from support.served_cluster import (
     methods,
     refused,
 )
-from support.wrong_models import make_wrong_models
+from support.wrong_models import EXPERT, NORM, make_wrong_models
 
 KV_TOKENS = 128
 LAYOUT = (
@@ -212,7 +212,10 @@ COMMANDS: list[Command] = [
     ("serve --model {empty}", 2, ("model='{empty}'", "must hold a config.json")),
     ("serve --model {without_weights}", 2, ("'{without_weights}'", "must hold model.safetensors")),
     ("serve --model {unknown_family}", 2, ("model_type='llama'", "deepseek_v3")),
-    ("serve --model {cut_short}", 1, ("{cut_short}/model.safetensors", "truncated")),
+    ("serve --model {cut_short}", 1, ("{cut_short}/model.safetensors: tensor ", "truncated")),
+    ("serve --model {lacks_a_tensor}", 1, (f"lacks {EXPERT}",)),
+    ("serve --model {one_too_many}", 1, ("holds more, which deepseek_v3 does not have",)),
+    ("serve --model {another_shape}", 1, (f"tensor {NORM}: has shape [159]", "asks for [160]")),
     ("serve --model {tiny} --grpc-port {gateway_port}", 2, ("{target}", "in use")),
     (
         "serve --model {tiny} --grpc-port 0 --port 0 --device cuda",

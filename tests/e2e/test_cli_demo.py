@@ -16,6 +16,11 @@ def test_demo_shows_a_completion_and_what_it_cost():
     for words in ("Level 1", "Level 2", "tokens/s", PROMPT, "KV cache per token"):
         assert words in done.stdout
     assert "640 bytes with MLA, 2,560 without" in done.stdout
+    text, _, _ = done.stdout.partition(PROMPT)[2].partition("Level 2")
+    words = re.findall("[a-z]+", text)
+    assert len(words) > 20
+    assert {"the", "is"} <= set(words)
+    assert "\ufffd" not in text
     counted = _row(done.stdout, "bytes dispatched per layer, counted")
     predicted = _row(done.stdout, "… by the formula")
     assert counted[0] == predicted[0]

@@ -5,7 +5,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import grpc
@@ -16,6 +17,8 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from attn_service.sequence import Sampling, SequenceRequest
+from moe_core.cluster import LinkStats
+from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from support.local_engine import local_engine
 from support.processes import TINY_MODEL, Running, epserve, serving, started
@@ -33,8 +36,7 @@ LINK_FIELDS = {
 
 LAYOUT = (
     *("--attn-devices", "2", "--expert-devices", "2", "--ep-size", "2"),
-    *("--num-redundant-experts", "2", "--kv-cache-tokens", "4096"),
-    *("--transport", "nixl", "--dtype", "float64"),
+    *("--num-redundant-experts", "2", "--kv-cache-tokens", "4096", "--dtype", "float64"),
 )
 PROCESSES = {
     "gateway": {
@@ -102,14 +104,31 @@ def test_every_process_answers_health_and_reflection(served: ServedCluster, proc
 async def test_two_tiers_give_the_tokens_of_one_process_and_write_them_by_nixl(
     served: ServedCluster,
 ):
-    """Attention with tp 2, experts on two processes with copies: five processes in all."""
+    """Attention with tp 2, experts on two processes with copies: five processes in all. NIXL is
+    what they take by themselves, and the bytes are Level 1's: every row to every process, once."""
     request = SequenceRequest("a", (5, 6, 7), Sampling(max_tokens=120))
     async with local_engine(TINY_MODEL, ParallelConfig(), dtype=torch.float64) as local:
         alone = (await local.generate([request]))["a"].token_ids
+    before = served.settled().links
     assert served.generate(greedy([5, 6, 7], max_tokens=120)) == list(alone)
     links = served.settled().links
     assert [(link.transport, link.stream_tensor_bytes) for link in links] == [("nixl", 0)] * 4
     assert all(link.dispatches >= 120 for link in links if link.source == "attn 0")
+    model = ModelConfig.from_hf(TINY_MODEL)
+    rows = (3 + 119) * len(model.moe_layer_ids)  # the last token is not computed
+    counted = bytes_by_expert(links) - bytes_by_expert(before)
+    assert counted == dict.fromkeys(
+        product(("expert 0", "expert 1"), ("there", "back")), rows * model.hidden_size * 8
+    )
+
+
+def bytes_by_expert(links: Sequence[LinkStats]) -> Counter[tuple[str, str]]:
+    """From and to both ranks of the attention group."""
+    counted: Counter[tuple[str, str]] = Counter()
+    for link in links:
+        counted[link.target, "there"] += link.dispatch_bytes
+        counted[link.target, "back"] += link.combine_bytes
+    return counted
 
 
 def generate_json(target: str, *arguments: str) -> dict[str, object]:

@@ -6,22 +6,26 @@ import re
 from support.processes import TINY_MODEL, epserve, serving, started
 
 PROMPT = ",".join(str(token) for token in range(3, 43))
+CACHED = 40 // 16 * 16  # of its 40 tokens, those in full blocks
 
 
-def generate(target: str) -> list[int]:
+def generate(target: str) -> tuple[list[int], int]:
+    """The tokens, and how many of the prompt's were found in the cache."""
     done = epserve(
         *("generate", "--target", target, "--prompt-ids", PROMPT, "--json"),
         *("--max-tokens", "8", "--temperature", "0", "--ignore-eos"),
     )
     assert done.returncode == 0, done
-    return json.loads(done.stdout)["token_ids"]
+    document = json.loads(done.stdout)
+    return document["token_ids"], document["usage"]["cached_tokens"]
 
 
 def test_ranks_of_a_group_agree_on_what_each_has_measured():
     with serving("--attn-devices", "2", "--memory-utilization", "0.002") as (serve, target):
-        first, again = generate(target), generate(target)  # the second from the cache
+        (first, none), (again, found) = generate(target), generate(target)
         lines = [line for line in serve.err + serve.out if "KV cache" in line]
     assert first == again
+    assert (none, found) == (0, CACHED)
     sizes = [int(re.search(r"blocks[=\D]+(\d+)", line)[1]) for line in lines]
     assert len(sizes) == 2, lines
     assert sizes[0] == sizes[1] > 100

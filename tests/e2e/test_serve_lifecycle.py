@@ -4,9 +4,13 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
+
+import pytest
 
 from moe_core.service.addresses import bound_socket
 from support.processes import TINY_MODEL, epserve, serving, started, still_alive
+from support.wrong_models import EXPERT, make_wrong_models
 
 SMALL = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
 
@@ -56,6 +60,26 @@ def test_a_worker_that_cannot_start_is_named_with_what_it_said():
     assert last.startswith("epserve: attn 0 (pid "), serve
     assert "kv_cache_tokens" in last
     assert status == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("not_finite", "holds NaN"), ("bit_flipped", "does not match epserve.manifest.json")],
+)
+def test_weights_that_are_found_wrong_while_loading_stop_the_start(
+    tmp_path: Path, model: str, words: str
+):
+    directory = make_wrong_models(TINY_MODEL, tmp_path)[model]
+    base = ("serve", "--model", directory, "--grpc-port", "0", "--port", "0", "--device", "cpu")
+    with started(*base, *SMALL) as serve:
+        serve.wait_for("waiting for")
+        family = serve.family()
+        assert serve.wait(60) == 1, serve
+        assert still_alive(family) == []
+    last = serve.err[-1]
+    assert last.startswith("epserve: expert 0 (pid "), serve
+    assert f"tensor {EXPERT}: " in last
+    assert words in last
 
 
 def test_sigterm_while_loading_stops_every_process():

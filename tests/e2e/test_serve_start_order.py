@@ -30,6 +30,9 @@ def test_experts_first_and_the_gateway_last():
             )
         )
         gateway.wait_for("event='ready'")
+        for process in experts:  # whose stderr is no terminal
+            process.wait_for("loading experts: 3 of 3 layers in")
+        attn.wait_for("loading: 4 of 4 layers in")
         done = epserve(
             *("generate", "--target", target, "--prompt-ids", "5,6,7"),
             *("--max-tokens", "4", "--ignore-eos", "--json"),

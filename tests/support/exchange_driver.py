@@ -1,5 +1,6 @@
 """An attention end in a process of its own: `python -m support.exchange_driver ADDRESS TRANSPORT
-COUNT` makes COUNT loaded dispatches, checks every answer and prints its link's counters as JSON."""
+COUNT` makes COUNT loaded dispatches, checks every answer and prints as JSON its link's counters and
+what it wrote to the stream."""
 
 import asyncio
 import dataclasses
@@ -10,6 +11,7 @@ import torch
 import uvloop
 
 from support.exchange_ends import SPEC, answer_to, connect, make_dispatch
+from support.stream_messages import written_messages
 
 LANES = 3  # as many as there are slots
 
@@ -25,9 +27,11 @@ async def main(address: str, transport: str, count: int) -> None:
                 raise SystemExit(f"dispatch {step} came back with other values")
             pending.release()
 
-    await asyncio.gather(*(lane(first) for first in range(LANES)))
+    with written_messages() as kinds:
+        await asyncio.gather(*(lane(first) for first in range(LANES)))
     await link.close()
-    print(json.dumps({"transport": link.transport, **dataclasses.asdict(link.counters)}))
+    counters = dataclasses.asdict(link.counters)
+    print(json.dumps({"transport": link.transport, "written": kinds, **counters}))
 
 
 if __name__ == "__main__":

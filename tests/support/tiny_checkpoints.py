@@ -8,8 +8,8 @@ Weights are drawn so that outputs depend on everything: norms and biases are ran
 spread over several units, and every `e_score_correction_bias` is in [-4, -1.5], where a group
 mask of 0 instead of -inf would choose the wrong experts. The seeds are such that neither a
 router choice nor a greedy token of the reference runs is near a tie: Reference says how near.
-The installed transformers masks groups with -inf; releases that masked with 0 are no reference
-for these checkpoints.
+The installed transformers masks groups with -inf; releases that masked with 0 (before its fix
+#45441) are no reference for these checkpoints. tests/unit/test_router.py compares to the formula.
 """
 
 import math

@@ -67,4 +67,6 @@ def test_dispatches_cross_by_nixl_and_the_streams_carry_doorbells_only(
     assert counters["dispatches"] == DISPATCHES
     assert (counters["dispatch_bytes"], counters["combine_bytes"]) == (payload, payload)
     assert counters["stream_tensor_bytes"] == 0
+    # And what the expert writes is doorbells too, for a link takes nothing else.
+    assert set(counters["written"]) == {"doorbell"}
     assert counters["doorbells"] >= DISPATCHES

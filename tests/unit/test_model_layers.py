@@ -46,12 +46,15 @@ from support.published_configs import (
         (MIXTRAL_8X7B, False, 1, 8 * (128 + 128)),
     ],
 )
-def test_cache_bytes_per_token(
+def test_cache_bytes_per_token_are_the_formulas_as_predicted_and_as_allocated(
     published: dict[str, object], enable_mla: bool, tp_size: int, values_per_layer: int
 ) -> None:
     config = ModelConfig.from_hf(published)
     expected = values_per_layer * config.num_hidden_layers * 2
     assert bytes_per_token(config, enable_mla, tp_size, torch.bfloat16) == expected
+    cache = KvCache.allocate(config, enable_mla, tp_size, 3, 4, torch.bfloat16, "cpu")
+    assert cache.nbytes == 3 * 4 * expected
+    assert sum(part.untyped_storage().nbytes() for part in cache.parts) == cache.nbytes
 
 
 @pytest.mark.parametrize(
@@ -67,11 +70,9 @@ def test_a_prefill_takes_the_form_with_fewer_multiplications(
 
 
 @pytest.mark.parametrize("enable_mla", [True, False])
-def test_allocated_cache_is_as_large_as_predicted_and_zero(enable_mla: bool) -> None:
+def test_a_new_cache_holds_zeros(enable_mla: bool) -> None:
     config = ModelConfig.from_hf({**DEEPSEEK_V3, "num_hidden_layers": 4})
-    cache = KvCache.allocate(config, enable_mla, 8, 3, 4, torch.bfloat16, "cpu")
-    assert cache.nbytes == 3 * 4 * bytes_per_token(config, enable_mla, 8, torch.bfloat16)
-    first = cache.layers[0]
+    first = KvCache.allocate(config, enable_mla, 8, 3, 4, torch.bfloat16, "cpu").layers[0]
     assert isinstance(first, LatentKv) is enable_mla
     assert not (first.latent if isinstance(first, LatentKv) else first.keys).any()
 

@@ -60,6 +60,13 @@ def what_was_known(settings: dict[str, object], model: ModelConfig | None) -> Mo
     return model if refusal(settings, None) is None else None
 
 
+def assert_text_says_all(error: ConfigError) -> None:
+    said, _, nearest = str(error).partition("; nearest valid: ")
+    assert said == f"{error.setting}={error.value!r}: {error.rule}"
+    assert error.rule
+    assert nearest == ", ".join(str(value) for value in error.nearest)
+
+
 @patient
 @given(settings=any_settings, model=st.none() | models)
 def test_every_configuration_builds_or_names_one_setting_and_values_that_do_better(
@@ -69,11 +76,13 @@ def test_every_configuration_builds_or_names_one_setting_and_values_that_do_bett
     for which nothing would do."""
     for _ in range(2 * len(SETTINGS)):
         error = refusal(settings, model)
-        if error is None or not error.nearest:
+        if error is None:
             return
         assert error.setting in SETTINGS
         assert error.value == settings[error.setting]
-        assert f"{error.setting}={error.value!r}" in str(error)
+        assert_text_says_all(error)
+        if not error.nearest:
+            return
         known = what_was_known(settings, model)
         for value in error.nearest:
             still = refusal({**settings, error.setting: value}, known)
@@ -205,6 +214,44 @@ def test_defaults_follow_the_model_and_ep_size() -> None:
 
 def test_mla_may_be_switched_off_on_a_model_that_has_it() -> None:
     assert ParallelConfig(enable_mla=False).with_model(moe_model(mla=True)).enable_mla is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "text"),
+    [
+        (
+            {"attn_devices": 8, "dp_size": 3},
+            None,
+            "dp_size=3: must be a power of two; nearest valid: 2, 4",
+        ),
+        (
+            {"expert_devices": 4, "ep_size": 8},
+            None,
+            "ep_size=8: must divide expert_devices=4; nearest valid: 2, 4",
+        ),
+        (
+            {"expert_devices": 4, "ep_size": 2, "expert_parallel_degree": 2},
+            None,
+            "expert_parallel_degree=2: needs ep_size equal to expert_devices, not ep_size=2 and "
+            "expert_devices=4; nearest valid: 1",
+        ),
+        (
+            {"enable_mla": True},
+            moe_model(),
+            "enable_mla=True: deepseek_v3 has no multi-head latent attention; nearest valid: False",
+        ),
+        (
+            {"expert_devices": 16},
+            moe_model(moe_intermediate_size=8),
+            "ep_size=1: makes etp_size = expert_devices / ep_size = 16, which must divide "
+            "moe_intermediate_size=8; nearest valid: 2, 4",
+        ),
+    ],
+)
+def test_a_refusal_reads_as_one_sentence(
+    settings: dict[str, object], model: ModelConfig | None, text: str
+) -> None:
+    assert str(refusal(settings, model)) == text
 
 
 def test_degree_1_on_one_ep_group_is_allowed() -> None:
