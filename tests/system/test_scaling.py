@@ -61,7 +61,7 @@ def test_expert_tier_changes_its_size_under_load(target: str, size: int) -> None
         assert state.placement.ep_size == size
 
 
-@pytest.mark.parametrize("size", [2, 1])
+@pytest.mark.parametrize("size", [3, 1])
 def test_attention_tier_changes_its_size_under_load(target: str, size: int) -> None:
     words = asyncio.run(under_load(target, "scale", "--attn", str(size)))
     assert words.splitlines()[-1] == f"done: {size} attention and 2 expert processes"
