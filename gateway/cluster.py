@@ -89,7 +89,7 @@ class Registry:
         self._standing = ""
         self._version = 1
         self._closed = False
-        self.queued_requests = 0  # of this gateway
+        self.queued_requests = self.loop_tasks = 0  # of this gateway
         self._changed = asyncio.Event()
 
     @property
@@ -110,7 +110,9 @@ class Registry:
     @property
     def state(self) -> ClusterState:
         """Its first member is this gateway."""
-        gateway = replace(self.gateway, queued_requests=self.queued_requests)
+        gateway = replace(
+            self.gateway, queued_requests=self.queued_requests, loop_tasks=self.loop_tasks
+        )
         members = (gateway, *self._others, *(self._shown(place) for place in self._members))
         return ClusterState(
             self._version,
@@ -231,14 +233,15 @@ class Registry:
             )
         self._members[key.role, key.rank] = replace(member, expert_load=load)
 
-    def lease(self, key: MemberKey, loop_idle_ms: int) -> None:
-        """Note that a member's process lives, and how long its event loop has been without
-        progress, in milliseconds. Raises NotFoundError as `report` does."""
-        self._heard_again(key)
+    def lease(self, key: MemberKey, loop_idle_ms: int, loop_tasks: int = 0) -> None:
+        """Note that a member's process lives, how long its event loop has been without progress,
+        in milliseconds, and its tasks. Raises NotFoundError as `report` does."""
+        member = self._heard_again(key)
         place = (key.role, key.rank)
         if place not in self._leases:  # it registers with the leader
             raise _not_joined(key)
         self._leases[place].heard()
+        self._members[place] = replace(member, loop_tasks=loop_tasks)
         stalled = loop_idle_ms >= STALLED_MS
         if stalled != (place in self._stalled):
             self._stalled ^= {place}

@@ -110,7 +110,8 @@ class LinkStats:
 class Member:
     """One process. The ranks that its role does not have are None. expert_load is known to the
     gateway only. prepared_epoch, used_epoch, refused_epoch: see StatusReport. leaving: it is asked
-    to drain, and then to leave."""
+    to drain, and then to leave. loop_tasks: of its event loop, 0 before it has
+    said."""
 
     role: Role
     rank: int
@@ -136,6 +137,7 @@ class Member:
     used_epoch: int | None = None
     leaving: bool = False
     refused_epoch: int | None = None
+    loop_tasks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def make_state() -> ClusterState:
                 MemberState.READY, attention_load=load, links=links, engine_metrics=ENGINE
             )
             registry.report(key, report)
+            registry.lease(key, 0, 12)
             registry.report_expert_load(
                 key, ExpertLoad((1, 2), ((0, 1, 2, 3, 4, 5, 6, 19), (0,) * 8))
             )

@@ -45,6 +45,8 @@ def test_members_are_counted_by_role_and_state_also_where_there_are_none() -> No
     assert value("members", role="expert", state="ready") == 0
     assert value("members", role="gateway", state="connecting") == 1
     assert value("members_configured", role="expert") == 2
+    assert value("event_loop_tasks", role="attn", rank="0") == 12
+    assert value("event_loop_tasks", role="gateway", rank="0") == 0
     assert value("placement_epoch") == 0
 
 
