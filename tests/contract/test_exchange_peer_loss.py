@@ -14,6 +14,7 @@ from moe_core.errors import PeerLostError, PeerTimeoutError, TransportError
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.connect import connect_link
+from moe_core.transport.grpc_link import GrpcLink
 from moe_core.transport.nixl_link import NixlLink
 from support.exchange_ends import (
     ATTENTION,
@@ -160,6 +161,16 @@ async def test_a_closing_expert_says_so(wire: str):
         await expert.servicer.close()
         with pytest.raises(PeerLostError, match="expert 1 is closing"):
             await pending.wait(5.0)
+        await link.close()
+
+
+async def test_a_peer_that_leaves_while_the_expert_closes_does_not_hold_it_up(wire: str):
+    async with serve(SPEC, wire) as expert:
+        link = await connect(expert.address, SPEC, wire)
+        assert isinstance(link, NixlLink | GrpcLink)
+        link._stream._call.cancel()
+        async with asyncio.timeout(SOON_S):
+            await expert.servicer.close()
         await link.close()
 
 
