@@ -92,7 +92,8 @@ class ExpertLoad:
 @dataclass(frozen=True, slots=True)
 class LinkStats:
     """One attention process's totals towards one expert process, in bytes and counts. wait_s: the
-    seconds for which it waited for this one and for no other."""
+    seconds for which it waited for this one and for no other. dispatch_tokens: a token counts in
+    every layer."""
 
     source: str
     target: str
@@ -104,6 +105,7 @@ class LinkStats:
     stream_tensor_bytes: int
     doorbells: int
     wait_s: float = 0.0
+    dispatch_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,7 @@ ENGINES: tuple[EngineRow, ...] = (
 )  # fmt: skip
 LINKS = (
     ("dispatches", "Messages of tokens to an expert process."),
+    ("dispatch_tokens", "Tokens sent to an expert process, counted in every layer."),
     ("dispatch_bytes", "Hidden states sent to an expert process, in bytes."),
     ("combine_bytes", "Partial sums that came back from it, in bytes."),
     ("routing_bytes", "Expert ids and weights sent with them, in bytes."),

@@ -46,7 +46,7 @@ def make_state() -> ClusterState:
         )
         if rank == 0:
             load = AttentionLoad(2, 3, 6, 8, 4, 8)
-            links = (LinkStats("attn 0", "expert 1", "nixl", 5, 600, 700, 80, 9, 10, 1.5),)
+            links = (LinkStats("attn 0", "expert 1", "nixl", 5, 600, 700, 80, 9, 10, 1.5, 25),)
             report = StatusReport(
                 MemberState.READY, attention_load=load, links=links, engine_metrics=ENGINE
             )

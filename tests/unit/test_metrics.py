@@ -33,6 +33,7 @@ def test_engine_and_links_are_shown_with_the_ranks_they_belong_to() -> None:
     link = {"source": "attn 0", "target": "expert 1", "transport": "nixl"}
     assert value("link_dispatches_total", **link) == 5
     assert value("link_dispatch_bytes_total", **link) == 600
+    assert value("link_dispatch_tokens_total", **link) == 25
     assert value("link_combine_bytes_total", **link) == 700
     assert value("link_wait_seconds_total", **link) == 1.5
     assert value.series("num_requests_running") == 1

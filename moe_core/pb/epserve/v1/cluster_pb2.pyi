@@ -170,7 +170,7 @@ class LayerExpertLoad(_message.Message):
     def __init__(self, layer_id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkStats(_message.Message):
-    __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells", "wait_s")
+    __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells", "wait_s", "dispatch_tokens")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +181,7 @@ class LinkStats(_message.Message):
     STREAM_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     DOORBELLS_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     source: str
     target: str
     transport: str
@@ -191,7 +192,8 @@ class LinkStats(_message.Message):
     stream_tensor_bytes: int
     doorbells: int
     wait_s: float
-    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., transport: _Optional[str] = ..., dispatches: _Optional[int] = ..., dispatch_bytes: _Optional[int] = ..., combine_bytes: _Optional[int] = ..., routing_bytes: _Optional[int] = ..., stream_tensor_bytes: _Optional[int] = ..., doorbells: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    dispatch_tokens: int
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., transport: _Optional[str] = ..., dispatches: _Optional[int] = ..., dispatch_bytes: _Optional[int] = ..., combine_bytes: _Optional[int] = ..., routing_bytes: _Optional[int] = ..., stream_tensor_bytes: _Optional[int] = ..., doorbells: _Optional[int] = ..., wait_s: _Optional[float] = ..., dispatch_tokens: _Optional[int] = ...) -> None: ...
 
 class Assigned(_message.Message):
     __slots__ = ("rank", "parallel", "protocol_version")
