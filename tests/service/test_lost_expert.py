@@ -1,4 +1,4 @@
-"""Expert processes that are killed with a dispatch half answered, or never answer, over each wire."""
+"""Expert processes killed with a dispatch half answered, or that never answer, over each wire."""
 
 import asyncio
 
