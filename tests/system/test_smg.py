@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 from smg_grpc_proto import vllm_engine_pb2 as pb
-from smg_grpc_proto.vllm_engine_pb2_grpc import VllmEngineStub
+from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from gateway.tokenizer import TextTokenizer
 from support.processes import TINY_MODEL, serving
@@ -146,7 +146,7 @@ def test_logprobs_of_the_prompt(both: Both) -> None:
         tokenized=pb.TokenizedInput(input_ids=prompt),
         sampling_params=pb.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=2),
     )
-    stub = VllmEngineStub(both.cluster.channels["gateway"])
+    stub = vllm_engine_pb2_grpc.VllmEngineStub(both.cluster.channels["gateway"])
     (answer,) = stub.Generate(asked, timeout=DEADLINE_S)
     told = answer.complete.input_logprobs
     assert list(told.token_ids) == list(prompt)
