@@ -91,6 +91,7 @@ class ExpertLinks:
                 stream_tensor_bytes=link.counters.stream_tensor_bytes,
                 doorbells=link.counters.doorbells,
                 wait_s=link.counters.wait_s,
+                dispatch_tokens=link.counters.dispatch_tokens,
             )
             for rank, link in sorted(self.peers.links.items())
         )

@@ -11,11 +11,12 @@ from moe_core.cluster import ClusterState, LinkStats, Member
 
 @dataclass(frozen=True, slots=True)
 class LinkRate:
-    """Per second; bytes in both directions."""
+    """Per second; bytes in both directions, tokens to the expert process, in every layer."""
 
     link: LinkStats
     bytes_per_s: float
     dispatches_per_s: float
+    tokens_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,4 +63,5 @@ class ClusterRates:
     def _of_link(self, old: LinkStats, new: LinkStats) -> LinkRate:
         moved = new.dispatch_bytes + new.combine_bytes - old.dispatch_bytes - old.combine_bytes
         dispatches = new.dispatches - old.dispatches
-        return LinkRate(new, max(0, moved) / self._seconds, max(0, dispatches) / self._seconds)
+        tokens = new.dispatch_tokens - old.dispatch_tokens
+        return LinkRate(new, *(max(0, n) / self._seconds for n in (moved, dispatches, tokens)))

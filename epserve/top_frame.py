@@ -85,14 +85,14 @@ def _rate_cells(member: Member, rates: ClusterRates) -> tuple[str, str]:
 
 def _links(state: ClusterState, rates: ClusterRates) -> Table:
     table = _table("Links, the busiest first", "from", "to", "transport")
-    for column in ("both ways", "dispatches/s"):
+    for column in ("both ways", "dispatches/s", "tokens/s"):
         table.add_column(column, justify="right")
     all_rates = rates.links()
     for rate in all_rates[:MAX_ROWS]:
         moved = f"{_scaled(rate.bytes_per_s)}/s"
-        link = rate.link
+        link, counts = rate.link, (rate.dispatches_per_s, rate.tokens_per_s)
         table.add_row(
-            link.source, link.target, link.transport, moved, f"{rate.dispatches_per_s:,.0f}"
+            link.source, link.target, link.transport, moved, *(f"{each:,.0f}" for each in counts)
         )
     table.caption = _more(len(all_rates)) or None
     return table

@@ -69,7 +69,7 @@ class Registry:
         self._registrations = Registrations(clock)
         self._others: tuple[Member, ...] = ()
         self._standing = ""
-        self.queued_requests = 0  # of this gateway
+        self.queued_requests = self.loop_tasks = 0  # of this gateway
         self.versions = StateVersions(lambda: self.state)
 
     @property
@@ -90,7 +90,9 @@ class Registry:
     @property
     def state(self) -> ClusterState:
         """Its first member is this gateway."""
-        gateway = replace(self.gateway, queued_requests=self.queued_requests)
+        gateway = replace(
+            self.gateway, queued_requests=self.queued_requests, loop_tasks=self.loop_tasks
+        )
         members = map(self._registrations.shown, self._members.values())
         layout = self._layout
         return ClusterState(
@@ -152,11 +154,13 @@ class Registry:
         member = self._heard_again(key)
         self._members[key.place] = with_expert_load(member, load, self._layout.placement)
 
-    def lease(self, key: MemberKey, loop_idle_ms: int) -> None:
-        """Note that a member's process lives, and how long its event loop has been without
-        progress, in milliseconds. Raises NotFoundError as `report` does."""
-        self._heard_again(key)
-        if self._registrations.heard(key, loop_idle_ms):
+    def lease(self, key: MemberKey, loop_idle_ms: int, loop_tasks: int = 0) -> None:
+        """Note that a member's process lives, how long its event loop has been without progress,
+        in milliseconds, and its tasks. Raises NotFoundError as `report` does."""
+        member = self._heard_again(key)
+        is_news = self._registrations.heard(key, loop_idle_ms)
+        self._members[key.place] = replace(member, loop_tasks=loop_tasks)
+        if is_news:
             self._publish()
 
     def check_lease(self, key: MemberKey) -> None:

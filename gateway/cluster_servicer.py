@@ -86,7 +86,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         role = role_from_pb(request.role)
         _check_certificate(context, role)
         key = MemberKey(role, request.rank, request.instance_epoch)
-        self._registry.lease(key, request.loop_idle_ms)
+        self._registry.lease(key, request.loop_idle_ms, request.loop_tasks)
         return pb.LeaseResponse()
 
     async def FollowLeader(

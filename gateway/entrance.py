@@ -72,10 +72,19 @@ class Entrance:
             raise
         return hold
 
+    def require_room(self, caller: Caller, *, queued: bool) -> None:
+        """Raises TooManyRequestsError where `enter` would for any request of this caller."""
+        if queued:
+            self._require_place(caller)
+        self._quotas.check_active(caller)
+
+    def _require_place(self, caller: Caller) -> None:
+        if not self._places.fits(caller, 1):
+            raise self._full(self._places, caller, "requests", "max_queued_requests")
+
     def queue(self, hold: Hold) -> None:
         """Take one of the queue's places. Raises TooManyRequestsError."""
-        if not self._places.fits(hold.caller, 1):
-            raise self._full(self._places, hold.caller, "requests", "max_queued_requests")
+        self._require_place(hold.caller)
         self._places.take(hold.caller, 1)
         hold.queued = True
 

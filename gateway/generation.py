@@ -59,6 +59,10 @@ class Generator:
         """The ids of all requests that wait or run."""
         return [request_id for _, request_id in self._live]
 
+    def require_room(self, caller: Caller) -> None:
+        """Before a request is read; see WaitingRoom."""
+        self._room.require_room(caller)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """As generate_batches, chunk by chunk."""
         async with aclosing(self.generate_batches(request)) as batches:

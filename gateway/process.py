@@ -51,6 +51,7 @@ from moe_core.service.addresses import (
 )
 from moe_core.service.certificates import Certificates, expecting
 from moe_core.service.grpc_host import GrpcHost
+from moe_core.service.lease import PERIOD_S
 from moe_core.service.logs import bind_rank
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.trace_option import open_spans
@@ -158,7 +159,7 @@ class GatewayService:
 
     def _jobs(self) -> dict[str, Coroutine[None, None, None]]:
         settings = self._settings
-        jobs = {"follow the cluster": self._follow()}
+        jobs = {"follow the cluster": self._follow(), "count tasks": self._count_tasks()}
         if self._election is not None:
             at = self.port if self.cluster_port is None else self.cluster_port
             jobs["election"] = self._election.run(settings.cluster_address(at))
@@ -183,6 +184,13 @@ class GatewayService:
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
                 registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
+
+    async def _count_tasks(self) -> None:
+        """As often as workers do."""
+        assert self._registry is not None, "startup comes first"
+        while True:
+            self._registry.loop_tasks = len(asyncio.all_tasks())
+            await asyncio.sleep(PERIOD_S)
 
     async def drain(self) -> None:
         self._draining = True

@@ -40,8 +40,12 @@ class Quotas:
         return self._active.get(caller.name, 0)
 
     def enter(self, caller: Caller) -> None:
-        """Count one more request. Raises TooManyRequestsError where the caller has all that it
-        may have at a time."""
+        """Count one more request. Raises as `check_active` does."""
+        self.check_active(caller)
+        self._active[caller.name] = self.active(caller) + 1
+
+    def check_active(self, caller: Caller) -> None:
+        """Raises TooManyRequestsError where the caller has all that it may have at a time."""
         active, most = self.active(caller), caller.max_concurrent_requests
         if most is not None and active >= most:
             raise TooManyRequestsError(
@@ -49,7 +53,6 @@ class Quotas:
                 f"{most}; send more when one has ended",
                 CONCURRENCY_RETRY_S,
             )
-        self._active[caller.name] = active + 1
 
     def leave(self, caller: Caller) -> None:
         """One of the requests that entered has ended."""

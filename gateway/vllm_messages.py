@@ -18,6 +18,7 @@ from moe_core.pb.smg import vllm_engine_pb2 as pb
 STRUCTURED = "structured outputs are not supported; leave it out"
 MULTIMODAL = "this cluster serves text models; send token ids only"
 KV_TRANSFER = "KV is not handed over between servers here; send the request whole"
+OF_TEXT = "are told of token ids, so the prompt must be sent as tokenized"
 REFUSED_FIELDS = {
     "kv_transfer_params": KV_TRANSFER,
     "kv_transfer_params_json": KV_TRANSFER,
@@ -26,7 +27,6 @@ REFUSED_FIELDS = {
     "data_parallel_rank": "the gateway balances its DP groups itself; leave it out",
 }
 REFUSED_SAMPLING = {
-    "prompt_logprobs": "only epserve's own service and /v1/completions tell them; leave it out",
     "truncate_prompt_tokens": "prompts are never cut; send the tokens that are meant",
 }
 
@@ -38,6 +38,10 @@ def request_from_pb(message: pb.GenerateRequest) -> GenerationRequest:
             raise RequestError(f"{field}: {reason}")
     if message.extra_mm_inputs:
         raise RequestError(f"extra_mm_inputs: {MULTIMODAL}")
+    if message.WhichOneof("input") == "text" and message.sampling_params.HasField(
+        "prompt_logprobs"
+    ):
+        raise RequestError(f"sampling_params.prompt_logprobs: {OF_TEXT}")
     prompts: dict[str | None, str | tuple[int, ...] | None] = {
         None: None,
         "text": message.text,
@@ -76,20 +80,44 @@ def sampling_from_pb(message: pb.SamplingParams) -> Sampling:
         logit_bias=dict(message.logit_bias),
         min_tokens=message.min_tokens,
         n=message.n or None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 
 class ChoiceAnswer:
-    """One choice's answer as it grows: chunks hold what is new, the last message everything."""
+    """One choice's answer as it grows: chunks hold what is new, the last message everything. What
+    is told of the prompt is in the first chunk and in the last message."""
 
-    def __init__(self, stop_token_ids: Sequence[int]) -> None:
-        self._stop_token_ids = frozenset(stop_token_ids)
+    def __init__(self, asked: GenerationRequest) -> None:
+        self._prompt_ids = asked.prompt if isinstance(asked.prompt, tuple) else ()
+        self._num_prompt_top = asked.sampling.prompt_logprobs
+        self._stop_token_ids = frozenset(asked.sampling.stop_token_ids)
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._of_prompt: pb.InputLogProbs | None = None
+        self._num_chunks = 0
 
     def add(self, chunk: Chunk) -> None:
+        self._num_chunks += 1
+        if self._num_chunks == 1 and self._num_prompt_top is not None:
+            told, top = chunk.prompt_logprobs, self._num_prompt_top > 0
+            self._of_prompt = _prompt_logprobs(self._prompt_ids, told, top=top)
         self._token_ids.extend(chunk.token_ids)
         self._logprobs.extend(chunk.logprobs)
+
+    def newest(self, chunk: Chunk) -> pb.GenerateResponse:
+        """What was added last. completion_tokens counts these alone, as vLLM's does; cached_tokens
+        stands in the message that ends the choice."""
+        return pb.GenerateResponse(
+            chunk=pb.GenerateStreamChunk(
+                token_ids=chunk.token_ids,
+                prompt_tokens=len(self._prompt_ids),
+                completion_tokens=len(chunk.token_ids),
+                output_logprobs=_logprobs(chunk.logprobs),
+                input_logprobs=self._of_prompt if self._num_chunks == 1 else None,
+                index=chunk.index,
+            )
+        )
 
     def complete(self, finish_reason: str, usage: Usage, index: int) -> pb.GenerateResponse:
         """The message that ends the choice."""
@@ -100,6 +128,7 @@ class ChoiceAnswer:
             completion_tokens=usage.completion_tokens,
             cached_tokens=usage.cached_tokens,
             output_logprobs=_logprobs(self._logprobs),
+            input_logprobs=self._of_prompt,
             index=index,
         )
         last = self._token_ids[-1] if self._token_ids else None
@@ -108,17 +137,17 @@ class ChoiceAnswer:
         return pb.GenerateResponse(complete=complete)
 
 
-def chunk_to_pb(chunk: Chunk, prompt_tokens: int) -> pb.GenerateResponse:
-    """The new tokens of one choice. completion_tokens counts these alone, as vLLM's does;
-    cached_tokens stands in the message that ends the choice."""
-    return pb.GenerateResponse(
-        chunk=pb.GenerateStreamChunk(
-            token_ids=chunk.token_ids,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=len(chunk.token_ids),
-            output_logprobs=_logprobs(chunk.logprobs),
-            index=chunk.index,
-        )
+def _prompt_logprobs(
+    prompt_ids: Sequence[int], told: Sequence[TokenLogprobs], *, top: bool
+) -> pb.InputLogProbs:
+    """One entry for each token of the prompt; the first has no logprob, and no likelier tokens."""
+    return pb.InputLogProbs(
+        token_logprobs=[
+            pb.InputTokenLogProb(),
+            *(pb.InputTokenLogProb(value=token.logprob) for token in told),
+        ],
+        token_ids=prompt_ids,
+        top_logprobs=[pb.TopLogProbs(), *map(_top_logprobs, told)] if top else (),
     )
 
 
@@ -126,13 +155,12 @@ def _logprobs(tokens: Sequence[TokenLogprobs]) -> pb.OutputLogProbs | None:
     """None where none were asked for."""
     if not tokens:
         return None
-    top = (
-        pb.TopLogProbs(values=token.top_logprobs, token_ids=token.top_token_ids)
-        for token in tokens
-        if token.top_token_ids
-    )
     return pb.OutputLogProbs(
         token_logprobs=[token.logprob for token in tokens],
         token_ids=[token.token_id for token in tokens],
-        top_logprobs=top,
+        top_logprobs=(_top_logprobs(token) for token in tokens if token.top_token_ids),
     )
+
+
+def _top_logprobs(token: TokenLogprobs) -> pb.TopLogProbs:
+    return pb.TopLogProbs(values=token.top_logprobs, token_ids=token.top_token_ids)

@@ -21,7 +21,7 @@ from gateway.callers import caller_of_call
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.groups import Group, usable_groups
-from gateway.vllm_messages import ChoiceAnswer, chunk_to_pb, request_from_pb
+from gateway.vllm_messages import ChoiceAnswer, request_from_pb
 from moe_core.cluster import MemberState, Role
 from moe_core.errors import NotFoundError, UnsupportedError
 from moe_core.pb.smg import common_pb2, vllm_engine_pb2_grpc
@@ -60,15 +60,15 @@ class VllmServicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             logit_bias=len(request.sampling_params.logit_bias),
         )
         answers: dict[int, ChoiceAnswer] = {}
-        stop_token_ids = request.sampling_params.stop_token_ids
-        prompt_tokens = len(request.tokenized.input_ids)
         asked = replace(request_from_pb(request), caller=caller_of_call())
         async with aclosing(self._generator.generate(asked)) as chunks:
             async for chunk in chunks:
-                answer = answers.setdefault(chunk.index, ChoiceAnswer(stop_token_ids))
+                if chunk.index not in answers:
+                    answers[chunk.index] = ChoiceAnswer(asked)
+                answer = answers[chunk.index]
                 answer.add(chunk)
                 if request.stream and chunk.token_ids:
-                    yield chunk_to_pb(chunk, prompt_tokens)
+                    yield answer.newest(chunk)
                 if chunk.usage is not None:
                     yield answer.complete(chunk.finish_reason, chunk.usage, chunk.index)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 
+from gateway.callers import Caller
 from gateway.cluster import Registry
 from gateway.entrance import Entrance, QueueLimits
 from gateway.fair_queue import FairQueue
@@ -62,8 +63,7 @@ class WaitingRoom:
     def enter(self, request: GenerationRequest) -> Place:
         """Let a request in. Raises UnavailableError where nothing could take it,
         TooManyRequestsError where its caller or the queue has too much already."""
-        free = self._groups.free_seats(self.usable_groups())
-        queued = len(self._queue) > 0 or self._passing >= free
+        queued = self._has_to_wait(self.usable_groups())
         hold = self._entrance.enter(
             request.caller, _prompt_bytes(request), _least_tokens(request), queued=queued
         )
@@ -73,6 +73,15 @@ class WaitingRoom:
         self._passing += not queued
         self._show()
         return place
+
+    def require_room(self, caller: Caller) -> None:
+        """Before a request is read: raises TooManyRequestsError where `enter` would, however small
+        the request. Nothing is taken."""
+        groups = usable_groups(self._registry.state)
+        self._entrance.require_room(caller, queued=self._has_to_wait(groups))
+
+    def _has_to_wait(self, groups: Many[Group]) -> bool:
+        return len(self._queue) > 0 or self._passing >= self._groups.free_seats(groups)
 
     def line_up(self, place: Place, choices: Many[Sequence], held_by: Group | None = None) -> None:
         """The request's tokens are known, and it waits in line from here on; one that `held_by`

@@ -92,7 +92,8 @@ class ExpertLoad:
 @dataclass(frozen=True, slots=True)
 class LinkStats:
     """One attention process's totals towards one expert process, in bytes and counts. wait_s: the
-    seconds for which it waited for this one and for no other."""
+    seconds for which it waited for this one and for no other. dispatch_tokens: a token counts in
+    every layer."""
 
     source: str
     target: str
@@ -104,13 +105,15 @@ class LinkStats:
     stream_tensor_bytes: int
     doorbells: int
     wait_s: float = 0.0
+    dispatch_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """One process. The ranks that its role does not have are None. expert_load is known to the
     gateway only. prepared_epoch, used_epoch, refused_epoch: see StatusReport. leaving: it is asked
-    to drain, and then to leave."""
+    to drain, and then to leave. loop_tasks: of its event loop, 0 before it has
+    said."""
 
     role: Role
     rank: int
@@ -136,6 +139,7 @@ class Member:
     used_epoch: int | None = None
     leaving: bool = False
     refused_epoch: int | None = None
+    loop_tasks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,7 @@ class ChatBody(GenerationBody, ConversationBody):
 
 async def chat_completions(request: Request) -> Answer:
     context = context_of(request)
+    context.generator.require_room(caller_of(request))
     values = await read_json(request, context.max_body_bytes)
     refuse_unserved(values)
     body = parse(ChatBody, values)

@@ -39,6 +39,7 @@ class CompletionBody(GenerationBody):
 
 async def completions(request: Request) -> Answer:
     context = context_of(request)
+    context.generator.require_room(caller_of(request))
     values = await read_json(request, context.max_body_bytes)
     refuse_unserved(values)
     body = parse(CompletionBody, values)

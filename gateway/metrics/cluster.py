@@ -53,6 +53,7 @@ ENGINES: tuple[EngineRow, ...] = (
 )  # fmt: skip
 LINKS = (
     ("dispatches", "Messages of tokens to an expert process."),
+    ("dispatch_tokens", "Tokens sent to an expert process, counted in every layer."),
     ("dispatch_bytes", "Hidden states sent to an expert process, in bytes."),
     ("combine_bytes", "Partial sums that came back from it, in bytes."),
     ("routing_bytes", "Expert ids and weights sent with them, in bytes."),
@@ -83,7 +84,12 @@ def _members(state: ClusterState) -> Iterator[Metric]:
         for member_state in MemberState:
             there.add_metric((role, member_state), found.count(member_state))
         wanted.add_metric((role,), state.size(role))
-    yield from (there, wanted)
+    tasks = GaugeMetricFamily(
+        "epserve_event_loop_tasks", "Tasks of a process's event loop.", labels=("role", "rank")
+    )
+    for member in state.members:
+        tasks.add_metric((member.role, str(member.rank)), member.loop_tasks)
+    yield from (there, wanted, tasks)
 
 
 def _engines(state: ClusterState, model_name: str) -> Iterator[Metric]:

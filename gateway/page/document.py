@@ -183,6 +183,7 @@ def _links(state: ClusterState, nodes: Mapping[Role, list[range]]) -> list[dict[
             pair = source, target_of[link.target]
             transports.setdefault(pair, set()).add(link.transport)
             totals.setdefault(pair, Counter()).update(
+                dispatch_tokens=link.dispatch_tokens,
                 dispatch_bytes=link.dispatch_bytes,
                 combine_bytes=link.combine_bytes,
                 dispatches=link.dispatches,

@@ -209,6 +209,7 @@ def member_to_pb(member: Member) -> pb.Member:
         used_epoch=member.used_epoch,
         refused_epoch=member.refused_epoch,
         leaving=member.leaving,
+        loop_tasks=member.loop_tasks,
         **{name: getattr(member, name) for name in RANKS},
     )
 
@@ -232,6 +233,7 @@ def member_from_pb(message: pb.Member) -> Member:
         experts=message.experts,
         queued_requests=message.queued_requests,
         leaving=message.leaving,
+        loop_tasks=message.loop_tasks,
         prepared_epoch=_epoch(message, "prepared_epoch"),
         used_epoch=_epoch(message, "used_epoch"),
         refused_epoch=_epoch(message, "refused_epoch"),

@@ -1,4 +1,5 @@
-"""A thread that tells the gateway, every second, when the event loop last made progress.
+"""A thread that tells the gateway, every second, when the event loop last made progress, and how
+many tasks it had then.
 
 Knows the loop's heartbeat and ClusterService.Lease. Touches neither torch nor NIXL and never
 waits for the loop, so it goes on while the loop is busy or hung. What follows from a lease or
@@ -57,7 +58,7 @@ class Lease:
         self._next_beat.cancel()
 
     def _beat(self) -> None:
-        self._last_beat = time.monotonic()
+        self._last_beat, self._num_tasks = time.monotonic(), len(asyncio.all_tasks(self._loop))
         self._next_beat = self._loop.call_later(BEAT_S, self._beat)
 
     def _send_leases(self) -> None:
@@ -93,4 +94,5 @@ class Lease:
             rank=self._rank,
             instance_epoch=self._instance_epoch,
             loop_idle_ms=int((time.monotonic() - self._last_beat) * 1000),
+            loop_tasks=self._num_tasks,
         )

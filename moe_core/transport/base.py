@@ -78,6 +78,7 @@ class LinkCounters:
     totals equal the formula `tokens · hidden_size · itemsize`."""
 
     dispatches: int = 0
+    dispatch_tokens: int = 0
     dispatch_bytes: int = 0
     combine_bytes: int = 0
     routing_bytes: int = 0  # physical_ids and topk_weights

@@ -114,6 +114,7 @@ class ChunkedLink(ExpertLink):
         self._post(slot, self._sequence, part, num_tokens)
         counters = self.counters
         counters.dispatches += 1
+        counters.dispatch_tokens += num_tokens
         counters.dispatch_bytes += self._layout.payload_bytes(num_tokens)
         counters.routing_bytes += 2 * self._layout.index_bytes(num_tokens)
 

@@ -185,8 +185,10 @@ class _Exchange:
             self.session.close(in_order=in_order)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self.ended.set()
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # gRPC may cancel this here, because the peer has gone too
+                self.ended.set()
 
     async def _read(self) -> None:
         while isinstance(message := await self._context.read(), pb.ExchangeRequest):

@@ -139,5 +139,6 @@ class PeerSession(ABC):
             )
         counters = self.counters  # after the handler, who may have answered: nobody waits for them
         counters.dispatches += 1
+        counters.dispatch_tokens += num_tokens
         counters.dispatch_bytes += self._layout.payload_bytes(num_tokens)
         counters.routing_bytes += 2 * self._layout.index_bytes(num_tokens)

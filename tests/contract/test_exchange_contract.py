@@ -170,6 +170,7 @@ async def test_payload_counters_equal_the_formula(ends: Ends):
     for num_tokens in (0, 1, 8, 19):
         await round_trip(link, make_dispatch(num_tokens, SPEC))
     tokens = 0 + 1 + 8 + 19
+    assert link.counters.dispatch_tokens == tokens
     assert link.counters.dispatch_bytes == tokens * SPEC.hidden_size * 4
     assert link.counters.combine_bytes == tokens * SPEC.hidden_size * 4
     assert link.counters.routing_bytes == tokens * SPEC.num_columns * 8

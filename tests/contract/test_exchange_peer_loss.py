@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -13,8 +14,11 @@ from moe_core.errors import PeerLostError, PeerTimeoutError, TransportError
 from moe_core.transport.base import ExpertLink, Identity, TransportOptions
 from moe_core.transport.choice import open_endpoint
 from moe_core.transport.connect import connect_link
+from moe_core.transport.grpc_link import GrpcLink
+from moe_core.transport.nixl_link import NixlLink
 from support.exchange_ends import (
     ATTENTION,
+    FREEZE,
     PEER,
     SILENT,
     SPEC,
@@ -160,6 +164,16 @@ async def test_a_closing_expert_says_so(wire: str):
         await link.close()
 
 
+async def test_a_peer_that_leaves_while_the_expert_closes_does_not_hold_it_up(wire: str):
+    async with serve(SPEC, wire) as expert:
+        link = await connect(expert.address, SPEC, wire)
+        assert isinstance(link, NixlLink | GrpcLink)
+        link._stream._call.cancel()
+        async with asyncio.timeout(SOON_S):
+            await expert.servicer.close()
+        await link.close()
+
+
 async def test_memory_that_a_living_peer_may_still_write_is_kept_and_the_budget_refuses_by_name():
     options = TransportOptions("nixl", retired_bytes=4096)
     endpoint, _ = open_endpoint(ATTENTION, options)
@@ -175,6 +189,45 @@ async def test_memory_that_a_living_peer_may_still_write_is_kept_and_the_budget_
     endpoint.retired.sweep()
     assert endpoint.retired.num_bytes == 0
     endpoint.close()
+
+
+async def test_what_a_frozen_peer_writes_when_it_thaws_lands_in_retired_memory_alone():
+    options, dispatch = TransportOptions("nixl"), make_dispatch(4, SPEC, layer=FREEZE)
+    endpoint, _ = open_endpoint(ATTENTION, options)
+    assert endpoint is not None
+    with PeerProcess("nixl") as frozen, PeerProcess("nixl", epoch=23) as successor:
+        old = await connect_link(frozen.address, SPEC, ATTENTION, PEER, options, endpoint)
+        assert isinstance(old, NixlLink)
+        pending = await old.dispatch(dispatch, 5.0)
+        await until(lambda: is_stopped(frozen))
+        old.lose("no lease for 3 s")
+        await old.close()
+        retired, before = endpoint.retired.num_bytes, old._path.incoming.clone()
+        assert retired >= before.numel() > 0
+        new = await connect_link(successor.address, SPEC, ATTENTION, PEER, options, endpoint)
+        assert isinstance(new, NixlLink)
+        work = [make_dispatch(8, SPEC, step=step) for step in range(SPEC.slot_count)]
+        held = [await (await new.dispatch(each, 5.0)).wait(5.0) for each in work]
+        memory = new._path.incoming.clone()
+        os.kill(frozen.process.pid, signal.SIGCONT)
+        late = old._in.payload(pending.slot, 4)
+        await until(lambda: torch.equal(late, answer_to(dispatch)))
+        assert not torch.equal(old._path.incoming, before)
+        # Nothing of it reaches whoever has the place now, whose answers all lie in their slots.
+        assert torch.equal(new._path.incoming, memory)
+        for each, combine in zip(work, held, strict=True):
+            assert torch.equal(combine.partial, answer_to(each))
+        endpoint.retired.sweep()
+        assert endpoint.retired.num_bytes == retired
+        frozen.kill()
+        endpoint.retired.sweep()
+        assert endpoint.retired.num_bytes == 0
+        await new.close()
+    endpoint.close()
+
+
+def is_stopped(peer: PeerProcess) -> bool:
+    return psutil.Process(peer.process.pid).status() == psutil.STATUS_STOPPED
 
 
 async def test_an_exchange_that_ends_in_order_gives_its_memory_back():

@@ -14,6 +14,7 @@ from moe_core.transport import connect as module
 from moe_core.transport.base import TransportOptions
 from moe_core.transport.connect import connect_link
 from moe_core.transport.handshake import make_hello
+from moe_core.transport.servicer import ExchangeServicer
 from support.certificates import CertificateAuthority
 from support.exchange_ends import ATTENTION, PEER, SPEC, connect, make_dispatch, serve
 
@@ -47,6 +48,23 @@ async def test_a_grant_beyond_what_was_registered_is_refused_before_a_write(
         with pytest.raises(ProtocolError, match="outside of the memory that it has registered"):
             await connect(expert.address, SPEC, "nixl")
         assert expert.servicer.peers == ()
+
+
+@pytest.mark.parametrize("shift", [-4096, 64, 1 << 20])
+async def test_an_expert_process_that_grants_what_it_has_not_registered_is_not_written_to(
+    monkeypatch: pytest.MonkeyPatch, shift: int
+):
+    welcome = ExchangeServicer._welcome
+
+    def shifted(*args: object) -> pb.Welcome:
+        message = welcome(*args)
+        message.nixl.base_address += shift
+        return message
+
+    monkeypatch.setattr(ExchangeServicer, "_welcome", shifted)
+    async with serve(SPEC, "nixl") as expert:
+        with pytest.raises(ProtocolError, match=r"expert 1 .*outside of the memory that it has"):
+            await connect(expert.address, SPEC, "nixl")
 
 
 @pytest.mark.parametrize("doorbell", ["x" * 200, "glocke\u00e4"])

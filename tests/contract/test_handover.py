@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from moe_core.errors import PeerLostError, PeerTimeoutError, ProtocolError, UnavailableError
+from moe_core.pb.epserve.v1.expert_pb2 import NixlGrant
 from moe_core.service.grpc_channel import RemoteError
 from moe_core.transport import handover_client
 from moe_core.transport.handover import HandoverSpec, UnitName, digest_of
 from moe_core.transport.handover_servicer import MAX_HANDOVERS
 from moe_core.transport.host import HostProcess
+from moe_core.transport.nixl_path import NixlPath
 from support.handover_ends import SPEC, endpoint_of, expert_bytes, fetching, giving
 
 
@@ -108,6 +110,24 @@ async def test_a_giver_that_does_not_answer_is_named_and_its_memory_is_held_back
         monkeypatch.setattr(HostProcess, "has_exited", lambda process: True)
         endpoint.retired.sweep()
         assert endpoint.retired.num_bytes == 0
+
+
+@pytest.mark.parametrize("shift", [-4096, 64, 1 << 20])
+async def test_memory_that_was_not_registered_is_not_written_to(
+    monkeypatch: pytest.MonkeyPatch, shift: int
+):
+    grant = NixlPath.grant
+
+    def shifted(path: NixlPath) -> NixlGrant:
+        message = grant(path)
+        message.base_address += shift
+        return message
+
+    monkeypatch.setattr(NixlPath, "grant", shifted)
+    async with giving("nixl") as (address, _), endpoint_of("nixl", 1) as endpoint:
+        with pytest.raises(ProtocolError, match="outside of the memory that it has registered"):
+            async with fetching(address, "nixl", endpoint) as fetch:
+                await fetch.fetch((1, 3), "expert 3 of layer 1")
 
 
 async def test_more_handovers_than_allowed_are_refused():

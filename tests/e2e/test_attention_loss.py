@@ -19,7 +19,7 @@ from moe_core.config.parallel import ParallelConfig
 from support.processes import TINY_MODEL, Running, started
 
 PARALLEL = ParallelConfig(attn_devices=2, dp_size=2)
-STREAMS = 16
+STREAMS = 64
 READY_S = 60.0
 SETTINGS = Sampling(max_tokens=48, ignore_eos=True, logprobs=0, n=1)
 

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from gateway.cluster import MemberKey
 from moe_core.cluster import ExpertLoad, LinkStats, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import RequestError, UnavailableError
@@ -164,9 +165,18 @@ async def test_worker_sends_leases_by_itself() -> None:
     async with SmallGateway(PARALLEL) as gateway:
         worker = await gateway.add_worker(Role.ATTN)
         seen = asyncio.Event()
-        gateway.registry.lease = lambda key, idle: seen.set()  # type: ignore[method-assign]
+        take = gateway.registry.lease
+
+        def lease(key: MemberKey, idle_ms: int, tasks: int) -> None:
+            take(key, idle_ms, tasks)
+            seen.set()
+
+        gateway.registry.lease = lease  # type: ignore[method-assign]
         async with asyncio.timeout(10):
             await seen.wait()
+        (member,) = gateway.registry.state.tier(Role.ATTN)
+        # This loop is the gateway's and the worker's. Nothing that was begun has yet to end.
+        assert member.loop_tasks == pytest.approx(len(asyncio.all_tasks()), abs=2)
         assert worker.membership.rank == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from moe_core.service.grpc_channel import open_channel
 from support.blocked_server import PATH, BlockedServer
 
-NOTICED_S = 6.0  # twice what is promised
+NOTICED_S = 4.0  # 3 are promised, and the machine may be busy
 DEADLINE_S = 30.0
 
 

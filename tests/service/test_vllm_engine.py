@@ -186,6 +186,55 @@ async def test_logprobs_come_with_the_tokens(gateway: SmallGateway, stub: Stub) 
     assert answers[1].complete.output_logprobs == expected
 
 
+def of_prompt(*top: pb.TopLogProbs) -> pb.InputLogProbs:
+    """What is told of the prompt (5, 6)."""
+    values = [pb.InputTokenLogProb(), pb.InputTokenLogProb(value=-1.5)]
+    return pb.InputLogProbs(token_logprobs=values, token_ids=[5, 6], top_logprobs=top)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+async def test_logprobs_of_the_prompt_come_first_and_at_the_end(
+    gateway: SmallGateway, stub: Stub, count: int
+) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    likeliest = pb.TopLogProbs(values=[-0.25, -0.5], token_ids=[1, 2])
+    told = of_prompt(*(() if count == 0 else (pb.TopLogProbs(), likeliest)))
+    first, *others, last = await collect(stub, request(stream=True, prompt_logprobs=count))
+    assert first.chunk.input_logprobs == told
+    assert not any(each.chunk.HasField("input_logprobs") for each in others)
+    assert last == complete(7, 8, 9, input_logprobs=told)
+
+
+async def test_logprobs_of_the_prompt_alone_need_no_token(
+    gateway: SmallGateway, stub: Stub
+) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    asked = request(stream=True, prompt_logprobs=0, max_tokens=0, n=2)
+    answers = await collect(stub, asked)
+    assert sorted(answers, key=lambda answer: answer.complete.index) == [
+        complete(index=index, input_logprobs=of_prompt()) for index in range(2)
+    ]
+
+
+async def test_of_a_prompt_of_one_token_there_is_nothing_to_tell_but_that_it_is_there(
+    gateway: SmallGateway, stub: Stub
+) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    message = request(prompt_logprobs=1)
+    message.tokenized.input_ids[:] = [6]
+    (answer,) = await collect(stub, message)
+    assert answer.complete.input_logprobs == pb.InputLogProbs(
+        token_logprobs=[pb.InputTokenLogProb()], token_ids=[6], top_logprobs=[pb.TopLogProbs()]
+    )
+
+
+async def test_logprobs_of_text_are_refused_by_name(gateway: SmallGateway, stub: Stub) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    sampling = pb.SamplingParams(prompt_logprobs=0)
+    message = pb.GenerateRequest(text=WORDS[5], sampling_params=sampling)
+    assert (await refused(stub, message)).startswith("sampling_params.prompt_logprobs: ")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -195,7 +244,6 @@ async def test_logprobs_come_with_the_tokens(gateway: SmallGateway, stub: Stub) 
         ("structural_tag", "{}"),
         ("json_object", True),
         ("choice", pb.ChoiceConstraint(choices=["a"])),
-        ("prompt_logprobs", 0),
         ("truncate_prompt_tokens", 4),
     ],
 )
@@ -228,6 +276,7 @@ async def test_what_else_is_not_supported_is_refused_by_name(
 async def test_admission_rules_hold_here_too(gateway: SmallGateway, stub: Stub) -> None:
     await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
     assert "logprobs=-1" in await refused(stub, request(logprobs=-1))
+    assert "prompt_logprobs=-1" in await refused(stub, request(prompt_logprobs=-1))
     assert "seed=-1" in await refused(stub, request(seed=-1))
     assert "prompt: must have" in await refused(stub, pb.GenerateRequest())
 

@@ -2,6 +2,8 @@
 and links to it over each transport. The layer says how the handler behaves."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from moe_core.transport.local import LocalLink
 from moe_core.transport.servicer import ExchangeServicer
 
 SERVICE = "epserve.v1.ExpertService"
-ANSWER, FAIL, SILENT, LATE, CRASH = range(5)  # layers
+ANSWER, FAIL, SILENT, LATE, CRASH, FREEZE = range(6)  # layers
 LATE_S = 0.3
 ATTENTION = Identity(rank=0, world=4, instance_epoch=11)
 EXPERT = Identity(rank=1, world=4, instance_epoch=22)
@@ -56,6 +58,9 @@ def behave(dispatch: Dispatch, reply: Reply) -> None:
         asyncio.get_running_loop().call_later(LATE_S, reply.complete, partial, 5, 6)
     elif layer == CRASH:
         raise ZeroDivisionError("a mistake in the handler")
+    elif layer == FREEZE:  # and answer when it thaws, before it hears of anything else
+        os.kill(os.getpid(), signal.SIGSTOP)
+        reply.complete(answer_to(dispatch), 3, 4)
     elif layer != SILENT:
         reply.complete(answer_to(dispatch), 3, 4)
 

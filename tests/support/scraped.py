@@ -46,11 +46,12 @@ def make_state() -> ClusterState:
         )
         if rank == 0:
             load = AttentionLoad(2, 3, 6, 8, 4, 8)
-            links = (LinkStats("attn 0", "expert 1", "nixl", 5, 600, 700, 80, 9, 10, 1.5),)
+            links = (LinkStats("attn 0", "expert 1", "nixl", 5, 600, 700, 80, 9, 10, 1.5, 25),)
             report = StatusReport(
                 MemberState.READY, attention_load=load, links=links, engine_metrics=ENGINE
             )
             registry.report(key, report)
+            registry.lease(key, 0, 12)
             registry.report_expert_load(
                 key, ExpertLoad((1, 2), ((0, 1, 2, 3, 4, 5, 6, 19), (0,) * 8))
             )

@@ -4,7 +4,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from epserve.client import EpserveClient, Sampling
 from epserve.resuming import generate_resuming
 from moe_core.cluster import ClusterState, Role
-from moe_core.errors import EpserveError
+from moe_core.errors import UnavailableError
 from moe_core.service.addresses import bound_socket
 from support.etcd import Etcd, running_etcd
 from support.processes import TINY_MODEL, Running, epserve, started
@@ -22,11 +22,16 @@ LAYOUT = (
     *("--attn-devices", "2", "--dp-size", "2", "--expert-devices", "2", "--ep-size", "2"),
     *("--expert-parallel-degree", "2"),
 )
+NUMBERS = ("--device", "cpu", "--dtype", "float64", "--threads", "1")
 STREAMS = 4
 DEADLINE_S = 60.0
-OUTAGE_S = 8.0  # over twice a gateway's lease
+PAUSE_S = 8.0  # over twice a gateway's lease
+OUTAGE_S = 60.0
 ELECTED_S = 15.0
 FREED_S = 7.0  # 5 are promised, and loads are told every second
+ENDED_S = 30.0
+ABANDONED_TOKENS = 900  # nearly what the context holds
+ABANDONED = 8  # so that their end is far off
 
 
 @dataclass(frozen=True)
@@ -35,28 +40,36 @@ class Cluster:
     gateways: Sequence[Running]
     targets: Sequence[str]
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Of every gateway."""
+        return (*MODEL, *LAYOUT, "--registry", self.etcd.registry, "--port", "0")
+
+    @property
+    def expert(self) -> tuple[str, ...]:
+        """Of every expert process."""
+        return (*MODEL, "--gateway", ",".join(self.targets), *NUMBERS)
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with ExitStack() as stack:
         etcd = stack.enter_context(running_etcd())
-        targets = [free_address(), free_address()]
-        gateways = []
-        for target in targets:
-            ports = ("--grpc-port", target.rpartition(":")[2], "--port", "0")
-            shared = ("--registry", etcd.registry)
-            gateways.append(
-                stack.enter_context(started("gateway", *MODEL, *LAYOUT, *ports, *shared))
-            )
+        gateways: list[Running] = []
+        cluster = Cluster(etcd, gateways, [free_address(), free_address()])
+        for target in cluster.targets:
+            gateways.append(stack.enter_context(gateway_at(target, cluster)))
             gateways[-1].wait_for("event='leads'" if len(gateways) == 1 else "event='follows'")
-        worker = (*MODEL, "--gateway", ",".join(targets), "--device", "cpu", "--dtype", "float64")
         for _ in range(2):
-            stack.enter_context(started("expert", *worker, "--threads", "1"))
-            cache = ("--threads", "1", "--kv-cache-tokens", "4096")
-            stack.enter_context(started("attn", *worker, *cache))
+            stack.enter_context(started("expert", *cluster.expert))
+            stack.enter_context(started("attn", *cluster.expert, "--kv-cache-tokens", "4096"))
         for gateway in gateways:
             gateway.wait_for("event='ready'")
-        yield Cluster(etcd, gateways, targets)
+        yield cluster
+
+
+def gateway_at(target: str, cluster: Cluster) -> AbstractContextManager[Running]:
+    return started("gateway", *cluster.shared, "--grpc-port", target.rpartition(":")[2])
 
 
 def free_address() -> str:
@@ -120,14 +133,17 @@ def test_each_gateway_knows_all_and_only_one_changes_them(cluster: Cluster) -> N
     assert f"rebalancing is for the leading gateway, gateway 0 at {first}" in refused.stderr
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_etcd_that_is_away_for_a_while_costs_nobody_anything(
-    cluster: Cluster, frozen: bool
-) -> None:
-    asyncio.run(_lose_etcd(cluster, frozen))
+def test_etcd_that_hangs_for_a_while_costs_nobody_anything(cluster: Cluster) -> None:
+    asyncio.run(_lose_etcd(cluster, frozen=True, outage_s=PAUSE_S))
 
 
-async def _lose_etcd(cluster: Cluster, frozen: bool) -> None:
+@pytest.mark.timeout(300)
+def test_a_minute_without_etcd_costs_nothing_but_changes_of_the_members(cluster: Cluster) -> None:
+    asyncio.run(_lose_etcd(cluster, frozen=False, outage_s=OUTAGE_S))
+    asyncio.run(_grow_and_shrink(cluster))
+
+
+async def _lose_etcd(cluster: Cluster, *, frozen: bool, outage_s: float) -> None:
     first, second = cluster.targets
     async with EpserveClient(first) as leader, EpserveClient(second) as follower:
         quiet = [await tokens(leader, stream) for stream in range(STREAMS)]
@@ -136,7 +152,7 @@ async def _lose_etcd(cluster: Cluster, frozen: bool) -> None:
             cluster.etcd.send(signal.SIGSTOP)
         else:
             cluster.etcd.stop()
-        over_at = time.monotonic() + OUTAGE_S
+        over_at = time.monotonic() + outage_s
         await asyncio.gather(
             *(
                 rounds(client, quiet, lambda: time.monotonic() > over_at)
@@ -149,6 +165,9 @@ async def _lose_etcd(cluster: Cluster, frozen: bool) -> None:
             assert starts(state) == before
         with pytest.raises(AssertionError, match="cannot be reached"):
             await changed(first, "scale", "--experts", "1")
+        for target in cluster.targets:  # who comes anew is served as well
+            async with EpserveClient(target) as client:
+                await rounds(client, quiet, lambda: True)
         if frozen:
             cluster.etcd.send(signal.SIGCONT)
         else:
@@ -163,10 +182,68 @@ async def _lose_etcd(cluster: Cluster, frozen: bool) -> None:
         await rounds(follower, quiet, lambda: True)
 
 
+async def _grow_and_shrink(cluster: Cluster) -> None:
+    """By an expert process that comes and goes, under streams at both gateways."""
+    first, second = cluster.targets
+    async with EpserveClient(first) as leader, EpserveClient(second) as follower:
+        quiet = [await tokens(leader, stream) for stream in range(STREAMS)]
+        before = starts(await leader.cluster())
+        changing = asyncio.create_task(_third_expert(cluster, leader, follower, before))
+        streams = [rounds(client, quiet, changing.done) for client in (leader, follower)]
+        await asyncio.gather(*streams)
+        await changing
+        for client in (leader, follower):
+            await until(client, lambda state: starts(state) == before, ELECTED_S)
+
+
+async def _third_expert(
+    cluster: Cluster, leader: EpserveClient, follower: EpserveClient, before: list[int]
+) -> None:
+    growing = asyncio.create_task(changed(leader.target, "scale", "--experts", "3"))
+    await until(leader, lambda state: state.target is not None, DEADLINE_S)
+    with started("expert", *cluster.expert) as third:
+        assert (await growing).splitlines()[-1].endswith("3 expert processes")
+        for client in (leader, follower):
+            state = await until(client, lambda state: state.placement.ep_size == 3, ELECTED_S)
+            assert len(starts(state)) == len(before) + 1
+        await changed(leader.target, "scale", "--experts", "2")
+        assert await asyncio.to_thread(third.wait, ENDED_S) == 0
+
+
 async def changed(target: str, *arguments: str) -> str:
     done = await asyncio.to_thread(epserve, *arguments, "--target", target, timeout_s=DEADLINE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_sequences_of_a_killed_gateway_that_nobody_resumes_are_freed_in_time(
+    cluster: Cluster,
+) -> None:
+    asyncio.run(_orphan(cluster))
+
+
+async def _orphan(cluster: Cluster) -> None:
+    """By a gateway that comes for this alone: the one that leads is to see it."""
+    target = free_address()
+    with gateway_at(target, cluster) as third:
+        third.wait_for("event='ready'")
+        async with EpserveClient(target) as lost, EpserveClient(cluster.targets[0]) as leader:
+            before = _output_tokens(await leader.cluster())
+            orphans = [asyncio.create_task(_abandoned(lost)) for _ in range(ABANDONED)]
+            await until(leader, lambda state: _num_running(state) == ABANDONED, DEADLINE_S)
+            third.send(signal.SIGKILL)
+            state = await until(leader, lambda state: _num_running(state) == 0, FREED_S)
+            ends = await asyncio.gather(*orphans, return_exceptions=True)
+    assert all(isinstance(end, UnavailableError) for end in ends), ends
+    loads = [member.attention_load for member in state.tier(Role.ATTN)]
+    assert all(load and load.free_kv_blocks == load.total_kv_blocks for load in loads)
+    # None of them came to its end.
+    assert 0 < _output_tokens(state) - before < ABANDONED * ABANDONED_TOKENS
+
+
+def _output_tokens(state: ClusterState) -> int:
+    found = [member.engine_metrics for member in state.tier(Role.ATTN)]
+    return sum(metrics.output_tokens for metrics in found if metrics is not None)
 
 
 def test_killed_leader_costs_no_stream_and_another_leads(cluster: Cluster) -> None:
@@ -183,15 +260,15 @@ async def _lose_leader(cluster: Cluster) -> None:
         resumed = [asyncio.create_task(_resuming(lost, kept, each)) for each in range(STREAMS)]
         orphan = asyncio.create_task(_abandoned(lost))
         await asyncio.sleep(0.3)
-        assert not any(each.done() for each in resumed)
+        assert not any(each.done() for each in (*resumed, orphan))
         cluster.gateways[0].send(signal.SIGKILL)
-        with pytest.raises(EpserveError):
+        with pytest.raises(UnavailableError):
             await orphan
         assert await asyncio.gather(*resumed) == quiet
         state = await until(kept, lambda state: standing(state, second) == "leads", ELECTED_S)
         leads.set()
         assert await others >= 1
-        await until(kept, _nothing_runs, FREED_S)
+        await until(kept, lambda state: _num_running(state) == 0, FREED_S)
         assert starts(state) == starts(before)
         words = await _once_registered(second, "scale", "--experts", "1")
         assert words.splitlines()[-1] == "done: 2 attention and 1 expert processes"
@@ -210,14 +287,14 @@ async def _resuming(first: EpserveClient, second: EpserveClient, stream: int) ->
 
 async def _abandoned(client: EpserveClient) -> None:
     """A client that never resumes."""
-    long = Sampling(max_tokens=2000, ignore_eos=True, temperature=0.0)
+    long = Sampling(max_tokens=ABANDONED_TOKENS, ignore_eos=True, temperature=0.0)
     async for _ in client.generate((5, 6), long):
         pass
 
 
-def _nothing_runs(state: ClusterState) -> bool:
+def _num_running(state: ClusterState) -> int:
     loads = [member.attention_load for member in state.tier(Role.ATTN)]
-    return all(load is not None and load.num_running == 0 for load in loads)
+    return sum(load.num_running for load in loads if load is not None)
 
 
 async def _once_registered(target: str, *arguments: str) -> str:

@@ -13,7 +13,7 @@ from epserve.client import EpserveClient, Sampling
 from moe_core.cluster import LinkStats, Member, MemberState, Role
 from support.processes import Running, serving
 
-NOTICED_S = 6.0  # twice what is promised
+NOTICED_S = 4.0  # 3 are promised, and the machine may be busy
 BACK_S = 60.0
 STREAMS = 4
 LAYOUT = (

@@ -14,7 +14,7 @@ from moe_core.errors import UnavailableError
 from support.processes import serving
 from support.served_cluster import DEADLINE_S, connected
 
-NOTICED_S = 6.0  # twice what is promised
+NOTICED_S = 4.0  # 3 are promised, and the machine may be busy
 LAYOUT = ("--attn-devices", "2", "--dp-size", "2", "--dtype", "float64")
 PROMPT = (5, 6, 7)
 LONG = Sampling(max_tokens=400, temperature=0.0, ignore_eos=True)

@@ -5,17 +5,19 @@ says what is the matter, no process ends or grows, and a good request is served 
 import asyncio
 import collections
 import itertools
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 
 from support.mutations import Mutator
-from support.processes import Running, serving
+from support.processes import TINY_MODEL, Running, serving
 from support.served_cluster import connected, greedy
 from support.valid_messages import Addressed, valid_messages
 
@@ -43,10 +45,16 @@ BODIES = (
         "/v1/completions",
         b'{"prompt": [5, 6, 7], "max_tokens": 2, "seed": 1, "stop": ["x"]}',
     ),
+    (
+        "/v1/chat/completions",
+        b'{"messages": [{"role": "user", "content": "The for"}], "max_tokens": 2, "seed": 1, '
+        b'"logit_bias": {"7": 1.5}, "logprobs": true, "top_logprobs": 1}',
+    ),
     ("/tokenize", b'{"prompt": "The for statement", "add_special_tokens": false}'),
     ("/detokenize", b'{"tokens": [5, 6, 7]}'),
 )
 NUM_BODIES = 3_000
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 class Sender:
@@ -145,11 +153,20 @@ def test_mutated_messages_harm_nobody() -> None:
         print(dict(sender.statuses))
 
 
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a chat template."""
+    model = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(TINY_MODEL, model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    return model
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("route", "body"), BODIES)
-def test_mutated_bodies_harm_nobody(route: str, body: bytes) -> None:
+def test_mutated_bodies_harm_nobody(chatty: Path, route: str, body: bytes) -> None:
     mutator = Mutator(seed=2)
-    with serving(*LAYOUT) as (serve, _), ThreadPoolExecutor(IN_FLIGHT) as pool:
+    with serving(*LAYOUT, model=chatty) as (serve, _), ThreadPoolExecutor(IN_FLIGHT) as pool:
         (ready,) = (line for line in serve.out if "ready: serving" in line)
         (url,) = (word + route for word in ready.split() if word.startswith("http://"))
         wanted = post(url, body)

@@ -81,6 +81,8 @@ def test_a_prompt_streams_an_answer_and_the_heat_map_gets_drawn(live: Live):
     page.fill("#prompt", "The for statement")
     page.fill("#max-tokens", "32")
     page.click("#send")
+    flowing = page.locator("#topology .link-labels text", has_text="tok/s")
+    expect(flowing.first).to_be_visible(timeout=WAIT_MS)
     expect(page.locator("#answer-note")).to_contain_text("32 tokens in", timeout=WAIT_MS)
     assert page.locator("#answer").inner_text().strip()
     page.wait_for_selector("#heat-scroll:not([hidden])", timeout=WAIT_MS)

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from gateway.tokenizer import TextTokenizer
 from support.processes import TINY_MODEL, serving
-from support.served_cluster import ServedCluster, connected, greedy
+from support.served_cluster import DEADLINE_S, ServedCluster, connected, greedy
 from support.smg import Smg, smg_in_front
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -132,6 +134,29 @@ def test_log_probabilities(both: Both) -> None:
         assert token["logprob"] <= 0
         assert token["top_logprobs"][0]["token"] == token["token"]
         assert len(token["top_logprobs"]) == 2
+
+
+def test_logprobs_of_the_prompt(both: Both) -> None:
+    """smg has no way to ask for them: by its protocol alone, against epserve's own service."""
+    prompt = both.tokenizer.encode(PROMPTS[3])
+    own = greedy(prompt, 1)
+    own.sampling.prompt_logprobs = 2
+    (first, *_) = both.cluster.stub.Generate(own, timeout=DEADLINE_S)
+    asked = pb.GenerateRequest(
+        tokenized=pb.TokenizedInput(input_ids=prompt),
+        sampling_params=pb.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=2),
+    )
+    stub = vllm_engine_pb2_grpc.VllmEngineStub(both.cluster.channels["gateway"])
+    (answer,) = stub.Generate(asked, timeout=DEADLINE_S)
+    told = answer.complete.input_logprobs
+    assert list(told.token_ids) == list(prompt)
+    assert not told.token_logprobs[0].HasField("value")
+    values = [each.value for each in told.token_logprobs[1:]]
+    assert values == pytest.approx([each.logprob for each in first.prompt_logprobs])
+    assert [list(each.token_ids) for each in told.top_logprobs] == [
+        [],
+        *(list(each.top_token_ids) for each in first.prompt_logprobs),
+    ]
 
 
 def test_what_is_refused_reaches_the_client_by_name(both: Both) -> None:

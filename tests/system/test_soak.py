@@ -28,6 +28,8 @@ IDLE_TIMEOUT_S = 30
 MOST_BYTES = 48 * 2**20
 MOST_DESCRIPTORS = 8
 MOST_THREADS = 8
+MOST_TASKS = 8
+TOLD_S = 3.0  # tasks are told of with the leases, every second
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,20 @@ class Size:
     rss: int
     descriptors: int
     threads: int
+    tasks: int
 
 
 def sizes(state: ClusterState, serve: Running) -> dict[tuple[str, int], Size]:
-    """Of every process, by its name and its start (a replaced one is another)."""
+    """Of every process, by its name and its start (a replaced one is another). What `serve` has of
+    tasks nobody tells."""
     found = {}
-    named = [(f"{member.role} {member.rank}", member.pid) for member in state.members]
-    for name, pid in [*named, ("serve", serve.pid)]:
+    named = [(f"{m.role} {m.rank}", m.pid, m.loop_tasks) for m in state.members]
+    assert all(tasks for _, _, tasks in named), named
+    for name, pid, tasks in [*named, ("serve", serve.pid, 0)]:
         process = psutil.Process(pid)
         with process.oneshot():
-            size = Size(process.memory_info().rss, process.num_fds(), process.num_threads())
-        found[name, pid] = size
+            rss, descriptors = process.memory_info().rss, process.num_fds()
+            found[name, pid] = Size(rss, descriptors, process.num_threads(), tasks)
     return found
 
 
@@ -64,7 +69,8 @@ async def idle_state(client: EpserveClient) -> ClusterState:
         )
         missing = [words for role in Role for words in state.missing(role)]
         if not busy and not missing:
-            return state
+            await asyncio.sleep(TOLD_S)
+            return await client.cluster()
         assert time.monotonic() < deadline, (missing, loads)
         await asyncio.sleep(0.5)
 
@@ -116,3 +122,4 @@ def require_no_growth(
         assert after[name].rss - before[name].rss < MOST_BYTES, grown
         assert after[name].descriptors - before[name].descriptors <= MOST_DESCRIPTORS, grown
         assert after[name].threads - before[name].threads <= MOST_THREADS, grown
+        assert after[name].tasks - before[name].tasks <= MOST_TASKS, grown

@@ -33,6 +33,7 @@ def test_engine_and_links_are_shown_with_the_ranks_they_belong_to() -> None:
     link = {"source": "attn 0", "target": "expert 1", "transport": "nixl"}
     assert value("link_dispatches_total", **link) == 5
     assert value("link_dispatch_bytes_total", **link) == 600
+    assert value("link_dispatch_tokens_total", **link) == 25
     assert value("link_combine_bytes_total", **link) == 700
     assert value("link_wait_seconds_total", **link) == 1.5
     assert value.series("num_requests_running") == 1
@@ -45,6 +46,8 @@ def test_members_are_counted_by_role_and_state_also_where_there_are_none() -> No
     assert value("members", role="expert", state="ready") == 0
     assert value("members", role="gateway", state="connecting") == 1
     assert value("members_configured", role="expert") == 2
+    assert value("event_loop_tasks", role="attn", rank="0") == 12
+    assert value("event_loop_tasks", role="gateway", rank="0") == 0
     assert value("placement_epoch") == 0
 
 

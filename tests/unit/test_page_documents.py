@@ -36,7 +36,10 @@ LOAD = AttentionLoad(3, 1, free_kv_blocks=6, total_kv_blocks=8, kv_block_size=4,
 
 
 def link(source: int, target: int, number: int) -> LinkStats:
-    return LinkStats(f"attn {source}", f"expert {target}", "grpc", number, 10, 20, 1, 1, 1)
+    totals = {"dispatch_tokens": 5 * number}
+    return LinkStats(
+        f"attn {source}", f"expert {target}", "grpc", number, 10, 20, 1, 1, 1, **totals
+    )
 
 
 def join(registry: Registry, role: Role, epoch: int, *links: LinkStats) -> MemberKey:
@@ -75,8 +78,8 @@ def test_a_cluster_is_told_member_by_member_with_those_that_have_not_joined() ->
     }
     totals = {"transport": "grpc", "dispatch_bytes": 10, "combine_bytes": 20}
     assert document["links"] == [
-        {"source": 0, "target": 0, "dispatches": 3} | totals,
-        {"source": 0, "target": 1, "dispatches": 4} | totals,
+        {"source": 0, "target": 0, "dispatches": 3, "dispatch_tokens": 15} | totals,
+        {"source": 0, "target": 1, "dispatches": 4, "dispatch_tokens": 20} | totals,
     ]
     groups = document["groups"]
     assert isinstance(groups, list)

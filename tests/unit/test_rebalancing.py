@@ -100,6 +100,24 @@ async def test_failure_keeps_the_layers_before_it(monkeypatch: pytest.MonkeyPatc
         assert (state.placement.epoch, state.next_placement) == (0, None)
 
 
+async def test_it_goes_on_by_itself_also_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebalancing, "LAYER_TIMEOUT_S", 0.02)
+    async with obedient(PARALLEL) as cluster:
+        cluster.stubborn.add(2)
+        cluster.route(0, loads(cluster, HOT))
+        running = asyncio.create_task(rebalancer(cluster).run(0.01))
+        await asyncio.sleep(0.1)
+        assert not running.done()
+        assert cluster.registry.state.placement.epoch == 0
+        cluster.stubborn.clear()
+        cluster.route(0, loads(cluster, tuple(2 * count for count in HOT)))
+        async with asyncio.timeout(5):
+            while cluster.registry.state.placement.epoch == 0:
+                await asyncio.sleep(0.005)
+        running.cancel()
+        await asyncio.wait({running})
+
+
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
 def test_interval_that_is_no_time_is_refused(seconds: float) -> None:
     with pytest.raises(ConfigError, match="rebalance_interval"):

@@ -52,7 +52,7 @@ def test_cluster_state_survives_the_wire() -> None:
     )
     members = (
         Member(Role.GATEWAY, 0, 1, "h:1", "cpu", MemberState.READY, 2**63, "here",
-               queued_requests=7),
+               queued_requests=7, loop_tasks=8),
         Member(
             Role.ATTN, 1, 2, "h:2", "cpu", MemberState.LOADING, 4, "here", 0, 1,
             detail="d", store_address="s", attention_load=LOAD, links=(LINK,),

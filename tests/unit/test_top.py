@@ -22,14 +22,15 @@ from support.small_gateway import MODEL
 
 
 def state_after(seconds: int, *, attn_epoch: int = 2, size: int = 1) -> ClusterState:
-    """Each second: 10 steps of 20 ms, 30 tokens, 1 MB both ways, 5 dispatches."""
+    """Each second: 10 steps of 20 ms, 30 tokens, 1 MB both ways, 5 dispatches of 1,234 tokens."""
     parallel = ParallelConfig(attn_devices=size, dp_size=size, expert_devices=2, ep_size=2)
     parallel = parallel.with_model(MODEL)
     load = AttentionLoad(
         2, 1, free_kv_blocks=6, total_kv_blocks=8, kv_block_size=16, max_num_seqs=8
     )
     moved = 500_000 * seconds
-    link = LinkStats("attn 0", "expert 1", "nixl", 5 * seconds, moved, moved, 0, 0, 0)
+    link = LinkStats("attn 0", "expert 1", "nixl", 5 * seconds, moved, moved, 0, 0, 0,
+                     dispatch_tokens=1_234 * seconds)  # fmt: skip
     metrics = EngineMetrics(10 * seconds, 0.2 * seconds, *[0.0] * 8, output_tokens=30 * seconds)
     gateway = Member(Role.GATEWAY, 0, 1, "h:1", "cpu", MemberState.READY, 1, "here")
     attn = replace(
@@ -58,7 +59,7 @@ def test_rates_are_differences_over_the_time_between() -> None:
     before, after = state_after(4), state_after(6)
     rates = ClusterRates(before, after, 2.0)
     (link,) = rates.links()
-    assert (link.bytes_per_s, link.dispatches_per_s) == (1_000_000, 5)
+    assert (link.bytes_per_s, link.dispatches_per_s, link.tokens_per_s) == (1_000_000, 5, 1_234)
     engine = rates.engine(after.tier(Role.ATTN)[0])
     assert engine is not None
     assert engine.tokens_per_s == 30
@@ -80,6 +81,7 @@ def test_a_frame_shows_load_rates_and_what_is_missing() -> None:
     assert "not ready: expert 0: not joined" in text
     assert "25% of 128" in text
     assert "1.0 MB/s" in text
+    assert "1,234" in text
     assert "20.0 ms" in text
     assert "no tokens yet" in text
 

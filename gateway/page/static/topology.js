@@ -166,7 +166,7 @@ export class Topology {
       const share = all[index] / most;
       setAttribute(entry.line, "class", `link ${all[index] > 0 ? "busy" : "idle"} ${link.transport}${many}`);
       setAttribute(entry.line, "stroke-width", (0.8 + (widest - 0.8) * Math.sqrt(share)).toFixed(1));
-      setText(entry.label, all[index] > 0 ? byteRate(all[index]) : link.transport);
+      setText(entry.label, all[index] > 0 ? tokenRate(link, rates) : link.transport);
       entry.lines = linkLines(cluster, link, rates);
     });
   }
@@ -183,6 +183,7 @@ export class Topology {
         html("td", { class: "number" }, byteRate(rates.rate(`${linkName(link)} dispatch`))),
         html("td", { class: "number" }, byteRate(rates.rate(`${linkName(link)} combine`))),
         html("td", { class: "number" }, `${count(rates.rate(`${linkName(link)} dispatches`))}/s`),
+        html("td", { class: "number" }, tokenRate(link, rates)),
       ),
     );
     this.#table.replaceChildren(...rows);
@@ -198,6 +199,7 @@ export function noteLinks(cluster, rates, seconds) {
     rates.note(`${linkName(link)} dispatch`, link.dispatch_bytes, seconds);
     rates.note(`${linkName(link)} combine`, link.combine_bytes, seconds);
     rates.note(`${linkName(link)} dispatches`, link.dispatches, seconds);
+    rates.note(`${linkName(link)} tokens`, link.dispatch_tokens, seconds);
   }
 }
 
@@ -237,6 +239,11 @@ function linkLines(cluster, link, rates) {
   return [
     `${cluster.nodes.attn[link.source].name} → ${cluster.nodes.expert[link.target].name} by ${link.transport}`,
     `dispatch ${byteRate(rate("dispatch"))}, combine ${byteRate(rate("combine"))}`,
-    `${count(rate("dispatches"))} dispatches/s`,
+    `${tokenRate(link, rates)} in ${count(rate("dispatches"))} dispatches/s`,
   ];
+}
+
+// Tokens that go out; each counts in every layer.
+function tokenRate(link, rates) {
+  return `${count(rates.rate(`${linkName(link)} tokens`))} tok/s`;
 }

@@ -170,7 +170,7 @@ class LayerExpertLoad(_message.Message):
     def __init__(self, layer_id: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LinkStats(_message.Message):
-    __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells", "wait_s")
+    __slots__ = ("source", "target", "transport", "dispatches", "dispatch_bytes", "combine_bytes", "routing_bytes", "stream_tensor_bytes", "doorbells", "wait_s", "dispatch_tokens")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +181,7 @@ class LinkStats(_message.Message):
     STREAM_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     DOORBELLS_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     source: str
     target: str
     transport: str
@@ -191,7 +192,8 @@ class LinkStats(_message.Message):
     stream_tensor_bytes: int
     doorbells: int
     wait_s: float
-    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., transport: _Optional[str] = ..., dispatches: _Optional[int] = ..., dispatch_bytes: _Optional[int] = ..., combine_bytes: _Optional[int] = ..., routing_bytes: _Optional[int] = ..., stream_tensor_bytes: _Optional[int] = ..., doorbells: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    dispatch_tokens: int
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., transport: _Optional[str] = ..., dispatches: _Optional[int] = ..., dispatch_bytes: _Optional[int] = ..., combine_bytes: _Optional[int] = ..., routing_bytes: _Optional[int] = ..., stream_tensor_bytes: _Optional[int] = ..., doorbells: _Optional[int] = ..., wait_s: _Optional[float] = ..., dispatch_tokens: _Optional[int] = ...) -> None: ...
 
 class Assigned(_message.Message):
     __slots__ = ("rank", "parallel", "protocol_version")
@@ -226,7 +228,7 @@ class ParallelSettings(_message.Message):
     def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ..., dp_size: _Optional[int] = ..., ep_size: _Optional[int] = ..., enable_mla: _Optional[bool] = ..., expert_parallel_degree: _Optional[int] = ..., num_redundant_experts: _Optional[int] = ..., shared_experts: _Optional[str] = ..., colocated: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests", "prepared_epoch", "used_epoch", "leaving", "refused_epoch")
+    __slots__ = ("role", "rank", "dp_rank", "tp_rank", "ep_rank", "etp_rank", "pid", "address", "device", "state", "detail", "instance_epoch", "store_address", "host_id", "attention_load", "links", "experts", "engine_metrics", "queued_requests", "prepared_epoch", "used_epoch", "leaving", "refused_epoch", "loop_tasks")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     DP_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +252,7 @@ class Member(_message.Message):
     USED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
     REFUSED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOOP_TASKS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     dp_rank: int
@@ -273,7 +276,8 @@ class Member(_message.Message):
     used_epoch: int
     leaving: bool
     refused_epoch: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., leaving: _Optional[bool] = ..., refused_epoch: _Optional[int] = ...) -> None: ...
+    loop_tasks: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., dp_rank: _Optional[int] = ..., tp_rank: _Optional[int] = ..., ep_rank: _Optional[int] = ..., etp_rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., state: _Optional[_Union[MemberState, str]] = ..., detail: _Optional[str] = ..., instance_epoch: _Optional[int] = ..., store_address: _Optional[str] = ..., host_id: _Optional[str] = ..., attention_load: _Optional[_Union[AttentionLoad, _Mapping]] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., experts: _Optional[int] = ..., engine_metrics: _Optional[_Union[EngineMetrics, _Mapping]] = ..., queued_requests: _Optional[int] = ..., prepared_epoch: _Optional[int] = ..., used_epoch: _Optional[int] = ..., leaving: _Optional[bool] = ..., refused_epoch: _Optional[int] = ..., loop_tasks: _Optional[int] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("epoch", "num_logical_experts", "ep_size", "layers")
@@ -324,16 +328,18 @@ class TierSizes(_message.Message):
     def __init__(self, attn_devices: _Optional[int] = ..., expert_devices: _Optional[int] = ...) -> None: ...
 
 class LeaseRequest(_message.Message):
-    __slots__ = ("role", "rank", "instance_epoch", "loop_idle_ms")
+    __slots__ = ("role", "rank", "instance_epoch", "loop_idle_ms", "loop_tasks")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOOP_IDLE_MS_FIELD_NUMBER: _ClassVar[int]
+    LOOP_TASKS_FIELD_NUMBER: _ClassVar[int]
     role: Role
     rank: int
     instance_epoch: int
     loop_idle_ms: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., loop_idle_ms: _Optional[int] = ...) -> None: ...
+    loop_tasks: int
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., loop_idle_ms: _Optional[int] = ..., loop_tasks: _Optional[int] = ...) -> None: ...
 
 class LeaseResponse(_message.Message):
     __slots__ = ()
