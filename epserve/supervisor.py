@@ -25,6 +25,7 @@ _TAIL_LINES = 20
 _QUOTED_LINES = 3
 _MAX_LINE_BYTES = 16_384
 _GRACE_AFTER_FAILURE_S = 5.0
+_END_GRACE_S = 5.0
 _Result = TypeVar("_Result")
 
 LineSink = Callable[[str, str], None]
@@ -154,6 +155,15 @@ class Supervisor:
     def forget(self, end: ProcessEndedError) -> None:
         """A child that has ended is no longer one: its name is free."""
         self._children = [child for child in self._children if child.process.pid != end.pid]
+
+    def end(self, name: str) -> None:
+        """Ask a child to end, and kill it if it has not within seconds; `next_end` tells of it as
+        of any other."""
+        loop = asyncio.get_running_loop()
+        for child in self._children:
+            if child.spec.name == name:
+                self._signal([child], signal.SIGTERM)
+                loop.call_later(_END_GRACE_S, self._signal, [child], signal.SIGKILL)
 
     def kill(self) -> None:
         """End every child now."""

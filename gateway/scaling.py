@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 ARRIVAL_TIMEOUT_S = 1800.0  # of processes that load large weights from slow disks
 LEAVE_TIMEOUT_S = 120.0
+MOST_NAMED = 6
 
 
 class Scaling:
@@ -133,4 +134,6 @@ def _size(parallel: ParallelConfig, role: Role) -> int:
 
 
 def _ranks(ranks: range) -> str:
+    if len(ranks) > MOST_NAMED:
+        return f"{ranks[0]} to {ranks[-1]}"
     return ", ".join(map(str, ranks))

@@ -76,6 +76,11 @@ async def test_both_tiers_in_one_call() -> None:
         assert (state.parallel.attn_devices, state.parallel.expert_devices) == (2, 3)
 
 
+async def test_many_ranks_are_named_by_the_first_and_the_last() -> None:
+    async with obedient(PARALLEL) as cluster:
+        assert await scale(cluster, attn=99) == ["waiting for attn 1 to 98 to come"]
+
+
 async def test_processes_that_never_come_leave_all_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
