@@ -26,7 +26,7 @@ from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import ConfigError
 from moe_core.service.addresses import bound_socket, join_address
-from moe_core.service.binding import require_safe_bind
+from moe_core.service.binding import require_own_ports, require_safe_bind
 from moe_core.service.certificates import Certificates
 from moe_core.service.lifecycle import DRAIN_TIMEOUT_S
 from moe_core.service.peer_roles import PeerRole
@@ -77,6 +77,8 @@ class ClusterSettings:
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
         check_expert_wait(self.expert_wait_s, self.hedge_after_s)
         require_safe_bind("host", self.host, self.tls, self.insecure)
+        clusters = {} if self.tls is None else {"cluster_port": self.cluster_port}
+        require_own_ports({"port": self.http_port, "grpc_port": self.grpc_port, **clusters})
 
 
 @dataclass(frozen=True, slots=True)
