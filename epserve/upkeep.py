@@ -16,7 +16,7 @@ is found out before the others are started.
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NoReturn, Protocol
 
 from epserve.client import EpserveClient
@@ -25,10 +25,10 @@ from epserve.restarts import Deaths, RestartLimits
 from epserve.supervisor import ChildSpec, ProcessEndedError
 from moe_core.cluster import ClusterState, MemberState, Role, TierSizes
 from moe_core.errors import EpserveError, UnavailableError
+from moe_core.listing import listed
 
 RETRY_S = 0.5
 REFUSED = 2  # exit status: other settings are needed, another start does not help
-_MOST_NAMED = 6
 
 Note = Callable[[str], None]
 ChildOf = Callable[[Role, int], ChildSpec]
@@ -158,6 +158,8 @@ class Upkeep:
         if state.target != self._target:
             self._target = state.target
             self._dismissed.clear()
+            # Who has left and has not ended yet is asked for again, like who has.
+            self._leaving &= {member.pid for member in state.members}
         parallel = state.parallel
         self._tp_size = parallel.tp_size
         self._in_force = TierSizes(parallel.attn_devices, parallel.expert_devices)
@@ -194,7 +196,7 @@ class Upkeep:
             self._ended.add(self._processes.pids[name])
             self._processes.end(name)
         if unwanted:
-            self._note(f"ending {_listed(unwanted)}: the cluster is no longer to have so many")
+            self._note(f"ending {listed(unwanted)}: the cluster is no longer to have so many")
 
     def _wants(self, place: _Place) -> bool:
         return _within(self._wanted, *place)
@@ -243,8 +245,3 @@ class Upkeep:
 
 def _within(sizes: TierSizes, role: Role, rank: int) -> bool:
     return rank < sizes.by_role.get(role, 1)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

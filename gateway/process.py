@@ -18,7 +18,7 @@ from gateway.admin_servicer import AdminServicer
 from gateway.admission import ServedModel
 from gateway.api_keys import ApiKeys
 from gateway.attention_pool import AttentionPool
-from gateway.balancer import usable_groups
+from gateway.balancer import usable_groups, why_unusable
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.election import Election
@@ -178,11 +178,16 @@ class GatewayService:
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
             self._generator.reconcile()
-            if not self._draining and ready != (been_complete and _able(state)):
+            if self._draining:
+                continue
+            if ready != (been_complete and _able(state)):
                 ready = not ready
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
-                registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
+            if ready:
+                registry.set_gateway(MemberState.READY)
+            else:
+                registry.set_gateway(MemberState.CONNECTING, why_unusable(state))
 
     async def drain(self) -> None:
         self._draining = True
