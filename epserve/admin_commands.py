@@ -122,4 +122,7 @@ async def _drain(gateway: "Target", role: Role, rank: int) -> None:
 
     async with AdminClient(gateway) as client:
         await client.drain(role, rank)
-    typer.echo(f"{role} {rank} is asked to drain and to leave")
+    typer.echo(
+        f"{role} {rank} is asked to drain and to leave; its tier stays without it until `epserve "
+        "scale` asks for a size"
+    )

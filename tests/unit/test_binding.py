@@ -98,7 +98,7 @@ def test_two_settings_cannot_name_one_port(
     words = r"^grpc_port=7001: port is 7001 as well, and each needs a port of its own"
     with pytest.raises(ConfigError, match=words):
         make(7001, 7001, 0, None)
-    with pytest.raises(ConfigError, match="^cluster_port=7001: grpc_port is 7001 as well"):
+    with pytest.raises(ConfigError, match=r"^cluster_port=7001: grpc_port is 7001 as well"):
         make(0, 7001, 7001, FILES)
     make(0, 7001, 7001, None)  # the cluster's port is not used
     make(0, 0, 0, FILES)

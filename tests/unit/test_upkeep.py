@@ -262,6 +262,19 @@ async def test_who_was_asked_to_leave_is_not_started_again_until_it_is_asked_for
     assert processes.started == ["expert 1"]
 
 
+async def test_who_is_asked_for_before_it_has_ended_is_started_again_when_it_has(
+    upkeep: Upkeep, processes: Fake
+) -> None:
+    upkeep.take(state_of(processes, leaving=["expert 1"]))
+    pid = processes.pids.pop("expert 1")
+    has_left = state_of(processes, target=SIZES)
+    processes.pids["expert 1"] = pid
+    upkeep.take(has_left)
+    upkeep.ended(processes.die("expert 1", 0))
+    await settle()
+    assert processes.started == ["expert 1"]
+
+
 async def test_who_is_no_longer_asked_to_leave_is_started_again(
     upkeep: Upkeep, processes: Fake
 ) -> None:
