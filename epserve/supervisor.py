@@ -2,8 +2,8 @@
 
 Knows commands, environments, exit statuses and output lines; knows nothing of tiers, ports or
 models, nor whether a child that has ended is to be started again. Two invariants: when the context
-is left no child is alive, and a child's end before that is told: its name, exit status and last
-lines.
+is left no child is alive, and a child's end before that is told: its name, exit status, and what of
+its last lines says why.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from epserve.environment import without_settings
+from epserve.last_words import telling
 from epserve.parent_death import PARENT_PID_VARIABLE
 from moe_core.errors import EpserveError
 
@@ -33,7 +34,7 @@ LineSink = Callable[[str, str], None]
 
 
 class ProcessEndedError(EpserveError):
-    """A process that should be running is not: names it, its exit status and its last lines."""
+    """A process that should be running is not: names it, its exit status and its last words."""
 
     code = "UNAVAILABLE"
 
@@ -226,7 +227,7 @@ class Supervisor:
             self._sink(name, text)
 
     def _ended(self, child: _Child) -> ProcessEndedError:
-        last = list(child.tail)[-_QUOTED_LINES:]
+        last = telling(child.tail)[-_QUOTED_LINES:]
         return ProcessEndedError(
             child.spec.name, child.process.pid, child.watcher.result().status, last
         )
