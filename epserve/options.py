@@ -319,8 +319,8 @@ KvCacheTokensOption = Annotated[
     int | None,
     typer.Option(
         callback=_at_least(1),
-        help="Tokens that one attention process's KV cache holds. "
-        "Default: what --max-num-seqs full contexts need, but at most 65536.",
+        help="Tokens that one attention process's KV cache holds. Default, "
+        "where no size is given: what --max-num-seqs full contexts need, but at most 65536.",
         rich_help_panel=CACHE,
     ),
 ]

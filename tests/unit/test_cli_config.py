@@ -113,7 +113,19 @@ def test_what_nobody_set_is_the_default(capsys: pytest.CaptureFixture[str]):
     values = yaml.safe_load(text)
     assert (values["rank"], values["max-num-seqs"], values["dtype"]) == (None, 64, "auto")
     assert sources(text).pop("model") == "command line"
-    assert {source for key, source in sources(text).items() if key != "model"} == {"default"}
+    derived = "default: half of --expert-wait"
+    assert sources(text).pop("hedge-after") == derived
+    assert sources(text).pop("kv-cache-tokens").startswith("default, where no size is given: what")
+    others = {each for each in sources(text).values() if not each.startswith("default")}
+    assert others == {"command line", "not set"}
+    for key, value in values.items():
+        assert (sources(text)[key] in ("command line", "default")) == (value is not None), key
+
+
+def test_every_default_that_is_derived_says_from_what(capsys: pytest.CaptureFixture[str]):
+    said = sources(dump(["serve", "--model", "m"], capsys))
+    assert said["expert-parallel-degree"] == "default: 0 if ep size is 1, else 1"
+    assert said["enable-mla"] == "default: as the model"
 
 
 @pytest.mark.parametrize("name", CONFIGURABLE)

@@ -23,7 +23,7 @@ def test_what_went_well_is_not_quoted(line: str) -> None:
     "line",
     [
         "timestamp='2026-11-30T18:05:56.9' level='warning' event='the drain was cut short'",
-        "timestamp='2026-11-30T18:05:56.9' level='error' event='level=\'info\''",
+        "timestamp='2026-11-30T18:05:56.9' level='error' event='level='info''",
         '{"event": "ended", "level": "error", "error": "no such tensor"}',
         "{'no': 'json'}",
         "epserve attn: rank=5: must be below 2",
