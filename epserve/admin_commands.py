@@ -4,6 +4,7 @@ Knows their options and what they print. Knows nothing of how a change is made.
 """
 
 import asyncio
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -13,9 +14,11 @@ from moe_core.cluster import Role
 from moe_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from epserve.admin_client import Rebalanced
     from epserve.client import Target
 
 MAX_DEVICES = 1 << 16
+MAX_LAYERS = 8
 
 
 def scale(
@@ -106,15 +109,28 @@ async def _rebalance(gateway: "Target", *, force: bool, dry_run: bool) -> None:
 
     async with AdminClient(gateway) as client:
         done = await client.rebalance(force=force, dry_run=dry_run)
+    for line in rebalanced_lines(done, dry_run=dry_run):
+        typer.echo(line)
+
+
+def rebalanced_lines(done: "Rebalanced", *, dry_run: bool) -> Iterator[str]:
+    """What was, or would be, changed; loads are of the most loaded EP group, over the mean."""
     if done.reason:
-        typer.echo(f"nothing to do: {done.reason}")
+        yield f"nothing to do: {done.reason}"
         return
     verb = "would change" if dry_run else "changed"
-    typer.echo(
+    yield (
         f"{verb} {done.layers_changed} layers, {done.experts_moved} experts moved; the most loaded "
         f"EP group has {done.load_after:.2f} of the mean load, {done.load_before:.2f} before; "
         f"placement epoch {done.placement_epoch}"
     )
+    for layer in done.layers[:MAX_LAYERS]:
+        yield (
+            f"  layer {layer.layer_id}: {layer.load_before:.2f} to {layer.load_after:.2f}, "
+            f"{layer.experts_moved} experts"
+        )
+    if len(done.layers) > MAX_LAYERS:
+        yield f"  and {len(done.layers) - MAX_LAYERS} more layers, which gain less"
 
 
 async def _drain(gateway: "Target", role: Role, rank: int) -> None:
