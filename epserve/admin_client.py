@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc.aio
 
-from epserve.client import GatewayConnection, Target
+from epserve.gateway_connection import GatewayConnection, Target
 from moe_core.cluster import Role, TierSizes
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
 from moe_core.pb.epserve.v1 import admin_pb2_grpc

@@ -9,36 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from epserve import options as o
+from epserve.options import common, network, security
 from moe_core.cluster import Role
 from moe_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from epserve.admin_client import Rebalanced
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
 
 MAX_DEVICES = 1 << 16
 MAX_LAYERS = 8
 
 
 def scale(
-    target: o.TargetOption = o.DEFAULT_TARGET,
+    target: network.TargetOption = network.DEFAULT_TARGET,
     attn: Annotated[
         int | None, typer.Option("--attn", help="Processes of the attention tier, in whole groups.")
     ] = None,
     experts: Annotated[
         int | None, typer.Option("--experts", help="Processes of the expert tier, in whole groups.")
     ] = None,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Change how many processes the tiers have, while they serve."""
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
 
     if attn is None and experts is None:
         raise ConfigError("experts", None, "give --experts, --attn or both")
@@ -50,23 +50,23 @@ def scale(
 
 
 def rebalance(
-    target: o.TargetOption = o.DEFAULT_TARGET,
+    target: network.TargetOption = network.DEFAULT_TARGET,
     force: Annotated[
         bool, typer.Option("--force", help="Also where little is to be gained.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be changed.")
     ] = False,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Place and copy experts so that the expert tier is loaded evenly."""
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
 
     gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
     asyncio.run(_rebalance(gateway, force=force, dry_run=dry_run))
@@ -75,17 +75,17 @@ def rebalance(
 def drain(
     role: Annotated[Literal["attn", "expert"], typer.Option(help="Its tier.")],
     rank: Annotated[int, typer.Option(min=0, max=MAX_DEVICES, help="Of the process.")],
-    target: o.TargetOption = o.DEFAULT_TARGET,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    target: network.TargetOption = network.DEFAULT_TARGET,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Ask one process to end in order; its work goes to others."""
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
 
     gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
     asyncio.run(_drain(gateway, Role(role), rank))

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from epserve.client import EpserveClient, Target
+from epserve.client import EpserveClient
+from epserve.gateway_connection import Target
 from epserve.layout import describe_sizes, name_of
 from moe_core.cluster import ClusterState, LinkStats, Member, MemberState, Role, TierSizes
 

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from starlette.applications import Starlette
 
-from epserve.client import EpserveClient, Output, Sampling, TokenLogprobs, Usage
+from epserve.client import EpserveClient
+from epserve.generate_messages import Output, Sampling, TokenLogprobs, Usage
 from gateway.http.host import HttpHost
 from moe_core.cluster import ExpertLoad, MemberState, Role
 from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from attn_service.settings import AttnSettings
-from epserve.launch_plan import ClusterSettings
+from epserve.cluster_settings import ClusterSettings
 from expert_service.process import ExpertSettings
 from gateway.settings import GatewaySettings
 from moe_core.config.parallel import ParallelConfig

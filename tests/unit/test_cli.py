@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 from epserve import cli
-from epserve.client import Sampling
+from epserve.generate_messages import Sampling
 from epserve.generate_options import token_ids
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError

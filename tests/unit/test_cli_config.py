@@ -9,8 +9,9 @@ import typer
 import yaml
 from typer.core import TyperCommand
 
-from epserve import cli, options
+from epserve import cli
 from epserve.environment import PREFIX
+from epserve.options import common, security
 from epserve.parent_death import PARENT_PID_VARIABLE
 from epserve.settings_command import SettingsCommand
 from support.command_options import (
@@ -204,7 +205,7 @@ def test_a_secret_is_neither_dumped_nor_quoted(
     def ask(
         secret: Annotated[int, typer.Option(hide_input=True)] = 0,
         inner: Annotated[int, typer.Option(hidden=True)] = 0,
-        dump_config: options.DumpConfigOption = False,
+        dump_config: common.DumpConfigOption = False,
     ) -> None:
         pass
 
@@ -263,7 +264,7 @@ def test_help_is_shown_whatever_the_variables(given: list[str], monkeypatch: pyt
 def test_a_variable_of_another_command_is_no_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for name in ("EPSERVE_RANK", "EPSERVE_PROMPT", PARENT_PID_VARIABLE, options.LAUNCHER_KEY_HASH):
+    for name in ("EPSERVE_RANK", "EPSERVE_PROMPT", PARENT_PID_VARIABLE, security.LAUNCHER_KEY_HASH):
         monkeypatch.setenv(name, "1")
     assert yaml.safe_load(dump(["status"], capsys))["json"] is False
 
