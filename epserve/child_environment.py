@@ -18,6 +18,7 @@ def child_environment(place: Place, parallel: ParallelConfig) -> Mapping[str, st
     user has set already stays.
     """
     wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false"}
+    wanted["GRPC_VERBOSITY"] = "ERROR"  # what it says of lost connections is logged by us
     if place.role is not Role.GATEWAY:
         tier = parallel.attn_devices if place.role is Role.ATTN else parallel.expert_devices
         cores = sorted(os.sched_getaffinity(0))
