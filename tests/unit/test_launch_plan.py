@@ -150,6 +150,8 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
     (_, attn, _) = make_plan(settings()).children()
     assert not {"OMP_NUM_THREADS", "OMP_PLACES"} & attn.environment.keys()
     assert attn.environment["UCX_MM_ERROR_HANDLING"] == "y"
+    monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
+    assert "GRPC_VERBOSITY" not in make_plan(settings()).children()[0].environment
 
 
 @pytest.mark.parametrize(
