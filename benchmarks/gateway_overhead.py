@@ -24,7 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests"))
 
-from epserve.client import EpserveClient, Sampling  # noqa: E402
+from epserve.client import EpserveClient  # noqa: E402
+from epserve.generate_messages import Sampling  # noqa: E402
 from epserve.local_cluster import wait_ready  # noqa: E402
 from gateway.attention_pool import AttentionPool  # noqa: E402
 from gateway.groups import Group  # noqa: E402

@@ -23,8 +23,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from decode_rate import DecodeRate, random_prompts
-from epserve.client import EpserveClient, Sampling
-from epserve.launch_plan import ClusterSettings, make_plan
+from epserve.client import EpserveClient
+from epserve.cluster_settings import ClusterSettings
+from epserve.generate_messages import Sampling
+from epserve.launch_plan import make_plan
 from epserve.local_cluster import running_cluster
 from moe_core.cluster import EngineMetrics, Role
 

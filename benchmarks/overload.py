@@ -21,8 +21,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from epserve.client import EpserveClient, Sampling, Target
-from epserve.launch_plan import ClusterSettings, make_plan
+from epserve.client import EpserveClient
+from epserve.cluster_settings import ClusterSettings
+from epserve.gateway_connection import Target
+from epserve.generate_messages import Sampling
+from epserve.launch_plan import make_plan
 from epserve.local_cluster import running_cluster
 from gateway.api_keys import hash_of, new_key
 from moe_core.errors import TooManyRequestsError

@@ -27,7 +27,8 @@ from functools import partial
 from pathlib import Path
 
 from child import Child
-from epserve.launch_plan import ClusterSettings, make_plan
+from epserve.cluster_settings import ClusterSettings
+from epserve.launch_plan import make_plan
 from epserve.local_cluster import running_cluster
 from two_tiers import NUM_TOKENS, PROMPT_TOKENS, decode_two_tiers
 

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from child import Child
 from decode_rate import DecodeRate, random_prompts
-from epserve.client import EpserveClient, Sampling
-from epserve.launch_plan import ClusterSettings, make_plan
+from epserve.client import EpserveClient
+from epserve.cluster_settings import ClusterSettings
+from epserve.generate_messages import Sampling
+from epserve.launch_plan import make_plan
 from epserve.local_cluster import running_cluster
 
 PROMPT_TOKENS, NUM_TOKENS = 128, 64

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc.aio
 
-from epserve.client import GatewayConnection, Target
+from epserve.gateway_connection import GatewayConnection, Target
 from moe_core.cluster import Role, TierSizes
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
 from moe_core.pb.epserve.v1 import admin_pb2_grpc
@@ -32,9 +32,20 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """load_before, load_after: of the most loaded EP group over the mean."""
+
+    layer_id: int
+    experts_moved: int
+    load_before: float
+    load_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rebalanced:
     """load_before, load_after: of the most loaded EP group over the mean, in the mean of all
-    layers. `reason` says why nothing was changed, and is empty where something was."""
+    layers. `reason` says why nothing was changed, and is empty where something was. `layers` are
+    those that change, the one that gains most first."""
 
     layers_changed: int
     experts_moved: int
@@ -42,6 +53,7 @@ class Rebalanced:
     load_after: float
     placement_epoch: int
     reason: str
+    layers: tuple[LayerLoad, ...] = ()
 
 
 class AdminClient(GatewayConnection):
@@ -81,6 +93,10 @@ class AdminClient(GatewayConnection):
             answer.load_after,
             answer.placement_epoch,
             answer.reason,
+            tuple(
+                LayerLoad(each.layer_id, each.experts_moved, each.load_before, each.load_after)
+                for each in answer.layers
+            ),
         )
 
     async def drain(self, role: Role, rank: int) -> None:

@@ -14,8 +14,8 @@ import typer
 
 from epserve import admin_commands, process_commands, security_commands, trial_commands
 from epserve import generate_options as g
-from epserve import options as o
 from epserve.from_options import parallel_from, settings_from
+from epserve.options import common, layout, models, network, security, serving
 from epserve.parent_death import die_with_parent
 from epserve.settings_command import SettingsCommand
 from moe_core.config.expert_wait import DEFAULT_EXPERT_WAIT_S
@@ -33,12 +33,12 @@ app = typer.Typer(
 
 
 @app.callback()
-def _all_commands(debug: o.DebugOption = False) -> None:
+def _all_commands(debug: common.DebugOption = False) -> None:
     """Serves Mixture-of-Experts models with attention and experts on two independent tiers."""
 
 
 @app.command(cls=SettingsCommand)
-def demo(debug: o.DebugOption = False) -> None:
+def demo(debug: common.DebugOption = False) -> None:
     """Run a small bundled model here; shows what happens."""
     from epserve.demo import demo as run_demo
 
@@ -48,50 +48,50 @@ def demo(debug: o.DebugOption = False) -> None:
 @app.command(cls=SettingsCommand)
 def serve(
     context: typer.Context,
-    model: o.ModelOption,
-    attn_devices: o.AttnDevicesOption = 1,
-    dp_size: o.DpSizeOption = 1,
-    expert_devices: o.ExpertDevicesOption = 1,
-    ep_size: o.EpSizeOption = 1,
-    expert_parallel_degree: o.DegreeOption = None,
-    enable_mla: o.EnableMlaOption = None,
-    num_redundant_experts: o.RedundantOption = 0,
-    shared_experts: o.SharedExpertsOption = "attention",
-    colocated: o.ColocatedOption = False,
-    transport: o.TransportOption = "auto",
-    device: o.DeviceKindOption = "auto",
-    dtype: o.DtypeOption = "auto",
-    host: o.HostOption = "127.0.0.1",
-    port: o.HttpPortOption = o.DEFAULT_HTTP_PORT,
-    grpc_port: o.GrpcPortOption = o.DEFAULT_GRPC_PORT,
-    cluster_port: o.ClusterPortOption = o.DEFAULT_CLUSTER_PORT,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    tls_ca: o.TlsCaOption = None,
-    insecure: o.InsecureOption = False,
-    api_keys: o.ApiKeysOption = None,
-    kv_cache_tokens: o.KvCacheTokensOption = None,
-    kv_cache_memory: o.KvCacheMemoryOption = None,
-    memory_utilization: o.MemoryUtilizationOption = None,
-    max_num_seqs: o.MaxNumSeqsOption = o.DEFAULT_MAX_NUM_SEQS,
-    block_size: o.BlockSizeOption = o.DEFAULT_BLOCK_SIZE,
-    microbatches: o.MicrobatchesOption = "auto",
-    expert_wait: o.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
-    hedge_after: o.HedgeAfterOption = None,
-    spare_expert_slots: o.SpareExpertSlotsOption = None,
-    max_queued_requests: o.MaxQueuedRequestsOption = o.DEFAULT_MAX_QUEUED_REQUESTS,
-    rebalance_interval: o.RebalanceIntervalOption = 0.0,
-    attn_wait: o.AttnWaitOption = o.DEFAULT_ATTN_WAIT_S,
-    orphan_grace: o.OrphanGraceOption = o.DEFAULT_ORPHAN_GRACE_S,
-    drain_timeout: o.DrainTimeoutOption = o.DEFAULT_DRAIN_TIMEOUT,
-    otlp_traces_endpoint: o.TracesOption = None,
-    log_json: o.LogJsonOption = False,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    model: models.ModelOption,
+    attn_devices: layout.AttnDevicesOption = 1,
+    dp_size: layout.DpSizeOption = 1,
+    expert_devices: layout.ExpertDevicesOption = 1,
+    ep_size: layout.EpSizeOption = 1,
+    expert_parallel_degree: layout.DegreeOption = None,
+    enable_mla: layout.EnableMlaOption = None,
+    num_redundant_experts: layout.RedundantOption = 0,
+    shared_experts: layout.SharedExpertsOption = "attention",
+    colocated: layout.ColocatedOption = False,
+    transport: network.TransportOption = "auto",
+    device: models.DeviceKindOption = "auto",
+    dtype: models.DtypeOption = "auto",
+    host: network.HostOption = "127.0.0.1",
+    port: network.HttpPortOption = network.DEFAULT_HTTP_PORT,
+    grpc_port: network.GrpcPortOption = network.DEFAULT_GRPC_PORT,
+    cluster_port: network.ClusterPortOption = network.DEFAULT_CLUSTER_PORT,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    tls_ca: security.TlsCaOption = None,
+    insecure: security.InsecureOption = False,
+    api_keys: security.ApiKeysOption = None,
+    kv_cache_tokens: serving.KvCacheTokensOption = None,
+    kv_cache_memory: serving.KvCacheMemoryOption = None,
+    memory_utilization: serving.MemoryUtilizationOption = None,
+    max_num_seqs: serving.MaxNumSeqsOption = serving.DEFAULT_MAX_NUM_SEQS,
+    block_size: serving.BlockSizeOption = serving.DEFAULT_BLOCK_SIZE,
+    microbatches: serving.MicrobatchesOption = "auto",
+    expert_wait: serving.ExpertWaitOption = DEFAULT_EXPERT_WAIT_S,
+    hedge_after: serving.HedgeAfterOption = None,
+    spare_expert_slots: layout.SpareExpertSlotsOption = None,
+    max_queued_requests: serving.MaxQueuedRequestsOption = serving.DEFAULT_MAX_QUEUED_REQUESTS,
+    rebalance_interval: layout.RebalanceIntervalOption = 0.0,
+    attn_wait: serving.AttnWaitOption = serving.DEFAULT_ATTN_WAIT_S,
+    orphan_grace: serving.OrphanGraceOption = serving.DEFAULT_ORPHAN_GRACE_S,
+    drain_timeout: serving.DrainTimeoutOption = serving.DEFAULT_DRAIN_TIMEOUT,
+    otlp_traces_endpoint: common.TracesOption = None,
+    log_json: common.LogJsonOption = False,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Serve a model, all processes on this machine."""
-    from epserve.launch_plan import ClusterSettings
+    from epserve.cluster_settings import ClusterSettings
     from epserve.serve import serve as run_serve
 
     run_serve(
@@ -102,7 +102,7 @@ def serve(
             parallel=parallel_from(context),
             http_port=port,
             drain_timeout_s=drain_timeout,
-            tls=o.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
+            tls=security.absolute(TlsFiles.of_process(tls_cert, tls_key, tls_ca)),
             api_keys=api_keys and api_keys.absolute(),
             expert_wait_s=expert_wait,
             hedge_after_s=hedge_after,
@@ -116,7 +116,7 @@ for process_command in (process_commands.gateway, process_commands.attn, process
 
 @app.command(cls=SettingsCommand)
 def generate(
-    target: o.TargetOption = o.DEFAULT_TARGET,
+    target: network.TargetOption = network.DEFAULT_TARGET,
     prompt: g.PromptOption = None,
     prompt_ids: g.PromptIdsOption = None,
     max_tokens: g.MaxTokensOption = None,
@@ -136,18 +136,19 @@ def generate(
     logit_bias: g.LogitBiasOption = None,
     min_tokens: g.MinTokensOption = None,
     n: g.NumChoicesOption = None,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
-    json: o.JsonOption = False,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
+    json: common.JsonOption = False,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Generate completions of a prompt, printed as they come."""
-    from epserve.client import Sampling, Target
+    from epserve.gateway_connection import Target
     from epserve.generate import generate as run_generate
+    from epserve.generate_messages import Sampling
 
     if (prompt is None) == (prompt_ids is None):
         raise ConfigError("prompt", prompt, "give exactly one of --prompt and --prompt-ids")
@@ -182,18 +183,18 @@ def generate(
 
 @app.command(cls=SettingsCommand)
 def status(
-    target: o.TargetOption = o.DEFAULT_TARGET,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
-    json: o.JsonOption = False,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    target: network.TargetOption = network.DEFAULT_TARGET,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
+    json: common.JsonOption = False,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Show a cluster's processes and links."""
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
     from epserve.status import status as run_status
 
     gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
@@ -202,18 +203,18 @@ def status(
 
 @app.command(cls=SettingsCommand)
 def top(
-    target: o.TargetOption = o.DEFAULT_TARGET,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
+    target: network.TargetOption = network.DEFAULT_TARGET,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Watch a cluster: load, rates and hot experts, once a second."""
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
     from epserve.top import top as run_top
 
     gateway = Target.of_options(target, tls_ca, tls_cert, tls_key, api_key)
@@ -227,7 +228,7 @@ app.add_typer(trial_commands.bench)
 @app.command(cls=SettingsCommand)
 def manifest(
     directory: Annotated[Path, typer.Argument(help="Model directory.")],
-    debug: o.DebugOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Write the digests of a checkpoint's files."""
     from moe_core.checkpoint.manifest import write_manifest
@@ -252,7 +253,7 @@ def main() -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """One command, its errors printed as one line on stderr."""
-    state = o.CliState()
+    state = common.CliState()
     try:
         command = typer.main.get_command(app)
         result = command.main(
@@ -274,7 +275,7 @@ def run(arguments: Sequence[str]) -> int:
     return result if isinstance(result, int) else EXIT_OK
 
 
-def _complain(message: str, status: int, error: BaseException, state: o.CliState) -> int:
+def _complain(message: str, status: int, error: BaseException, state: common.CliState) -> int:
     if state.debug:
         traceback.print_exception(error)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))

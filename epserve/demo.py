@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.cluster_settings import ClusterSettings
 from epserve.demo_report import (
     BYTES_PER_VALUE,
     LevelResult,
@@ -23,7 +24,8 @@ from epserve.demo_report import (
     kv_bytes_per_token,
     links_between,
 )
-from epserve.launch_plan import ClusterSettings, LaunchPlan, make_plan
+from epserve.generate_messages import Sampling
+from epserve.launch_plan import LaunchPlan, make_plan
 from epserve.layout import LEVELS, layout_table
 from epserve.local_cluster import LocalCluster, running_cluster
 from epserve.status import links

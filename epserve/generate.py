@@ -9,7 +9,9 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from epserve.client import EpserveClient, Output, Sampling, Target, TokenLogprobs, Usage
+from epserve.client import EpserveClient
+from epserve.gateway_connection import Target
+from epserve.generate_messages import Output, Sampling, TokenLogprobs, Usage
 from epserve.stop_signals import run_until_signalled
 
 

@@ -17,10 +17,10 @@ from epserve.upkeep import Note, Upkeep
 from moe_core.cluster import ClusterState, Member, MemberState, Role, TierSizes
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
+from moe_core.listing import listed
 
 READY_TIMEOUT_S = 3600.0  # the largest checkpoints take tens of minutes from slow disks
 POLL_S = 0.1
-_MOST_NAMED = 6
 _Result = TypeVar("_Result")
 Progress = Callable[[str], None]
 
@@ -104,18 +104,16 @@ async def _state_or_none(client: EpserveClient) -> ClusterState | None:
 
 
 def _not_ready(state: ClusterState | None, parallel: ParallelConfig) -> str:
-    """Who is not ready, in words; empty when everybody is."""
+    """Who is not ready, in words; empty when everybody is. The gateway is the last to be ready, so
+    it is named where it is the only one."""
     if state is None:
         return "gateway starting"
     found = {(member.role, member.rank): member for member in state.members}
-    wanted = [(Role.GATEWAY, 0)]
-    wanted += [(Role.EXPERT, rank) for rank in range(parallel.expert_devices)]
+    wanted = [(Role.EXPERT, rank) for rank in range(parallel.expert_devices)]
     wanted += [(Role.ATTN, rank) for rank in range(parallel.attn_devices)]
     words = (_unready_words(role, rank, found.get((role, rank))) for role, rank in wanted)
     missing = list(filter(None, words))
-    if len(missing) > _MOST_NAMED:
-        missing[_MOST_NAMED:] = [f"{len(missing) - _MOST_NAMED} more"]
-    return ", ".join(missing)
+    return listed(missing) or _unready_words(Role.GATEWAY, 0, found.get((Role.GATEWAY, 0)))
 
 
 def _unready_words(role: Role, rank: int, member: Member | None) -> str:

@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import cycle
 
-from epserve.client import EpserveClient, Output, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Output, Sampling
 from moe_core.errors import UnavailableError
 
 RETRY_S = 0.1

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from epserve import options as o
+from epserve.options import common
 from epserve.settings_command import SettingsCommand
 
 DEFAULT_DAYS = 365
@@ -30,7 +30,7 @@ def certs(
             f"{', '.join(DEFAULT_HOSTS)} are always named."
         ),
     ] = None,
-    debug: o.DebugOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Make a CA and a certificate for each role of a cluster."""
     from epserve.certs import LEAVES, make_certificates
@@ -53,7 +53,7 @@ def _split(values: list[str]) -> list[str]:
 
 
 @keys.callback()
-def _keys(debug: o.DebugOption = False) -> None:
+def _keys(debug: common.DebugOption = False) -> None:
     """API keys of the gateway's clients."""
 
 
@@ -66,7 +66,7 @@ def new(
     admin: Annotated[
         bool, typer.Option("--admin", help="It may also scale, rebalance and drain the cluster.")
     ] = False,
-    debug: o.DebugOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Make a key; it is printed once and kept nowhere."""
     from epserve.key_file import append_entry, check_entry, entry_text

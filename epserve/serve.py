@@ -10,7 +10,8 @@ import shlex
 from rich.console import Console
 from rich.markup import escape
 
-from epserve.launch_plan import ClusterSettings, LaunchPlan, make_plan
+from epserve.cluster_settings import ClusterSettings
+from epserve.launch_plan import LaunchPlan, make_plan
 from epserve.layout import describe, layout_table
 from epserve.local_cluster import running_cluster
 from epserve.stop_signals import run_until_signalled

@@ -2,8 +2,8 @@
 
 Knows commands, environments, exit statuses and output lines; knows nothing of tiers, ports or
 models, nor whether a child that has ended is to be started again. Two invariants: when the context
-is left no child is alive, and a child's end before that is told: its name, exit status and last
-lines.
+is left no child is alive, and a child's end before that is told: its name, exit status, and what of
+its last lines says why.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from epserve.environment import without_settings
+from epserve.last_words import telling
 from epserve.parent_death import PARENT_PID_VARIABLE
 from moe_core.errors import EpserveError
 
@@ -25,6 +26,7 @@ _TAIL_LINES = 20
 _QUOTED_LINES = 3
 _MAX_LINE_BYTES = 16_384
 _GRACE_AFTER_FAILURE_S = 5.0
+_END_GRACE_S = 5.0
 _Result = TypeVar("_Result")
 
 LineSink = Callable[[str, str], None]
@@ -32,7 +34,7 @@ LineSink = Callable[[str, str], None]
 
 
 class ProcessEndedError(EpserveError):
-    """A process that should be running is not: names it, its exit status and its last lines."""
+    """A process that should be running is not: names it, its exit status and its last words."""
 
     code = "UNAVAILABLE"
 
@@ -155,6 +157,15 @@ class Supervisor:
         """A child that has ended is no longer one: its name is free."""
         self._children = [child for child in self._children if child.process.pid != end.pid]
 
+    def end(self, name: str) -> None:
+        """Ask a child to end, and kill it if it has not within seconds; `next_end` tells of it as
+        of any other."""
+        loop = asyncio.get_running_loop()
+        for child in self._children:
+            if child.spec.name == name:
+                self._signal([child], signal.SIGTERM)
+                loop.call_later(_END_GRACE_S, self._signal, [child], signal.SIGKILL)
+
     def kill(self) -> None:
         """End every child now."""
         self._signal(self._children, signal.SIGKILL)
@@ -216,7 +227,7 @@ class Supervisor:
             self._sink(name, text)
 
     def _ended(self, child: _Child) -> ProcessEndedError:
-        last = list(child.tail)[-_QUOTED_LINES:]
+        last = telling(child.tail)[-_QUOTED_LINES:]
         return ProcessEndedError(
             child.spec.name, child.process.pid, child.watcher.result().status, last
         )

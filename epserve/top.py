@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from epserve.client import EpserveClient, Target
+from epserve.client import EpserveClient
+from epserve.gateway_connection import Target
 from epserve.rates import ClusterRates
 from epserve.stop_signals import run_until_signalled
 from epserve.top_frame import frame

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from epserve.layout import describe_sizes
 from epserve.rates import ClusterRates
-from epserve.status import links, members_table
+from epserve.status import details, links, members_table
 from moe_core.cluster import ClusterState, Member, Role
 
 MAX_MEMBERS = 12  # more are counted, and only those that are not ready are named
@@ -38,6 +38,7 @@ def frame(target: str, state: ClusterState, rates: ClusterRates) -> RenderableTy
 def _members(state: ClusterState) -> Iterator[RenderableType]:
     if len(state.members) <= MAX_MEMBERS:
         yield members_table(state)
+        yield from details(state)
     else:
         yield Text("; ".join(_counted(state, role) for role in (Role.ATTN, Role.EXPERT)))
     missing = [*state.missing(Role.ATTN), *state.missing(Role.EXPERT)]

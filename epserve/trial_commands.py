@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from epserve import options as o
+from epserve.options import common, network, security
 from epserve.settings_command import SettingsCommand
 from moe_core.errors import ConfigError
 
@@ -60,7 +60,7 @@ bench = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
 
 
 def chaos(
-    target: o.TargetOption = o.DEFAULT_TARGET,
+    target: network.TargetOption = network.DEFAULT_TARGET,
     duration: DurationOption = 60.0,
     faults: FaultsOption = ALL_FAULTS,
     roles: RolesOption = WORKERS,
@@ -70,21 +70,21 @@ def chaos(
     concurrency: ConcurrencyOption = 16,
     max_tokens: ChaosMaxTokensOption = 64,
     deadline: DeadlineOption = 60.0,
-    tls_ca: o.TlsCaOption = None,
-    tls_cert: o.TlsCertOption = None,
-    tls_key: o.TlsKeyOption = None,
-    api_key: o.ApiKeyOption = None,
-    json: o.JsonOption = False,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    tls_ca: security.TlsCaOption = None,
+    tls_cert: security.TlsCertOption = None,
+    tls_key: security.TlsKeyOption = None,
+    api_key: security.ApiKeyOption = None,
+    json: common.JsonOption = False,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Kill and freeze processes under load; check tokens."""
     from epserve.chaos.faults import Fault
     from epserve.chaos.nemesis import NemesisSettings
     from epserve.chaos.run import ChaosSettings
     from epserve.chaos.run import chaos as run_chaos
-    from epserve.client import Target
+    from epserve.gateway_connection import Target
     from moe_core.cluster import Role
 
     nemesis = NemesisSettings(
@@ -96,7 +96,7 @@ def chaos(
 
 
 @bench.callback()
-def _bench(debug: o.DebugOption = False) -> None:
+def _bench(debug: common.DebugOption = False) -> None:
     """Benchmarks that start clusters of their own on this machine."""
 
 
@@ -105,10 +105,10 @@ def faults(
     model: BenchModelOption = None,
     rows: RowsOption = None,
     rounds: RoundsOption = 3,
-    json: o.JsonOption = False,
-    config: o.ConfigOption = None,
-    dump_config: o.DumpConfigOption = False,
-    debug: o.DebugOption = False,
+    json: common.JsonOption = False,
+    config: common.ConfigOption = None,
+    dump_config: common.DumpConfigOption = False,
+    debug: common.DebugOption = False,
 ) -> None:
     """Measure what faults cost, and compare it with the goals."""
     from importlib.resources import as_file, files

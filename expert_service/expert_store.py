@@ -8,7 +8,7 @@ is the one after the last. Copies of one expert are on different EP groups, so n
 
 from collections.abc import Iterable, Mapping
 
-from moe_core.model.linear import Matrix
+from moe_core.model.matrix_forms import Matrix
 from moe_core.model.weights import ExpertLayerWeights, ExpertWeights, MlpWeights
 
 

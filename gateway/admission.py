@@ -187,8 +187,9 @@ def require_short_text(field: str, text: str, max_model_len: int, longest_token:
     most = max_model_len * longest_token
     if len(text) > most:
         raise RequestError(
-            f"{field}: {len(text)} characters; max_position_embeddings={max_model_len} tokens of "
-            f"at most {longest_token} characters take {most}"
+            f"{field}: has {len(text)} characters; the model takes at most {max_model_len} tokens "
+            f"(max_position_embeddings), and as none has more than {longest_token} characters, no "
+            f"text of more than {most} can fit"
         )
 
 

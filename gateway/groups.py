@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from moe_core.cluster import AttentionLoad, ClusterState, Member, MemberState, Role
 from moe_core.errors import UnavailableError
+from moe_core.listing import listed
 
 GroupKey: TypeAlias = tuple[int, int]
 """dp_rank and the leader's instance_epoch: a group that forms again is another."""
@@ -82,7 +83,11 @@ def require_groups(state: ClusterState) -> tuple[Group, ...]:
     """The usable groups. Raises UnavailableError naming what is missing when there is none."""
     groups = usable_groups(state)
     if not groups:
-        raise UnavailableError(f"no attention group can take a request: {why_unusable(state)}")
+        raise UnavailableError(
+            f"no attention group can take a request: {why_unusable(state)}. The cluster is still "
+            "starting, or has lost processes; try again once `epserve status` shows the gateway "
+            "ready"
+        )
     return groups
 
 
@@ -90,4 +95,4 @@ def why_unusable(state: ClusterState) -> str:
     """What keeps attention groups from taking requests, member by member."""
     missing = [*state.missing(Role.ATTN), *state.missing(Role.EXPERT)]
     leaving = [f"attn {each.rank}: leaving" for each in state.tier(Role.ATTN) if each.leaving]
-    return "; ".join([*missing, *leaving]) or "no load has been reported yet"
+    return listed([*missing, *leaving], "; ") or "no load has been reported yet"

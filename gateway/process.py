@@ -23,7 +23,7 @@ from gateway.cluster_servicer import ClusterServicer
 from gateway.election import Election
 from gateway.etcd_store import EtcdStore
 from gateway.generation import Generator
-from gateway.groups import usable_groups
+from gateway.groups import usable_groups, why_unusable
 from gateway.http.app import make_app
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.host import HttpHost
@@ -179,11 +179,16 @@ class GatewayService:
             been_complete = been_complete or _complete(state)
             self._pool.reconcile(state)
             self._generator.reconcile()
-            if not self._draining and ready != (been_complete and _able(state)):
+            if self._draining:
+                continue
+            if ready != (been_complete and _able(state)):
                 ready = not ready
                 self._host.set_ready(ready)
                 log.info("ready" if ready else "not ready", missing=_missing(state))
-                registry.set_gateway(MemberState.READY if ready else MemberState.CONNECTING)
+            if ready:
+                registry.set_gateway(MemberState.READY)
+            else:
+                registry.set_gateway(MemberState.CONNECTING, why_unusable(state))
 
     async def _count_tasks(self) -> None:
         """As often as workers do."""

@@ -43,9 +43,20 @@ class LayerChange:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """load_before, load_after: of the most loaded EP group over the mean."""
+
+    layer_id: int
+    experts_moved: int
+    load_before: float
+    load_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Rebalanced:
     """What was, or would be, changed. Loads are means over all MoE layers. `reason` says why
-    nothing was, and is empty where something was."""
+    nothing was, and is empty where something was. `layers` are those that change, the one that
+    gains most first."""
 
     layers_changed: int
     experts_moved: int
@@ -53,6 +64,7 @@ class Rebalanced:
     load_after: float
     placement_epoch: int
     reason: str = ""
+    layers: tuple[LayerLoad, ...] = ()
 
 
 def check_rebalance_interval(seconds: float) -> None:
@@ -156,14 +168,22 @@ def _summary(
 ) -> Rebalanced:
     taken = {each.layer_id for each in wanted}
     after = [each.load_after if each.layer_id in taken else each.load_before for each in changes]
-    reason = "" if wanted else f"no layer gains {MIN_GAIN:g} of the mean load"
+    before = sum(each.load_before for each in changes) / len(changes)
+    reason = (
+        f"no layer gains {MIN_GAIN:g} of the mean load, of which the most loaded EP group has "
+        f"{before:.2f} in the mean of layers"
+    )
     return Rebalanced(
         layers_changed=len(wanted),
         experts_moved=sum(each.num_moved for each in wanted),
-        load_before=sum(each.load_before for each in changes) / len(changes),
+        load_before=before,
         load_after=sum(after) / len(changes),
         placement_epoch=epoch,
-        reason=reason,
+        reason="" if wanted else reason,
+        layers=tuple(
+            LayerLoad(each.layer_id, each.num_moved, each.load_before, each.load_after)
+            for each in wanted
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from moe_core.config.model import ModelConfig
 from moe_core.config.parallel import ParallelConfig
 from moe_core.eplb import resized
 from moe_core.errors import ConfigError
+from moe_core.listing import MOST_NAMED, listed
 from moe_core.placement import LayerPlacement
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,8 @@ class Scaling:
         self, attn_devices: int | None, expert_devices: int | None
     ) -> AsyncGenerator[str, None]:
         """Says in words what is waited for, and ends when the tiers have so many processes; None
-        leaves a tier as it is. The expert tier changes first.
+        leaves a tier as it is. The expert tier changes first. A tier that has the size already is
+        to have all its processes again.
 
         Raises ConfigError for a size that cannot be, UnavailableError when another change is under
         way or this one fails: then the tier that it failed on is as it was.
@@ -52,17 +54,45 @@ class Scaling:
         what = f"scaling to attn_devices={new.attn_devices}, expert_devices={new.expert_devices}"
         with self._leader.turn(what):
             between = old.resized(self._model, expert_devices=new.expert_devices)
-            for role, before, after in ((Role.EXPERT, old, between), (Role.ATTN, between, new)):
-                async with aclosing(self._resize(role, before, after)) as phases:
-                    async for phase in phases:
-                        yield phase
+            steps = ((Role.EXPERT, expert_devices, between), (Role.ATTN, attn_devices, new))
+            before = old
+            for role, asked, after in steps:
+                if asked is not None:
+                    async with aclosing(self._resize(role, before, after)) as phases:
+                        async for phase in phases:
+                            yield phase
+                before = after
 
     def _resize(
         self, role: Role, before: ParallelConfig, after: ParallelConfig
     ) -> AsyncGenerator[str, None]:
         if _size(before, role) < _size(after, role):
             return self._grow(role, before, after)
-        return self._shrink(role, before, after)
+        if _size(before, role) > _size(after, role):
+            return self._shrink(role, before, after)
+        return self._fill(role, after)
+
+    async def _fill(self, role: Role, parallel: ParallelConfig) -> AsyncGenerator[str, None]:
+        """Ask for the ranks again that the tier is to have and that have left, as by a drain."""
+        ranks = range(_size(parallel, role))
+        if leaving := [m.rank for m in self._registry.state.tier(role) if m.leaving]:
+            yield f"waiting for {role} {_ranks(leaving)} to leave"
+            await self._registry.versions.until_none(
+                partial(_still_here, role, leaving), LEAVE_TIMEOUT_S
+            )
+        there = {m.rank for m in self._registry.state.tier(role)}
+        missing = [rank for rank in ranks if rank not in there]
+        if not missing:
+            return
+        sizes = TierSizes(parallel.attn_devices, parallel.expert_devices)
+        self._registry.set_sizes(parallel, sizes)
+        try:
+            yield f"waiting for {role} {_ranks(missing)} to come"
+            await self._registry.versions.until_none(
+                partial(_not_ready, role, missing), ARRIVAL_TIMEOUT_S
+            )
+        finally:
+            self._registry.set_sizes(parallel, None)
 
     async def _grow(
         self, role: Role, before: ParallelConfig, after: ParallelConfig
@@ -88,8 +118,6 @@ class Scaling:
         self, role: Role, before: ParallelConfig, after: ParallelConfig
     ) -> AsyncGenerator[str, None]:
         going = range(_size(after, role), _size(before, role))
-        if not going:
-            return
         if role is Role.EXPERT:
             yield f"loading the experts of {role} {_ranks(going)} elsewhere"
             await self._place(after)
@@ -123,12 +151,12 @@ class Scaling:
         await self._leader.change(layers, parallel, timeout_s=ARRIVAL_TIMEOUT_S)
 
 
-def _not_ready(role: Role, ranks: range, state: ClusterState) -> list[str]:
+def _not_ready(role: Role, ranks: Sequence[int], state: ClusterState) -> list[str]:
     ready = {m.rank for m in state.tier(role) if m.state is MemberState.READY}
     return [f"{role} {rank} is not ready" for rank in ranks if rank not in ready]
 
 
-def _still_here(role: Role, ranks: range, state: ClusterState) -> list[str]:
+def _still_here(role: Role, ranks: Sequence[int], state: ClusterState) -> list[str]:
     return [f"{role} {m.rank} is {m.state}" for m in state.tier(role) if m.rank in ranks]
 
 
@@ -136,5 +164,7 @@ def _size(parallel: ParallelConfig, role: Role) -> int:
     return parallel.attn_devices if role is Role.ATTN else parallel.expert_devices
 
 
-def _ranks(ranks: range) -> str:
-    return ", ".join(map(str, ranks))
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) > MOST_NAMED and isinstance(ranks, range):
+        return f"{ranks[0]} to {ranks[-1]}"
+    return listed([str(rank) for rank in ranks])

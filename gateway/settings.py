@@ -20,7 +20,7 @@ from moe_core.service.addresses import (
     join_address,
     split_address,
 )
-from moe_core.service.binding import require_safe_bind
+from moe_core.service.binding import require_own_ports, require_safe_bind
 from moe_core.service.tls_files import TlsFiles
 from moe_core.service.trace_option import check_traces_endpoint
 
@@ -82,6 +82,8 @@ class GatewaySettings:
         parse_registry(self.registry, self.insecure)
         check_rebalance_interval(self.rebalance_interval)
         require_safe_bind("host", self.host, self.tls, self.insecure)
+        clusters = {} if self.tls is None else {"cluster_port": self.cluster_port}
+        require_own_ports({"port": self.http_port, "grpc_port": self.port, **clusters})
         check_traces_endpoint(self.otlp_traces_endpoint)
         if not 0 <= self.attn_wait_s < math.inf:
             rule = "must be a number of seconds of at least 0"

@@ -16,9 +16,16 @@ class EpserveError(Exception):
 
     code = "INTERNAL"
 
+    @property
+    def field(self) -> str | None:
+        """The field that the message begins with, as in logit_bias[5] or messages[0].content."""
+        found = _FIELD.match(str(self))
+        return None if found is None else found.group()
+
 
 class ConfigError(EpserveError):
-    """A setting that cannot be used: names setting, value, rule and the nearest valid values."""
+    """A setting that cannot be used: names setting, value (None: it was not given), rule and the
+    nearest valid values."""
 
     code = "INVALID_ARGUMENT"
 
@@ -29,7 +36,7 @@ class ConfigError(EpserveError):
         self.value = value
         self.rule = rule
         self.nearest = tuple(nearest)
-        message = f"{setting}={value!r}: {rule}"
+        message = f"{setting}: {rule}" if value is None else f"{setting}={value!r}: {rule}"
         if self.nearest:
             message += f"; nearest valid: {', '.join(map(str, self.nearest))}"
         super().__init__(message)
@@ -49,15 +56,9 @@ class RequestError(EpserveError):
 
     code = "INVALID_ARGUMENT"
 
-    @property
-    def field(self) -> str | None:
-        """The field that the message begins with, as in logit_bias[5] or messages[0].content."""
-        found = _FIELD.match(str(self))
-        return None if found is None else found.group()
-
 
 class NotFoundError(EpserveError):
-    """A name that nothing here answers to."""
+    """A name that nothing here answers to; where a field holds it, the message begins with that."""
 
     code = "NOT_FOUND"
 

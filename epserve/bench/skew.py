@@ -14,7 +14,7 @@ from epserve.bench.layouts import num_experts
 from epserve.bench.row import BenchSettings, Measured, Row
 from epserve.bench.served import ServedCluster, command, served
 from epserve.chaos.load import all_of
-from epserve.client import Sampling
+from epserve.generate_messages import Sampling
 from moe_core import eplb
 from moe_core.cluster import ExpertLoad
 from moe_core.errors import UnavailableError

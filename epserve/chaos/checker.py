@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from epserve.client import Output, Usage
+from epserve.generate_messages import Output, Usage
 
 
 class Outcome(StrEnum):

@@ -17,7 +17,7 @@ from typing import Protocol
 from epserve.chaos.checker import Completion, Gathered, Outcome, StreamChecker, Verdict
 from epserve.chaos.requests import ChaosRequest
 from epserve.chaos.timeline import Timeline
-from epserve.client import Output, Sampling
+from epserve.generate_messages import Output, Sampling
 from moe_core.errors import EpserveError, UnavailableError
 
 AFTER_ERROR_S = 0.2  # what fails at once must not be asked again at once

@@ -6,7 +6,8 @@ Knows what the gateway accepts. Sends nothing.
 import random
 from dataclasses import dataclass
 
-from epserve.client import Model, Sampling
+from epserve.client import Model
+from epserve.generate_messages import Sampling
 from moe_core.errors import ConfigError
 
 LONGEST_PROMPT = 128

@@ -18,7 +18,8 @@ from epserve.chaos.processes import require_local
 from epserve.chaos.recovery import Recovery
 from epserve.chaos.report import ChaosReport
 from epserve.chaos.requests import draw_requests
-from epserve.client import EpserveClient, Target
+from epserve.client import EpserveClient
+from epserve.gateway_connection import Target
 from epserve.resuming import ResumingClient
 from epserve.stop_signals import run_until_signalled
 from moe_core.cluster import Role

@@ -83,13 +83,14 @@ async def chat_completions(request: Request) -> Answer:
 
 def conversation_prompt(context: HttpContext, body: ConversationBody) -> Prompt:
     """Slow for long conversations. Raises RequestError."""
+    messages = read_messages(body.messages)
     if context.chat_template is None:
         raise RequestError(
             f"messages: model {context.model.name!r} has no chat template "
             "(chat_template.jinja or tokenizer_config.json); use /v1/completions"
         )
     text = context.chat_template.render(
-        read_messages(body.messages),
+        messages,
         add_generation_prompt=body.add_generation_prompt is not False,
         variables=body.chat_template_kwargs,
     )

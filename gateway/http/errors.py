@@ -13,7 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from moe_core.errors import AuthenticationError, EpserveError, RequestError, TooManyRequestsError
+from moe_core.errors import (
+    AuthenticationError,
+    EpserveError,
+    NotFoundError,
+    RequestError,
+    TooManyRequestsError,
+)
 
 # By the error's code: HTTP status, OpenAI's type and code.
 STATUSES = {
@@ -52,7 +58,7 @@ def error_response(error: EpserveError) -> Response:
 
 def error_body(error: EpserveError) -> dict[str, object]:
     _, kind, code = _kind(error)
-    field = error.field if isinstance(error, RequestError) else None
+    field = error.field if isinstance(error, RequestError | NotFoundError) else None
     return _body(str(error), kind, field, code)
 
 

@@ -52,7 +52,10 @@ def encode(field: str, text: str, model: ServedModel, *, add_special_tokens: boo
 
 def _read_one(part: object, model: ServedModel, add_special_tokens: bool) -> Prompt:
     if isinstance(part, str):
-        return encode("prompt", part, model, add_special_tokens=add_special_tokens)
+        prompt = encode("prompt", part, model, add_special_tokens=add_special_tokens)
+        if not prompt.token_ids:
+            raise RequestError("prompt: must have at least one token, and an empty text has none")
+        return prompt
     if not isinstance(part, list) or not _is_tokens(part):
         raise RequestError("prompt: must be text or token ids, whole numbers from 0 on")
     if len(part) > model.max_model_len:

@@ -18,6 +18,7 @@ from moe_core.config.parallel_rules import POWERS_OF_TWO, Broken, broken_for_mod
 from moe_core.errors import ConfigError
 
 _NUM_SUGGESTIONS = 2
+_NUM_CHOICES = 3  # a setting of so few values is told all that would do
 Config = TypeVar("Config", bound="ParallelConfig")
 
 
@@ -142,13 +143,15 @@ def _nearest(config: ParallelConfig, rules: _Rules, broken: Broken, setting: str
     value = getattr(config, setting)
     number = value if isinstance(value, int | float) else 0
     clean, rest = [], []
-    for candidate in sorted(broken.candidates, key=lambda c: _distance(c, number)):
+    ordered = sorted(broken.candidates, key=lambda c: _distance(c, number))
+    for candidate in ordered:
         remaining = next(rules(_variant(config, setting, candidate)), None)
         if remaining is None:
             clean.append(candidate)
         elif remaining.setting not in (broken.setting, setting):
             rest.append(candidate)
-    return sorted((clean or rest)[:_NUM_SUGGESTIONS], key=lambda c: _distance(c, 0))
+    most = _NUM_SUGGESTIONS if len(ordered) > _NUM_CHOICES else _NUM_CHOICES
+    return sorted((clean or rest)[:most], key=lambda c: _distance(c, 0))
 
 
 def _refuse_part_groups(tier: str, devices: int, group: int) -> None:

@@ -10,7 +10,8 @@ from moe_core.config.model import ModelConfig
 from moe_core.model.batch import AttentionBatch
 from moe_core.model.kv_cache import LatentKv, PerHeadKv
 from moe_core.model.layers import rms_norm
-from moe_core.model.linear import Matrix, linear
+from moe_core.model.linear import linear
+from moe_core.model.matrix_forms import Matrix
 from moe_core.model.paged_attention import per_head_attention
 from moe_core.model.rotary import Rotary, softmax_scale
 from moe_core.model.tensor_parallel import TensorParallel

@@ -25,6 +25,9 @@ def join_address(host: str, port: int) -> str:
 
 def split_address(setting: str, address: str) -> tuple[str, int]:
     """Host and port of `address`. Raises ConfigError naming `setting`."""
+    if "://" in address:
+        rule = "is a URL; must be HOST:PORT, of a port that answers gRPC"
+        raise ConfigError(setting, address, rule, ["127.0.0.1:50051"])
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(setting, address, "must be HOST:PORT", ["127.0.0.1:50051"])

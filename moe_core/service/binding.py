@@ -1,4 +1,4 @@
-"""Which addresses may be listened on without TLS.
+"""Which addresses may be listened on without TLS, and which ports together.
 
 Knows which hosts only this machine can reach, and how the libraries that listen by themselves are
 told. Binds nothing.
@@ -6,6 +6,7 @@ told. Binds nothing.
 
 import ipaddress
 import os
+from collections.abc import Mapping
 
 from moe_core.errors import ConfigError
 
@@ -33,6 +34,17 @@ def require_safe_bind(setting: str, host: str, tls: object | None, insecure: boo
         "give --tls-cert, --tls-key and --tls-ca (epserve certs DIR makes them), or say --insecure"
     )
     raise ConfigError(setting, host, rule, ("127.0.0.1",))
+
+
+def require_own_ports(ports: Mapping[str, int]) -> None:
+    """Raises ConfigError where two of a process's settings name the same port; 0 is any free one,
+    and so never the same."""
+    taken: dict[int, str] = {}
+    for setting, port in ports.items():
+        other = taken.setdefault(port, setting)
+        if port and other != setting:
+            rule = f"{other} is {port} as well, and each needs a port of its own"
+            raise ConfigError(setting, port, rule, ("0 (any free one)",))
 
 
 def keep_libraries_on(host: str) -> None:

@@ -41,6 +41,8 @@ RECONNECT_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+# What gRPC says of a server that speaks HTTP/1 only, in the clear and over TLS.
+_HTTP_SERVER_WORDS = ("http1.x server", "missing selected ALPN")
 
 
 class RemoteError(EpserveError):
@@ -114,6 +116,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
     details = error.details() or "no details given"
     if details.startswith("Stream removed") and error.code() is grpc.StatusCode.UNAVAILABLE:
         details = f"the connection broke: {details}"  # gRPC's own words do not say whose end it was
+    if any(words in details for words in _HTTP_SERVER_WORDS):
+        details = (
+            "what answers there is an HTTP server, and not gRPC; a gateway's gRPC port is that of "
+            "--grpc-port (50051 by default), its HTTP port that of --port"
+        )
     message = f"{doing}: {details}"
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         for name, value in error.trailing_metadata() or ():

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from epserve.local_cluster import wait_ready
 from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig

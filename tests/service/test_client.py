@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+from starlette.applications import Starlette
 
-from epserve.client import EpserveClient, Output, Sampling, TokenLogprobs, Usage
+from epserve.client import EpserveClient
+from epserve.generate_messages import Output, Sampling, TokenLogprobs, Usage
+from gateway.http.host import HttpHost
 from moe_core.cluster import ExpertLoad, MemberState, Role
 from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError
 from support.fake_attention import FakeAttention
@@ -149,3 +152,14 @@ async def test_the_expert_load_is_told_to_who_asks_for_it(
             await asyncio.sleep(0.01)
     assert state.expert_load == load
     assert (await client.cluster()).expert_load is None
+
+
+async def test_an_http_port_is_named_as_one() -> None:
+    host = HttpHost()
+    port = await host.start(Starlette(), "127.0.0.1", 0)
+    try:
+        async with EpserveClient(f"127.0.0.1:{port}") as client:
+            with pytest.raises(UnavailableError, match=r"is an HTTP server, and not gRPC"):
+                await client.cluster()
+    finally:
+        await host.stop(1.0)

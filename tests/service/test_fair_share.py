@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 import pytest
 
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from gateway import requests
 from gateway.callers import Caller
 from gateway.entrance import QueueLimits

@@ -77,12 +77,16 @@ async def test_gateway_serves_once_both_tiers_are_ready(
     assert [token for answer in answers for token in answer.token_ids] == [7, 8]
     state = cluster_from_pb(await public.GetCluster(pb.GetClusterRequest(), timeout=5))
     (itself,) = state.tier(Role.GATEWAY)
-    assert (itself.address, str(itself.state)) == (address, "ready")
+    assert (itself.address, str(itself.state), itself.detail) == (address, "ready", "")
     await workers[0].stop()  # one group is left, which is enough to serve
     check = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
     assert check.status == SERVING
     await workers[1].stop()
     await next_status(statuses, NOT_SERVING)
+    state = cluster_from_pb(await public.GetCluster(pb.GetClusterRequest(), timeout=5))
+    (itself,) = state.tier(Role.GATEWAY)
+    assert str(itself.state) == "connecting"
+    assert itself.detail == "attn 0: not joined; expert 0: not joined"
     await workers[2].stop()
 
 

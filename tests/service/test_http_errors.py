@@ -65,6 +65,7 @@ def error_of(response: httpx2.Response) -> dict[str, object]:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ("/v1/chat/completions", {"messages": [], "tools": [{}]}, "tools"),
         ("/v1/chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/tokenize", {}, "prompt"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [64]}, "tokens"),
@@ -104,6 +105,23 @@ async def test_a_body_that_is_no_json_object_is_400(
     assert "the body" in error_of(response)["message"]
 
 
+async def test_no_messages_is_said_before_that_the_model_has_no_template(
+    client: httpx2.AsyncClient,
+) -> None:
+    response = await client.post("/v1/chat/completions", json={"messages": []})
+    message = "messages: must be a list of messages that is not empty"
+    assert error_of(response)["message"] == message
+    messages = [{"role": "user", "content": "x"}]
+    response = await client.post("/v1/chat/completions", json={"messages": messages})
+    assert "has no chat template" in str(error_of(response)["message"])
+
+
+async def test_a_value_is_shown_as_json_has_it(client: httpx2.AsyncClient) -> None:
+    for value, shown in ((None, "null"), (True, "true"), ("x", "'x'")):
+        response = await client.post("/detokenize", json={"tokens": value})
+        assert str(error_of(response)["message"]).startswith(f"tokens={shown}: input should be")
+
+
 async def test_a_body_over_the_limit_is_413_and_not_read(client: httpx2.AsyncClient) -> None:
     response = await client.post("/v1/completions", content=b"x" * (LIMIT + 1))
     assert response.status_code == 413
@@ -121,7 +139,12 @@ async def test_other_models_paths_and_methods_have_the_same_shape(
     client: httpx2.AsyncClient,
 ) -> None:
     response = await client.post("/v1/completions", json={"prompt": [5], "model": "other"})
-    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (
+        404,
+        "model_not_found",
+        "model",
+    )
     assert (await client.get("/v1/models/other/one")).status_code == 404
     response = await client.get("/v1/nothing")
     assert (response.status_code, error_of(response)["code"]) == (404, "not_found")

@@ -10,7 +10,7 @@ import pytest
 
 from attn_service.servicer import AttentionServicer
 from epserve.client import EpserveClient
-from epserve.client import Sampling as ClientSampling
+from epserve.generate_messages import Sampling as ClientSampling
 from epserve.resuming import ResumingClient, generate_resuming
 from gateway.callers import Caller
 from gateway.requests import GenerationRequest, Sampling

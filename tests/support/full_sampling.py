@@ -1,6 +1,6 @@
 """Sampling settings of which every field differs from its default and survives any wire."""
 
-from epserve.client import Sampling
+from epserve.generate_messages import Sampling
 
 FULL_SAMPLING = Sampling(
     max_tokens=9,

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from attn_service.process import TICK_S
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from epserve.local_cluster import wait_ready
 from epserve.resuming import generate_resuming
 from moe_core.cluster import Role

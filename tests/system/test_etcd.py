@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from epserve.resuming import generate_resuming
 from moe_core.cluster import ClusterState, Role
 from moe_core.errors import UnavailableError

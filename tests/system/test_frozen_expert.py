@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from attn_service.process import TICK_S
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from moe_core.cluster import LinkStats, Member, MemberState, Role
 from support.processes import Running, serving
 

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from attn_service.process import TICK_S
-from epserve.client import EpserveClient, Output, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Output, Sampling
 from moe_core.cluster import ClusterState, Member, MemberState, Role
 from moe_core.errors import UnavailableError
 from support.processes import serving

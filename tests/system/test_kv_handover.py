@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from epserve.admin_client import AdminClient
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from moe_core.cluster import ClusterState, Role
 from support.processes import serving
 

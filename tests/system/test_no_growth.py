@@ -6,7 +6,8 @@ import random
 import psutil
 import pytest
 
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from moe_core.cluster import Role
 from support.processes import serving
 

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from moe_core.cluster import MemberState, Role
 from moe_core.errors import EpserveError
 from support.namespaces import HERE_IP, THERE_IP, OtherHost, other_host

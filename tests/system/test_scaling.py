@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from attn_service.process import EXPERT_LOAD_S
-from epserve.client import EpserveClient, Sampling
+from epserve.client import EpserveClient
+from epserve.generate_messages import Sampling
 from moe_core.cluster import Role
 from support.processes import epserve, serving
 from support.served_cluster import connected

@@ -1,4 +1,4 @@
-"""Which addresses may be listened on without TLS, and how TLS files come together."""
+"""Which addresses and ports may be listened on, and how TLS files come together."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from attn_service.settings import AttnSettings
-from epserve.launch_plan import ClusterSettings
+from epserve.cluster_settings import ClusterSettings
 from expert_service.process import ExpertSettings
 from gateway.settings import GatewaySettings
 from moe_core.config.parallel import ParallelConfig
@@ -79,3 +79,26 @@ def test_a_client_takes_a_ca_and_perhaps_a_pair() -> None:
     for given in ((path, path, None), (path, None, path), (None, path, path)):
         with pytest.raises(ConfigError, match="tls"):
             TlsFiles.of_client(*given)
+
+
+def _gateway_ports(http: int, grpc: int, cluster: int, tls: TlsFiles | None) -> object:
+    return GatewaySettings(
+        MODEL, "127.0.0.1", grpc, ParallelConfig(), http_port=http, cluster_port=cluster, tls=tls
+    )
+
+
+def _serve_ports(http: int, grpc: int, cluster: int, tls: TlsFiles | None) -> object:
+    return ClusterSettings(MODEL, http_port=http, grpc_port=grpc, cluster_port=cluster, tls=tls)
+
+
+@pytest.mark.parametrize("make", [_gateway_ports, _serve_ports])
+def test_two_settings_cannot_name_one_port(
+    make: Callable[[int, int, int, TlsFiles | None], object],
+) -> None:
+    words = r"^grpc_port=7001: port is 7001 as well, and each needs a port of its own"
+    with pytest.raises(ConfigError, match=words):
+        make(7001, 7001, 0, None)
+    with pytest.raises(ConfigError, match=r"^cluster_port=7001: grpc_port is 7001 as well"):
+        make(0, 7001, 7001, FILES)
+    make(0, 7001, 7001, None)  # the cluster's port is not used
+    make(0, 0, 0, FILES)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from epserve.chaos.checker import Completion, Gathered, Outcome, StreamChecker, Verdict
-from epserve.client import Output, Usage
+from epserve.generate_messages import Output, Usage
 
 TOKENS = (5, 6, 7, 8)
 EXPECTED = (Completion(TOKENS, "abcd", "length", Usage(3, 4)),)

@@ -9,7 +9,8 @@ import pytest
 from epserve.chaos.checker import Outcome, Verdict
 from epserve.chaos.load import MOST_KEPT, Ended, Load, Results
 from epserve.chaos.requests import ChaosRequest, draw_requests
-from epserve.client import Model, Output, Sampling, Usage
+from epserve.client import Model
+from epserve.generate_messages import Output, Sampling, Usage
 from moe_core.errors import ConfigError, RequestError, UnavailableError
 
 MODEL = Model("m", "deepseek_v3", max_model_len=256, vocab_size=100, has_tokenizer=False)

@@ -10,7 +10,7 @@ from epserve.chaos.load import Ended, Results
 from epserve.chaos.report import ChaosReport
 from epserve.chaos.requests import ChaosRequest
 from epserve.chaos.timeline import Timeline
-from epserve.client import Sampling
+from epserve.generate_messages import Sampling
 from moe_core.cluster import Role
 from support.chaos_cluster import member
 

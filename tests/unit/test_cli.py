@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 from epserve import cli
-from epserve.client import Sampling
+from epserve.generate_messages import Sampling
 from epserve.generate_options import token_ids
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.errors import CheckpointError
@@ -74,7 +74,7 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
         ),
         (
             ["expert", "--model", str(TINY), "--tls-ca", "ca.crt"],
-            "tls_cert=None: a process needs --tls-cert, --tls-key and --tls-ca, or none",
+            "tls_cert: a process needs --tls-cert, --tls-key and --tls-ca, or none",
         ),
         (
             ["gateway", "--model", str(TINY), "--api-keys", "/nowhere/keys"],
@@ -87,7 +87,12 @@ def test_every_command_has_help_and_debug(command: str, capsys: pytest.CaptureFi
         (["attn", "--model", str(TINY), "--rank", "-1"], "rank=-1: must be at least 0"),
         (["expert", "--model", str(TINY), "--gateway", "nowhere"], "gateway='nowhere'"),
         (["status", "--target", "127.0.0.1"], "target='127.0.0.1': must be HOST:PORT"),
-        (["generate"], "exactly one of --prompt and --prompt-ids"),
+        (
+            ["status", "--target", "http://127.0.0.1:8000"],
+            "target='http://127.0.0.1:8000': is a URL; must be HOST:PORT",
+        ),
+        (["generate"], "epserve: prompt: give exactly one of --prompt and --prompt-ids"),
+        (["scale"], "epserve: experts: give --experts, --attn or both"),
         (["generate", "--prompt-ids", "1,x"], "prompt_ids='1,x'"),
         (["generate", "--prompt-ids", "1", "--stop-token-ids", ""], "stop_token_ids=''"),
         (["generate", "--prompt-ids", "1", "--logit-bias", "5"], "logit_bias='5': must be"),

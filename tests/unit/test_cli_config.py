@@ -9,8 +9,9 @@ import typer
 import yaml
 from typer.core import TyperCommand
 
-from epserve import cli, options
+from epserve import cli
 from epserve.environment import PREFIX
+from epserve.options import common, security
 from epserve.parent_death import PARENT_PID_VARIABLE
 from epserve.settings_command import SettingsCommand
 from support.command_options import (
@@ -113,7 +114,19 @@ def test_what_nobody_set_is_the_default(capsys: pytest.CaptureFixture[str]):
     values = yaml.safe_load(text)
     assert (values["rank"], values["max-num-seqs"], values["dtype"]) == (None, 64, "auto")
     assert sources(text).pop("model") == "command line"
-    assert {source for key, source in sources(text).items() if key != "model"} == {"default"}
+    derived = "default: half of --expert-wait"
+    assert sources(text).pop("hedge-after") == derived
+    assert sources(text).pop("kv-cache-tokens").startswith("default, where no size is given: what")
+    others = {each for each in sources(text).values() if not each.startswith("default")}
+    assert others == {"command line", "not set"}
+    for key, value in values.items():
+        assert (sources(text)[key] in ("command line", "default")) == (value is not None), key
+
+
+def test_every_default_that_is_derived_says_from_what(capsys: pytest.CaptureFixture[str]):
+    said = sources(dump(["serve", "--model", "m"], capsys))
+    assert said["expert-parallel-degree"] == "default: 0 if ep size is 1, else 1"
+    assert said["enable-mla"] == "default: as the model"
 
 
 @pytest.mark.parametrize("name", CONFIGURABLE)
@@ -192,7 +205,7 @@ def test_a_secret_is_neither_dumped_nor_quoted(
     def ask(
         secret: Annotated[int, typer.Option(hide_input=True)] = 0,
         inner: Annotated[int, typer.Option(hidden=True)] = 0,
-        dump_config: options.DumpConfigOption = False,
+        dump_config: common.DumpConfigOption = False,
     ) -> None:
         pass
 
@@ -251,7 +264,7 @@ def test_help_is_shown_whatever_the_variables(given: list[str], monkeypatch: pyt
 def test_a_variable_of_another_command_is_no_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    for name in ("EPSERVE_RANK", "EPSERVE_PROMPT", PARENT_PID_VARIABLE, options.LAUNCHER_KEY_HASH):
+    for name in ("EPSERVE_RANK", "EPSERVE_PROMPT", PARENT_PID_VARIABLE, security.LAUNCHER_KEY_HASH):
         monkeypatch.setenv(name, "1")
     assert yaml.safe_load(dump(["status"], capsys))["json"] is False
 

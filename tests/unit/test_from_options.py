@@ -8,7 +8,7 @@ import pytest
 
 from attn_service.settings import AttnSettings
 from epserve import cli, process_commands
-from epserve.launch_plan import ClusterSettings
+from epserve.cluster_settings import ClusterSettings
 from expert_service.process import ExpertSettings
 from gateway.entrance import QueueLimits
 from gateway.settings import GatewaySettings

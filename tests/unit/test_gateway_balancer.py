@@ -83,7 +83,8 @@ def test_group_is_usable_when_all_its_ranks_are_ready() -> None:
 
 
 def test_no_usable_group_is_unavailable_naming_the_missing() -> None:
-    with pytest.raises(UnavailableError, match="attn 0: not joined; expert 0: not joined"):
+    words = r"attn 0: not joined; expert 0: not joined\. .*still starting.*try again"
+    with pytest.raises(UnavailableError, match=words):
         require_groups(make_registry().state)
 
 

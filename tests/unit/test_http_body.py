@@ -20,7 +20,7 @@ SERVED = ServedModel("small", MODEL, word_tokenizer())
     ("values", "message"),
     [
         ({"n": "1"}, r"^n='1': input should be a valid integer"),
-        ({"n": True}, r"^n=True: "),
+        ({"n": True}, r"^n=true: "),
         ({"n": 1.0}, r"^n=1.0: "),
         ({"n": 10**30}, r"^n=10{30}: "),
         ({"temperature": float("inf")}, r"^temperature=inf: input should be a finite number"),
@@ -98,6 +98,20 @@ def test_a_prompt_has_four_forms() -> None:
 def test_anything_else_is_no_prompt(value: object) -> None:
     with pytest.raises(RequestError, match=r"^prompt: "):
         read_prompts(value, SERVED)
+
+
+def test_an_empty_text_is_refused_as_the_prompt() -> None:
+    with pytest.raises(RequestError, match=r"^prompt: must have at least one token"):
+        read_prompts("", SERVED)
+
+
+def test_too_long_a_text_is_told_the_limit_and_why() -> None:
+    with pytest.raises(RequestError) as caught:
+        read_prompts("x" * 1_000_000, SERVED)
+    most = MODEL.max_position_embeddings
+    assert str(caught.value).startswith(
+        f"prompt: has 1000000 characters; the model takes at most {most} tokens (max_position"
+    )
 
 
 def test_text_needs_a_tokenizer() -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from epserve import launch_plan
-from epserve.launch_plan import ClusterSettings, make_plan
+from epserve import child_environment, cuda_devices, launch_plan
+from epserve.cluster_settings import ClusterSettings
+from epserve.launch_plan import make_plan
 from epserve.layout import Place
 from gateway.api_keys import hash_of
 from moe_core.cluster import Role
@@ -83,7 +84,7 @@ def test_the_time_to_drain_travels_to_all_processes():
 def test_a_child_can_be_made_again_and_of_ranks_that_were_not_planned(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(launch_plan.os, "sched_getaffinity", lambda _pid: set(range(4)))
+    monkeypatch.setattr(child_environment.os, "sched_getaffinity", lambda _pid: set(range(4)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plan = make_plan(settings(parallel=ParallelConfig(expert_devices=2, ep_size=2)))
     planned = {child.name: child for child in plan.children()}
@@ -98,8 +99,8 @@ def test_a_child_can_be_made_again_and_of_ranks_that_were_not_planned(
 
 
 def test_a_rank_that_was_not_planned_takes_the_next_device(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch_plan, "_has_cuda_driver", lambda: True)
-    monkeypatch.setattr(launch_plan, "_devices_torch_sees", lambda: 3)
+    monkeypatch.setattr(cuda_devices, "_has_cuda_driver", lambda: True)
+    monkeypatch.setattr(cuda_devices, "_devices_torch_sees", lambda: 3)
     plan = make_plan(settings(device="auto"))
     devices = [plan.child(Role.EXPERT, rank).command for rank in range(3)]
     assert [words[words.index("--device") + 1] for words in devices] == [
@@ -119,20 +120,20 @@ def test_a_layout_that_the_model_does_not_allow_is_refused():
 
 
 def test_cuda_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch_plan, "_devices_torch_sees", lambda: 0)
+    monkeypatch.setattr(cuda_devices, "_devices_torch_sees", lambda: 0)
     with pytest.raises(ConfigError, match="device='cuda'"):
         make_plan(settings(device="cuda"))
 
 
 def test_auto_takes_the_devices_that_torch_sees(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch_plan, "_has_cuda_driver", lambda: True)
-    monkeypatch.setattr(launch_plan, "_devices_torch_sees", lambda: 2)
+    monkeypatch.setattr(cuda_devices, "_has_cuda_driver", lambda: True)
+    monkeypatch.setattr(cuda_devices, "_devices_torch_sees", lambda: 2)
     places = make_plan(settings(device="auto")).places
     assert [place.device for place in places] == ["", "cuda:0", "cuda:1"]
 
 
 def test_a_tiers_processes_share_out_the_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch_plan.os, "sched_getaffinity", lambda _pid: set(range(8)))
+    monkeypatch.setattr(child_environment.os, "sched_getaffinity", lambda _pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plan = make_plan(settings(parallel=ParallelConfig(expert_devices=4, ep_size=4)))
     threads = {child.name: child.environment.get("OMP_NUM_THREADS") for child in plan.children()}
@@ -149,6 +150,8 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
     (_, attn, _) = make_plan(settings()).children()
     assert not {"OMP_NUM_THREADS", "OMP_PLACES"} & attn.environment.keys()
     assert attn.environment["UCX_MM_ERROR_HANDLING"] == "y"
+    monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
+    assert "GRPC_VERBOSITY" not in make_plan(settings()).children()[0].environment
 
 
 @pytest.mark.parametrize(

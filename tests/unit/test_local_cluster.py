@@ -1,6 +1,7 @@
 """When a cluster counts as ready, and what is said while it does not."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -55,8 +56,16 @@ async def test_ready_is_when_the_gateway_and_both_whole_tiers_are():
     assert found == READY
     assert said == [
         "gateway starting",
-        "gateway connecting, expert 1 starting, attn 0 loading (3 of 7 tensors)",
+        "expert 1 starting, attn 0 loading (3 of 7 tensors)",
     ]
+
+
+async def test_the_gateway_is_named_where_it_alone_is_not_ready():
+    gateway = member(Role.GATEWAY, 0, MemberState.CONNECTING, "no load has been reported yet")
+    said: list[str] = []
+    nearly = replace(READY, members=(gateway, *READY.members[1:]))
+    await wait_ready(Gateway([nearly, READY]), PARALLEL, 10.0, said.append)
+    assert said == ["gateway connecting (no load has been reported yet)"]
 
 
 async def test_what_is_missing_is_named_after_the_timeout():

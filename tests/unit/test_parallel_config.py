@@ -155,7 +155,7 @@ def test_ranks_count_through_groups_whose_tp_is_contiguous(settings: dict[str, o
             {"expert_devices": 4, "ep_size": 2, "expert_parallel_degree": 2},
             *("expert_parallel_degree", (1,)),
         ),
-        ({"expert_parallel_degree": 3}, "expert_parallel_degree", (1, 2)),
+        ({"expert_parallel_degree": 3}, "expert_parallel_degree", (0, 1, 2)),
         ({"num_redundant_experts": 1}, "num_redundant_experts", (0,)),
         ({"num_redundant_experts": -1}, "num_redundant_experts", (0,)),
         ({"shared_experts": "both"}, "shared_experts", ("attention", "expert")),

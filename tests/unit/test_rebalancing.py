@@ -76,6 +76,10 @@ async def test_dry_run_changes_nothing_and_is_no_look() -> None:
         cluster.route(0, loads(cluster, HOT))
         would = await balancing.rebalance(dry_run=True)
         assert (would.layers_changed, would.placement_epoch) == (1, 0)
+        (layer,) = would.layers
+        before = cluster.registry.state.placement.layers[0]
+        assert (layer.layer_id, layer.experts_moved) == (before.layer_id, would.experts_moved)
+        assert layer.load_before == imbalance(HOT, before.held(4)) > layer.load_after
         assert cluster.registry.state.placement.epoch == 0
         assert (await balancing.rebalance()).experts_moved == would.experts_moved
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -74,6 +75,30 @@ async def test_both_tiers_in_one_call() -> None:
         assert phases[-1] == "waiting for attn 1 to come"
         state = cluster.registry.state
         assert (state.parallel.attn_devices, state.parallel.expert_devices) == (2, 3)
+
+
+async def test_scaling_to_the_size_in_force_brings_back_who_was_drained() -> None:
+    async with obedient(replace(PARALLEL, attn_devices=2, dp_size=2)) as cluster:
+        registry = cluster.registry
+        assert await scale(cluster, attn=2) == []
+        drain(registry, Role.ATTN, 0)
+        phases = await scale(cluster, attn=2)
+        assert phases == ["waiting for attn 0 to leave", "waiting for attn 0 to come"]
+        assert members(registry.state, Role.ATTN) == [0, 1]
+        assert (registry.state.target, registry.parallel.attn_devices) == (None, 2)
+
+
+async def test_a_tier_that_is_not_asked_for_stays_without_who_was_drained() -> None:
+    async with obedient(replace(PARALLEL, attn_devices=2, dp_size=2)) as cluster:
+        cluster.starts = False
+        cluster.kill(Role.ATTN, 0)
+        assert await scale(cluster, experts=2) == []
+        assert members(cluster.registry.state, Role.ATTN) == [1]
+
+
+async def test_many_ranks_are_named_by_the_first_and_the_last() -> None:
+    async with obedient(PARALLEL) as cluster:
+        assert await scale(cluster, attn=99) == ["waiting for attn 1 to 98 to come"]
 
 
 async def test_processes_that_never_come_leave_all_as_it_was(

@@ -184,6 +184,20 @@ async def test_a_child_that_has_ended_can_be_started_again_under_its_name():
     assert not any(psutil.pid_exists(pid) for pid in pids.values())
 
 
+async def test_one_child_can_be_ended_alone_and_is_killed_if_it_is_deaf(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("epserve.supervisor._END_GRACE_S", 0.2)
+    lines = Lines()
+    async with Supervisor([child("deaf", STUBBORN), child("b", SLEEP)], lines) as supervisor:
+        await lines.wait_for("deaf")
+        supervisor.end("deaf")
+        async with asyncio.timeout(10):
+            end = await supervisor.next_end()
+        assert (end.name, end.status) == ("deaf", -signal.SIGKILL)
+        assert psutil.pid_exists(supervisor.pids["b"])
+
+
 async def test_ends_are_told_one_by_one():
     specs = [child(name, f"raise SystemExit({status})") for name, status in (("a", 3), ("b", 4))]
     async with Supervisor(specs, Lines()) as supervisor, asyncio.timeout(10):

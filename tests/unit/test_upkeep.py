@@ -27,11 +27,15 @@ class Fake:
 
     pids: dict[str, int] = field(default_factory=lambda: dict(zip(NAMES, range(4), strict=True)))
     started: list[str] = field(default_factory=list)
+    told_to_end: list[str] = field(default_factory=list)
     ends: "asyncio.Queue[ProcessEndedError]" = field(default_factory=asyncio.Queue)
 
     async def start(self, spec: ChildSpec) -> None:
         self.started.append(spec.name)
         self.pids[spec.name] = 100 + len(self.started)
+
+    def end(self, name: str) -> None:
+        self.told_to_end.append(name)
 
     async def next_end(self) -> ProcessEndedError:
         return await self.ends.get()
@@ -72,7 +76,7 @@ def upkeep(processes: Fake, notes: list[str]) -> Upkeep:
         name = "gateway" if role is Role.GATEWAY else f"{role} {rank}"
         return ChildSpec(name, ("true",))
 
-    return Upkeep(processes, child_of, SIZES, notes.append, AT_ONCE)
+    return Upkeep(processes, child_of, SIZES, notes.append, AT_ONCE, at_once=2)
 
 
 def state_of(
@@ -82,24 +86,30 @@ def state_of(
     target: TierSizes | None = None,
     gateway: tuple[MemberState, int] = (MemberState.READY, 1),
     leaving: Sequence[str] = (),
+    loading: Sequence[str] = (),
 ) -> ClusterState:
     return ClusterState(
         1,
         parallel,
-        tuple(_members(processes, gateway, leaving)),
+        tuple(_members(processes, gateway, leaving, loading)),
         ExpertPlacement(0, 2, 2, ()),
         target=target,
     )
 
 
 def _members(
-    processes: Fake, gateway: tuple[MemberState, int], leaving: Sequence[str]
+    processes: Fake,
+    gateway: tuple[MemberState, int],
+    leaving: Sequence[str],
+    loading: Sequence[str],
 ) -> Iterator[Member]:
     for name, pid in processes.pids.items():
         role, _, rank = name.partition(" ")
         member = Member(Role(role), int(rank or 0), pid, "h:1", "cpu", MemberState.READY, 1, "h")
         if role == "gateway":
             member = replace(member, state=gateway[0], instance_epoch=gateway[1])
+        if name in loading:
+            member = replace(member, state=MemberState.LOADING)
         yield replace(member, leaving=name in leaving)
 
 
@@ -158,11 +168,74 @@ async def test_a_rank_that_only_the_target_has_is_given_up_and_the_cluster_is_no
     upkeep.take(grown)
     await settle()
     assert processes.started == ["expert 2"]
-    assert notes[-1].startswith("the tier does not grow by expert 2: expert 2 (pid ")
+    assert notes[-1].startswith("the tier does not grow by expert 2, nor by more: expert 2 (pid ")
     upkeep.take(state_of(processes))  # rolled back
     upkeep.take(grown)  # asked for again
     await settle()
     assert processes.started == ["expert 2", "expert 2"]
+
+
+async def test_a_tier_grows_by_few_processes_at_a_time(upkeep: Upkeep, processes: Fake) -> None:
+    ranks = [f"attn {rank}" for rank in range(1, 6)]
+    for ready in range(0, 6):
+        loading = ranks[ready:]
+        upkeep.take(state_of(processes, target=TierSizes(6, 2), loading=loading))
+        await settle()
+        assert processes.started == ranks[: ready + 2]
+
+
+async def test_a_tp_group_starts_whole_however_few_start_at_a_time(
+    upkeep: Upkeep, processes: Fake
+) -> None:
+    groups_of_4 = ParallelConfig(attn_devices=4, expert_devices=2, ep_size=2)
+    processes.pids |= {f"attn {rank}": 10 + rank for rank in range(1, 4)}
+    upkeep.take(state_of(processes, parallel=groups_of_4, target=TierSizes(12, 2)))
+    await settle()
+    assert processes.started == [f"attn {rank}" for rank in range(4, 8)]
+
+
+async def test_who_is_no_longer_wanted_before_it_was_ready_is_ended_at_once(
+    upkeep: Upkeep, processes: Fake, notes: list[str]
+) -> None:
+    target = TierSizes(9, 2)
+    upkeep.take(state_of(processes, target=target))
+    await settle()
+    joined = ["attn 1"]  # the gateway does not know attn 2 yet
+    pid = processes.pids.pop("attn 2")
+    upkeep.take(state_of(processes, target=target, loading=joined))
+    processes.pids["attn 2"] = pid
+    taken_back = state_of(processes, loading=["attn 1", "attn 2"], leaving=joined)
+    upkeep.take(taken_back)
+    upkeep.take(taken_back)
+    assert processes.told_to_end == ["attn 1", "attn 2"]
+    assert notes[-1] == "ending attn 1, attn 2: the cluster is no longer to have so many"
+    for name in processes.told_to_end:
+        upkeep.ended(processes.die(name, -15))
+    await settle()
+    assert processes.started == ["attn 1", "attn 2"]
+    assert notes[-1].startswith("ending ")
+    upkeep.take(state_of(processes, target=TierSizes(2, 2)))  # asked for again
+    await settle()
+    assert processes.started == ["attn 1", "attn 2", "attn 1"]
+
+
+async def test_who_has_been_ready_is_left_to_the_gateway_to_send_away(
+    upkeep: Upkeep, processes: Fake
+) -> None:
+    upkeep.take(state_of(processes))
+    upkeep.take(state_of(processes, target=TierSizes(1, 1), leaving=["expert 1"]))
+    assert processes.told_to_end == []
+
+
+async def test_a_growth_of_which_one_rank_cannot_come_starts_no_more(
+    upkeep: Upkeep, processes: Fake
+) -> None:
+    upkeep.take(state_of(processes, target=TierSizes(9, 2)))
+    await settle()
+    upkeep.ended(processes.die("attn 1", 2))
+    upkeep.take(state_of(processes, target=TierSizes(9, 2)))
+    await settle()
+    assert processes.started == ["attn 1", "attn 2"]
 
 
 async def test_a_rank_beyond_the_target_is_not_started_again(
@@ -185,6 +258,19 @@ async def test_who_was_asked_to_leave_is_not_started_again_until_it_is_asked_for
     await settle()
     assert processes.started == []
     upkeep.take(state_of(processes, target=SIZES))
+    await settle()
+    assert processes.started == ["expert 1"]
+
+
+async def test_who_is_asked_for_before_it_has_ended_is_started_again_when_it_has(
+    upkeep: Upkeep, processes: Fake
+) -> None:
+    upkeep.take(state_of(processes, leaving=["expert 1"]))
+    pid = processes.pids.pop("expert 1")
+    has_left = state_of(processes, target=SIZES)
+    processes.pids["expert 1"] = pid
+    upkeep.take(has_left)
+    upkeep.ended(processes.die("expert 1", 0))
     await settle()
     assert processes.started == ["expert 1"]
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from moe_core.pb.epserve.v1 import cluster_pb2 as epserve_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65pserve/v1/admin.proto\x12\nepserve.v1\x1a\x18\x65pserve/v1/cluster.proto\"j\n\x0cScaleRequest\x12\x19\n\x0c\x61ttn_devices\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0e\x65xpert_devices\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_attn_devicesB\x11\n\x0f_expert_devices\"R\n\rScaleProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x12$\n\x05sizes\x18\x03 \x01(\x0b\x32\x15.epserve.v1.TierSizes\"2\n\x10RebalanceRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"\x94\x01\n\x11RebalanceResponse\x12\x16\n\x0elayers_changed\x18\x01 \x01(\r\x12\x15\n\rexperts_moved\x18\x02 \x01(\r\x12\x13\n\x0bload_before\x18\x03 \x01(\x01\x12\x12\n\nload_after\x18\x04 \x01(\x01\x12\x17\n\x0fplacement_epoch\x18\x05 \x01(\x04\x12\x0e\n\x06reason\x18\x06 \x01(\t\"<\n\x0c\x44rainRequest\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.epserve.v1.Role\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x0f\n\rDrainResponse2\xcf\x01\n\x05\x41\x64min\x12>\n\x05Scale\x12\x18.epserve.v1.ScaleRequest\x1a\x19.epserve.v1.ScaleProgress0\x01\x12H\n\tRebalance\x12\x1c.epserve.v1.RebalanceRequest\x1a\x1d.epserve.v1.RebalanceResponse\x12<\n\x05\x44rain\x12\x18.epserve.v1.DrainRequest\x1a\x19.epserve.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65pserve/v1/admin.proto\x12\nepserve.v1\x1a\x18\x65pserve/v1/cluster.proto\"j\n\x0cScaleRequest\x12\x19\n\x0c\x61ttn_devices\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0e\x65xpert_devices\x18\x02 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_attn_devicesB\x11\n\x0f_expert_devices\"R\n\rScaleProgress\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\x12$\n\x05sizes\x18\x03 \x01(\x0b\x32\x15.epserve.v1.TierSizes\"2\n\x10RebalanceRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"\xbb\x01\n\x11RebalanceResponse\x12\x16\n\x0elayers_changed\x18\x01 \x01(\r\x12\x15\n\rexperts_moved\x18\x02 \x01(\r\x12\x13\n\x0bload_before\x18\x03 \x01(\x01\x12\x12\n\nload_after\x18\x04 \x01(\x01\x12\x17\n\x0fplacement_epoch\x18\x05 \x01(\x04\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12%\n\x06layers\x18\x07 \x03(\x0b\x32\x15.epserve.v1.LayerLoad\"]\n\tLayerLoad\x12\x10\n\x08layer_id\x18\x01 \x01(\r\x12\x15\n\rexperts_moved\x18\x02 \x01(\r\x12\x13\n\x0bload_before\x18\x03 \x01(\x01\x12\x12\n\nload_after\x18\x04 \x01(\x01\"<\n\x0c\x44rainRequest\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.epserve.v1.Role\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x0f\n\rDrainResponse2\xcf\x01\n\x05\x41\x64min\x12>\n\x05Scale\x12\x18.epserve.v1.ScaleRequest\x1a\x19.epserve.v1.ScaleProgress0\x01\x12H\n\tRebalance\x12\x1c.epserve.v1.RebalanceRequest\x1a\x1d.epserve.v1.RebalanceResponse\x12<\n\x05\x44rain\x12\x18.epserve.v1.DrainRequest\x1a\x19.epserve.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,11 +39,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REBALANCEREQUEST']._serialized_start=256
   _globals['_REBALANCEREQUEST']._serialized_end=306
   _globals['_REBALANCERESPONSE']._serialized_start=309
-  _globals['_REBALANCERESPONSE']._serialized_end=457
-  _globals['_DRAINREQUEST']._serialized_start=459
-  _globals['_DRAINREQUEST']._serialized_end=519
-  _globals['_DRAINRESPONSE']._serialized_start=521
-  _globals['_DRAINRESPONSE']._serialized_end=536
-  _globals['_ADMIN']._serialized_start=539
-  _globals['_ADMIN']._serialized_end=746
+  _globals['_REBALANCERESPONSE']._serialized_end=496
+  _globals['_LAYERLOAD']._serialized_start=498
+  _globals['_LAYERLOAD']._serialized_end=591
+  _globals['_DRAINREQUEST']._serialized_start=593
+  _globals['_DRAINREQUEST']._serialized_end=653
+  _globals['_DRAINRESPONSE']._serialized_start=655
+  _globals['_DRAINRESPONSE']._serialized_end=670
+  _globals['_ADMIN']._serialized_start=673
+  _globals['_ADMIN']._serialized_end=880
 # @@protoc_insertion_point(module_scope)

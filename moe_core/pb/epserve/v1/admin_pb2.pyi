@@ -1,7 +1,8 @@
 from moe_core.pb.epserve.v1 import cluster_pb2 as _cluster_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -33,20 +34,34 @@ class RebalanceRequest(_message.Message):
     def __init__(self, force: _Optional[bool] = ..., dry_run: _Optional[bool] = ...) -> None: ...
 
 class RebalanceResponse(_message.Message):
-    __slots__ = ("layers_changed", "experts_moved", "load_before", "load_after", "placement_epoch", "reason")
+    __slots__ = ("layers_changed", "experts_moved", "load_before", "load_after", "placement_epoch", "reason", "layers")
     LAYERS_CHANGED_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_MOVED_FIELD_NUMBER: _ClassVar[int]
     LOAD_BEFORE_FIELD_NUMBER: _ClassVar[int]
     LOAD_AFTER_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_EPOCH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     layers_changed: int
     experts_moved: int
     load_before: float
     load_after: float
     placement_epoch: int
     reason: str
-    def __init__(self, layers_changed: _Optional[int] = ..., experts_moved: _Optional[int] = ..., load_before: _Optional[float] = ..., load_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    def __init__(self, layers_changed: _Optional[int] = ..., experts_moved: _Optional[int] = ..., load_before: _Optional[float] = ..., load_after: _Optional[float] = ..., placement_epoch: _Optional[int] = ..., reason: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("layer_id", "experts_moved", "load_before", "load_after")
+    LAYER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_MOVED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_AFTER_FIELD_NUMBER: _ClassVar[int]
+    layer_id: int
+    experts_moved: int
+    load_before: float
+    load_after: float
+    def __init__(self, layer_id: _Optional[int] = ..., experts_moved: _Optional[int] = ..., load_before: _Optional[float] = ..., load_after: _Optional[float] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("role", "rank")
