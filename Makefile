@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients/.installed
 # The suites that need only Python, git and make.
 SUITES := tests/unit tests/equivalence tests/contract tests/service tests/e2e
+# Test processes side by side, each with whole files.
+TEST_WORKERS ?= 2
 
 # Of random faults: alone, and among the others of `make test-system`.
 SOAK_SECONDS ?= 1800
@@ -34,7 +36,7 @@ demo: $(INSTALLED)
 	$(BIN)/epserve demo
 
 test: lint
-	$(BIN)/python -m pytest $(SUITES)
+	$(BIN)/python -m pytest $(SUITES) --numprocesses $(TEST_WORKERS) --dist loadfile
 
 $(CLIENTS): tests/system/clients.txt tests/system/make_clients.sh $(INSTALLED)
 	tests/system/make_clients.sh $(PYTHON)

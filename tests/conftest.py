@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from support.rank_pool import RankPool
 from support.tiny_checkpoints import Checkpoints
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # or the test processes would wait for each other's threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
