@@ -8,11 +8,11 @@ import yaml
 
 from epserve import cli
 from gateway import api_keys
-from gateway.api_keys import ApiKeys, hash_of, new_key, read_keys
+from gateway.api_keys import KEY_BYTES, KEY_PREFIX, ApiKeys, hash_of, read_keys
 from gateway.callers import ANONYMOUS, Caller
 from moe_core.errors import AuthenticationError, ConfigError
 
-KEY = new_key()
+KEY = KEY_PREFIX + "k" * KEY_BYTES  # one that is the same in every test process
 HASH = hash_of(KEY)
 
 
