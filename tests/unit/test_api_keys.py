@@ -8,7 +8,7 @@ import yaml
 
 from epserve import cli
 from gateway import api_keys
-from gateway.api_keys import KEY_BYTES, KEY_PREFIX, ApiKeys, hash_of, read_keys
+from gateway.api_keys import KEY_BYTES, KEY_PREFIX, ApiKeys, hash_of, new_key, read_keys
 from gateway.callers import ANONYMOUS, Caller
 from moe_core.errors import AuthenticationError, ConfigError
 
