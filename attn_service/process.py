@@ -128,8 +128,8 @@ class AttentionProcess:
         duty = make_duty(site, weights, experts, group, followers, kv, rule, observer)
         if isinstance(duty, Leading):
             assert self._handover is not None
-            self._handover.lead(duty.engine.parked.release)
-            self._servicer.lead(duty.engine)
+            self._handover.lead(duty.engine.sequences.parked.release)
+            self._servicer.lead(duty.engine.sequences)
         else:
             epoch = terms.leader_instance_epoch
             self._servicer.follow(f"{site.group_rank} follows; ask its tp_rank 0", epoch)
