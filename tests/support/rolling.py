@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from attn_service.process import TICK_S
+from attn_service.cluster_upkeep import TICK_S
 from epserve.client import EpserveClient, Sampling
 from epserve.local_cluster import wait_ready
 from epserve.resuming import generate_resuming
