@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 
 import structlog
+import torch
 
 from attn_service.scheduler import Scheduled
 from attn_service.sequence import Sequence
+from attn_service.step_runner import StepResult
 
 log = structlog.get_logger(__name__)
 
@@ -29,10 +31,17 @@ def advanced(scheduled: Many[Scheduled], lost: Mapping[int, str]) -> Many[Schedu
     return kept
 
 
-def rows_of_advanced(scheduled: Many[Scheduled], lost: Mapping[int, str]) -> list[int]:
-    """Which rows of the step's logits are theirs."""
+def without_lost(scheduled: Many[Scheduled], result: StepResult) -> StepResult:
+    """The outcome of those that the step has computed, as if there had been no others."""
+    lost = result.lost
+    if not lost:
+        return result
     wanted = [index for index, item in enumerate(scheduled) if item.needs_logits]
-    return [row for row, index in enumerate(wanted) if index not in lost]
+    rows = [row for row, index in enumerate(wanted) if index not in lost]
+    logits = result.logits[torch.tensor(rows, dtype=torch.int64)]
+    kept = [index for index in range(len(scheduled)) if index not in lost]
+    told = {new: result.told[old] for new, old in enumerate(kept) if old in result.told}
+    return StepResult(logits, result.times, told=told)
 
 
 def block(

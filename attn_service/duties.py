@@ -66,8 +66,8 @@ class Leading:
 
     async def drain(self) -> None:
         """After a failure the followers' streams are left to break, so that they fail too."""
-        await self.engine.drain()
-        if self._followers is not None and self.engine.failure is None:
+        await self.engine.sequences.drain()
+        if self._followers is not None and self.engine.sequences.failure is None:
             self._followers.close()
 
     async def _until_lost(self, followers: Followers) -> None:
@@ -75,7 +75,7 @@ class Leading:
         try:
             await followers.lost()
         except GroupLostError as error:
-            self.engine.fail(error)
+            self.engine.sequences.fail(error)
             raise
 
 

@@ -1,7 +1,7 @@
 """One requester's sequences on the engine, and the queue of what it is told about them.
 
 Knows the ids that requesters use, which sequences they stand for, and whose they are. Knows neither
-steps nor blocks: the engine does what `SequenceHost` says, and delivers.
+steps nor blocks: a `SequenceHost` does, and delivers.
 
 An id is the same whichever requester uses it. So a requester that was lost can have a successor:
 its sequences run on for `orphan_grace_s`, for whoever adds one of them with `take_over`.
@@ -33,7 +33,7 @@ class KnownSequence:
 
 
 class SequenceHost(Protocol):
-    """What a stream asks of its engine."""
+    """What a stream asks of whoever holds the sequences (live_sequences.py)."""
 
     step: int
     failure: UnavailableError | None
@@ -60,8 +60,8 @@ class EngineStream:
     It is open, then perhaps lost, then closed; a lost one closes with its last sequence.
     """
 
-    def __init__(self, engine: SequenceHost) -> None:
-        self._engine = engine
+    def __init__(self, host: SequenceHost) -> None:
+        self._host = host
         self._sequences: dict[str, Sequence] = {}
         self._outputs: asyncio.Queue[StepOutput | None] = asyncio.Queue()
         self._wants_more = True
@@ -80,7 +80,7 @@ class EngineStream:
     def add(self, request: SequenceRequest) -> None:
         """Queue a sequence, or take over the one that is here already. Raises RequestError for one
         that cannot be served or is another's, UnavailableError when the engine is stopping."""
-        known = self._engine.find(request.sequence_id)
+        known = self._host.find(request.sequence_id)
         if known is not None and request.take_over and self._take_over(request, known):
             return
         holder = None if known is None else known.holder
@@ -88,18 +88,18 @@ class EngineStream:
             raise RequestError(
                 f"sequence_id={request.sequence_id!r}: already running; send another request_id"
             )
-        sequence = self._engine.add(self, request)
+        sequence = self._host.add(self, request)
         if holder is not None:
-            self._engine.discard(holder.release(request.sequence_id))
+            self._host.discard(holder.release(request.sequence_id))
         self._sequences[request.sequence_id] = sequence
 
     def abort(self, sequence_id: str) -> None:
         """End a sequence early. One that has ended already is no error: the two may cross."""
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is None:
-            self._engine.unpark(sequence_id)
+            self._host.unpark(sequence_id)
             return
-        self._engine.discard(sequence)
+        self._host.discard(sequence)
         self.refuse(SequenceOutput(sequence_id, finish_reason=FinishReason.ABORT))
 
     def park(self, sequence_id: str) -> None:
@@ -107,7 +107,7 @@ class EngineStream:
         already is no error: the two may cross."""
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
-            self._engine.park(sequence)
+            self._host.park(sequence)
 
     def release(self, sequence_id: str) -> Sequence:
         """Give up a sequence, which another stream takes; whoever may still read here is told."""
@@ -117,7 +117,7 @@ class EngineStream:
 
     def refuse(self, output: SequenceOutput) -> None:
         """Put an output that belongs to no step in line."""
-        self._put(StepOutput(self._engine.step, (output,)))
+        self._put(StepOutput(self._host.step, (output,)))
 
     def end_of_requests(self) -> None:
         """No request will come; `outputs` ends after the last sequence has ended."""
@@ -131,7 +131,7 @@ class EngineStream:
             return
         self._outputs.put_nowait(None)
         loop = asyncio.get_running_loop()
-        self._closing = loop.call_later(self._engine.orphan_grace_s, self.close)
+        self._closing = loop.call_later(self._host.orphan_grace_s, self.close)
         self._end_if_idle()
 
     def close(self) -> None:
@@ -140,9 +140,9 @@ class EngineStream:
         if self._closing is not None:
             self._closing.cancel()
         for sequence in self._sequences.values():
-            self._engine.discard(sequence)
+            self._host.discard(sequence)
         self._sequences.clear()
-        self._engine.forget(self)
+        self._host.forget(self)
         self._outputs.put_nowait(None)
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
@@ -150,8 +150,8 @@ class EngineStream:
         the last one if the engine has failed."""
         while (output := await self._outputs.get()) is not None:
             yield output
-        if self._engine.failure is not None:
-            raise self._engine.failure
+        if self._host.failure is not None:
+            raise self._host.failure
 
     def deliver(self, step: int, outputs: Many[SequenceOutput]) -> None:
         """What one step has for this stream; finished sequences leave it."""
@@ -172,7 +172,7 @@ class EngineStream:
             return False
         if known.holder is not None:
             known.holder.release(request.sequence_id)
-            self._engine.hand_over(sequence, self)
+            self._host.hand_over(sequence, self)
             self._sequences[request.sequence_id] = sequence
         if new or known.reason is not None:
             self.refuse(

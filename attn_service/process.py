@@ -1,7 +1,8 @@
 """One process of the attention tier, from its settings to its end.
 
 Knows the order of things: address, membership, TP group, weights, links to the experts, duty.
-Knows no arithmetic, no scheduling and no message; assembly.py puts the parts together.
+Knows no arithmetic, no scheduling and no message; assembly.py puts the parts together, and
+cluster_upkeep.py follows the cluster while the process serves.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from attn_service.assembly import (
     make_links,
     microbatch_rule,
 )
+from attn_service.cluster_upkeep import ClusterUpkeep, connect_enough
 from attn_service.duties import Duty, Leading, until_first
 from attn_service.expert_links import ExpertLinks
 from attn_service.follow import Followers, GroupTerms
@@ -38,9 +40,7 @@ from attn_service.tensor_parallel import GroupRank, dissolve
 from moe_core.checkpoint.checkpoint import Checkpoint
 from moe_core.cluster import ClusterState, Join, MemberState, Role
 from moe_core.devices import resolve_device, resolve_dtype, set_threads
-from moe_core.errors import UnavailableError
 from moe_core.model.tensor_parallel import NoTensorParallel
-from moe_core.placement import ExpertPlacement
 from moe_core.service.addresses import (
     advertised_address,
     host_id,
@@ -70,11 +70,8 @@ log = structlog.get_logger(__name__)
 
 JOIN_TIMEOUT_S = 60.0
 ARRIVAL_TIMEOUT_S = 1800.0  # of peers that load large weights from slow disks
-CONNECT_TIMEOUT_S = 60.0
 # A rank may wait for its experts while the others wait for it in a collective.
 COLLECTIVE_MARGIN_S = 10.0
-TICK_S = 0.5
-EXPERT_LOAD_S = 5.0  # large models have 15,000 experts, and counts wait for the device
 STOP_GRACE_S = 1.0
 
 
@@ -98,14 +95,11 @@ class AttentionProcess:
         self._followers: Followers | None = None
         self._duty: Duty | None = None
         self._handover: KvHandover | None = None
+        self._upkeep: ClusterUpkeep | None = None
         self._spans: Spans | None = None
-        self._placements: Placements | None = None
-        self._used_epoch: int | None = None  # see StatusReport
-        self._draining = False
         self._closing = asyncio.Event()
         self._served = asyncio.Event()
         self._served.set()  # it has not begun
-        self._last_report: object = None
 
     async def startup(self) -> None:
         """Raises ConfigError, CheckpointError, UnavailableError or TransportError."""
@@ -118,8 +112,6 @@ class AttentionProcess:
         weights = await in_own_thread(load_weights, checkpoint, site)
         terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership)
-        self._placements = site.placements
-        self._used_epoch = site.placements.newest.epoch
         experts = make_experts(site, links, tensor_parallel)
         followers = self._followers
         rule = microbatch_rule(site, membership.state.tier(Role.EXPERT))
@@ -128,30 +120,31 @@ class AttentionProcess:
         duty = make_duty(site, weights, experts, group, followers, kv, rule, observer)
         if isinstance(duty, Leading):
             assert self._handover is not None
-            self._handover.lead(duty.engine.parked.release)
-            self._servicer.lead(duty.engine)
+            self._handover.lead(duty.engine.sequences.parked.release)
+            self._servicer.lead(duty.engine.sequences)
         else:
             epoch = terms.leader_instance_epoch
             self._servicer.follow(f"{site.group_rank} follows; ask its tp_rank 0", epoch)
         if followers is not None:
             await followers.all_connected(ARRIVAL_TIMEOUT_S)
         self._duty = duty
-        self._report(membership)
+        self._upkeep = ClusterUpkeep(
+            *(membership, links, site.placements, duty), self._host.set_ready, self._store_address
+        )
+        self._upkeep.report()
 
     async def serve(self) -> None:
         """Until the cluster or a rank of the group is lost, the leader has ended, or `drain` has
         nothing left to do but to close."""
         assert self._membership is not None
         assert self._duty is not None
-        assert self._placements is not None
+        assert self._upkeep is not None
         self._served.clear()
         try:
             await until_first(
                 self._duty.run(),
                 self._membership.lost(),
-                self._keep_up(self._placements, self._membership),
-                self._heed_failures(self._membership),
-                _report_expert_load(self._duty, self._membership),
+                *self._upkeep.jobs(),
                 _wait(self._closing),
             )
         finally:
@@ -162,9 +155,9 @@ class AttentionProcess:
         await told_to_leave(self._membership, Role.ATTN)
 
     async def drain(self) -> None:
-        self._draining = True
-        if self._duty is not None and self._membership is not None:
-            self._report(self._membership)
+        if self._upkeep is not None:
+            self._upkeep.drain()
+        if self._duty is not None:
             await self._duty.drain()
         if self._handover is not None:
             await self._handover.close()
@@ -291,91 +284,16 @@ class AttentionProcess:
         membership.report(MemberState.CONNECTING, detail=detail, store_address=self._store_address)
         self._endpoint, _ = open_endpoint(site.identity, self._options)
         self._links = links = make_links(site, self._options, self._endpoint)
-        deadline: float | None = None
-        while True:
-            state = await membership.wait_until(
-                lambda state: state.holds_all_experts(state.placement),
-                ARRIVAL_TIMEOUT_S,
-                "the expert processes",
-            )
-            site.placements.add(state.placement)
-            await links.reconcile(state)
-            if links.can_serve(site.placements.newest):
-                return links
-            now = asyncio.get_running_loop().time()
-            deadline = deadline or now + CONNECT_TIMEOUT_S
-            if now > deadline:
-                raise UnavailableError("; ".join(links.missing))
-            await asyncio.sleep(TICK_S)
+        await connect_enough(membership, links, site.placements, ARRIVAL_TIMEOUT_S)
+        return links
 
     @property
     def _collective_timeout_s(self) -> float:
         return self._settings.expert_wait_s + COLLECTIVE_MARGIN_S
 
-    async def _keep_up(self, placements: Placements, membership: Membership) -> None:
-        """Follow the cluster's state with the links, and tell the gateway how things are."""
-        assert self._links is not None
-        while True:
-            await asyncio.sleep(TICK_S)
-            if await self._links.reconcile(membership.state) and isinstance(self._duty, Leading):
-                self._duty.engine.wake()
-            self._adopt(placements, membership.state.placement)
-            self._report(membership)
-
-    async def _heed_failures(self, membership: Membership) -> None:
-        """As soon as the cluster says that a process has failed. Ends as the membership does."""
-        assert self._links is not None
-        while True:
-            state = membership.state
-            self._links.give_up(state)
-            await membership.next_state(state)
-
-    def _adopt(self, placements: Placements, latest: ExpertPlacement) -> None:
-        """Steps that are planned from now on use it, once its experts can be reached. A rank that
-        follows knows it at once, since the leader may."""
-        assert self._links is not None
-        is_new = latest.epoch > placements.newest.epoch
-        if is_new and (not isinstance(self._duty, Leading) or self._links.can_serve(latest)):
-            placements.add(latest)
-        placements.forget_unused()
-        self._used_epoch = placements.oldest_in_use
-
-    def _report(self, membership: Membership) -> None:
-        assert self._links is not None
-        assert self._duty is not None
-        # READY without some experts too: what needs them waits, what does not is served.
-        state = MemberState.DRAINING if self._draining else MemberState.READY
-        detail = "; ".join(self._links.missing)
-        load, metrics = self._duty.load, self._duty.metrics
-        links = self._links.stats(f"{Role.ATTN} {membership.rank}")
-        if (report := (state, detail, load, metrics, links, self._used_epoch)) == self._last_report:
-            return
-        self._last_report = report
-        self._host.set_ready(state is MemberState.READY)
-        membership.report(
-            state,
-            detail=detail,
-            store_address=self._store_address,
-            attention_load=load,
-            engine_metrics=metrics,
-            links=links,
-            used_epoch=self._used_epoch,
-        )
-
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
-
-
-async def _report_expert_load(duty: Duty, membership: Membership) -> None:
-    """From time to time, and only what is new. Ends with its task."""
-    reported = None
-    while True:
-        await asyncio.sleep(EXPERT_LOAD_S)
-        load = duty.expert_load
-        if load is not None and load != reported:
-            membership.report_expert_load(load)
-            reported = load
 
 
 def main(settings: AttnSettings) -> int:

@@ -1,8 +1,8 @@
 """AttentionService: the gateway's sequences in, one message of new tokens per step out.
 
-Knows the service's calls and one Engine. Knows no scheduling, no model and no message's fields
-(sequence_messages.py does). The Follow half of the service is follow.py's, the hand-over of KV
-blocks kv_handover.py's.
+Knows the service's calls, and the sequences that they are about (live_sequences.py). Knows no
+scheduling, no model and no message's fields (sequence_messages.py does). The Follow half of the
+service is follow.py's, the hand-over of KV blocks kv_handover.py's.
 
 A stream that its gateway ends (no more requests, then the last output) is over. One that breaks is
 lost: its sequences run on for a while, see engine_stream.py.
@@ -12,11 +12,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from attn_service.engine import Engine
 from attn_service.engine_stream import EngineStream
 from attn_service.follow import Followers
 from attn_service.group_kv import fetch_blocks
 from attn_service.kv_handover import KvHandover
+from attn_service.live_sequences import LiveSequences
 from attn_service.sequence import FinishReason, SequenceOutput
 from attn_service.sequence_messages import output_to_pb, request_from_pb
 from moe_core.errors import EpserveError, RequestError, UnavailableError
@@ -33,15 +33,15 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
     so its servicers, before the process knows its rank."""
 
     def __init__(self) -> None:
-        self._engine: Engine | None = None
+        self._sequences: LiveSequences | None = None
         self._followers: Followers | None = None
         self._handover: KvHandover | None = None
         self._leader_epoch: int | None = None
         self._otherwise: EpserveError = UnavailableError("this attention process is starting")
 
-    def lead(self, engine: Engine) -> None:
-        """Serve sequences with `engine`. Who is to follow has been accepted before."""
-        self._engine = engine
+    def lead(self, sequences: LiveSequences) -> None:
+        """Serve what comes with `sequences`. Who is to follow has been accepted before."""
+        self._sequences = sequences
         self._otherwise = RequestError("this attention process is alone in its group: none follow")
 
     def accept(self, followers: Followers) -> None:
@@ -58,9 +58,9 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
         self._handover = handover
 
     async def Serve(self, request_iterator: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
-        if self._engine is None:
+        if self._sequences is None:
             raise self._otherwise
-        stream = self._engine.open_stream()
+        stream = self._sequences.open_stream()
         reading = asyncio.create_task(_read(request_iterator, stream), name="serve-requests")
         try:
             async for output in stream.outputs():
@@ -75,13 +75,13 @@ class AttentionServicer(pb_grpc.AttentionServiceServicer):
             reading.result()
 
     async def Find(self, request: Any, context: Any) -> Any:  # noqa: ANN401
-        if self._engine is None:
+        if self._sequences is None:
             raise self._otherwise
         if len(request.sequence_ids) > MAX_FOUND:
             raise RequestError(
                 f"sequence_ids: at most {MAX_FOUND} ids, not {len(request.sequence_ids)}"
             )
-        known = map(self._engine.find, request.sequence_ids)
+        known = map(self._sequences.find, request.sequence_ids)
         return pb.FindResponse(
             sequences=[
                 pb.FoundSequence(

@@ -26,7 +26,7 @@ async def decode(
     local: LocalEngine, vocab_size: int, batch: int, prompt_tokens: int, num_tokens: int
 ) -> float:
     """Decode tokens/s of `batch` sequences of `num_tokens` greedy tokens each."""
-    stream = local.engine.open_stream()
+    stream = local.engine.sequences.open_stream()
     for row, prompt in enumerate(random_prompts(batch, prompt_tokens, vocab_size)):
         stream.add(SequenceRequest(str(row), tuple(prompt), Sampling(max_tokens=num_tokens)))
     stream.end_of_requests()

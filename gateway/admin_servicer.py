@@ -12,7 +12,7 @@ import grpc.aio
 
 from gateway.cluster import Registry
 from gateway.draining import drain
-from gateway.leadership import Leadership, SoleGateway
+from gateway.leadership import Leadership
 from gateway.rebalancing import Rebalancer
 from gateway.scaling import Scaling
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
@@ -29,10 +29,10 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         registry: Registry,
         scaling: Scaling,
         rebalancer: Rebalancer,
-        leadership: Leadership | None = None,
+        leadership: Leadership,
     ) -> None:
         self._registry = registry
-        self._leadership = leadership or SoleGateway()
+        self._leadership = leadership
         self._scaling = scaling
         self._rebalancer = rebalancer
 

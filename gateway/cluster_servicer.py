@@ -15,7 +15,7 @@ import grpc.aio
 import structlog
 
 from gateway.cluster import Registry
-from gateway.leadership import Leadership, SoleGateway
+from gateway.leadership import Leadership
 from gateway.leases import CHECK_S
 from gateway.registrations import MemberKey
 from moe_core.cluster import ClusterState, Join, Role
@@ -45,9 +45,9 @@ FOLLOW_S = 1.0  # as often as workers report their loads
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """Serves until `close`, which ends all registrations."""
 
-    def __init__(self, registry: Registry, leadership: Leadership | None = None) -> None:
+    def __init__(self, registry: Registry, leadership: Leadership) -> None:
         self._registry = registry
-        self._leadership = leadership or SoleGateway()
+        self._leadership = leadership
         self._closing = asyncio.Event()
         self._encoded = pb.ClusterState()
 

@@ -20,7 +20,7 @@ from functools import partial
 import structlog
 
 from gateway.cluster import Registry
-from gateway.leadership import Leadership, SoleGateway, UndecidedError
+from gateway.leadership import Leadership, UndecidedError
 from moe_core.cluster import ClusterState, MemberState, Role
 from moe_core.config.parallel import ParallelConfig
 from moe_core.errors import UnavailableError
@@ -35,9 +35,9 @@ _GONE = (MemberState.DRAINING, MemberState.FAILED)
 
 
 class PlacementLeader:
-    def __init__(self, registry: Registry, leadership: Leadership | None = None) -> None:
+    def __init__(self, registry: Registry, leadership: Leadership) -> None:
         self._registry = registry
-        self._leadership = leadership or SoleGateway()
+        self._leadership = leadership
         self._under_way = ""
         self._last_epoch = 0
         self._deciding: asyncio.Task[None] | None = None

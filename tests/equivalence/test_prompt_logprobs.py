@@ -20,7 +20,7 @@ LEVEL_2 = ParallelConfig(expert_devices=2, ep_size=2, expert_parallel_degree=2)
 
 async def told(engine: Engine, *references: Reference) -> list[tuple[TokenLogprobs, ...]]:
     """Of prompts that come at once, beside as many that only ask for tokens."""
-    stream = engine.open_stream()
+    stream = engine.sequences.open_stream()
     for index, each in enumerate(references):
         asking = Sampling(max_tokens=index % 2, prompt_logprobs=NUM_TOP)
         stream.add(SequenceRequest(str(index), each.prompt, asking))

@@ -72,7 +72,7 @@ async def serving(orphan_grace_s: float = 5.0) -> AsyncIterator[Service]:
         orphan_grace_s=orphan_grace_s,
     )
     servicer = AttentionServicer()
-    servicer.lead(engine)
+    servicer.lead(engine.sequences)
     host = GrpcHost()
     host.add(add_to_server, servicer, SERVICE_NAME)
     port = await host.start("127.0.0.1", 0)
@@ -115,7 +115,7 @@ async def test_abort_over_the_stream_frees_the_blocks(service: Service) -> None:
     while not service.runner.plans:
         await asyncio.sleep(0.005)
     await call.write(abort("a"))
-    while not service.engine._discarded:
+    while not service.engine.sequences._discarded:
         await asyncio.sleep(0.005)
     service.runner.gate.set()
     await call.done_writing()
@@ -161,7 +161,7 @@ async def test_a_killed_gateways_sequences_run_on_for_a_successor_and_then_are_f
             await killed.stdout.readline()
         killed.kill()
         await killed.wait()
-        while not all(stream.is_lost for stream in service.engine._streams):
+        while not all(stream.is_lost for stream in service.engine.sequences._streams):
             await asyncio.sleep(0.005)
         found = await service.stub.Find(pb.FindRequest(sequence_ids=["kept", "left", "other"]))
         assert [each.sequence_id for each in found.sequences] == ["kept", "left"]
@@ -183,10 +183,10 @@ async def test_a_stream_that_breaks_while_it_is_read_is_lost_too(service: Servic
 
     service.runner.step_s = 0.01
     servicer = AttentionServicer()
-    servicer.lead(service.engine)
+    servicer.lead(service.engine.sequences)
     with pytest.raises(ConnectionResetError):
         await servicer.Serve(requests(), Written())
-    known = service.engine.find("a")
+    known = service.engine.sequences.find("a")
     assert known is not None
     assert known.holder is not None
     assert known.holder.is_lost

@@ -98,7 +98,7 @@ async def test_one_that_ended_while_its_client_had_no_gateway_is_told_to_its_end
 async def test_after_the_grace_a_drawn_seed_is_lost_and_the_client_is_told_what_would_do() -> None:
     async with cluster(orphan_grace_s=0.05) as served:
         await served.received_by_first(4)
-        while any(stream.is_lost for stream in served.engine._streams):
+        while any(stream.is_lost for stream in served.engine.sequences._streams):
             await asyncio.sleep(0.005)
         served.runner.let(1)
         async with asyncio.timeout(DEADLINE_S):
@@ -128,8 +128,8 @@ async def test_a_seed_that_the_lost_gateway_drew_is_found_with_the_sequence(
 ) -> None:
     """Choice 1 is not there any more, and follows from the seed of choice 0."""
     await served.received_by_first(2, n=2, temperature=1.0)
-    (seed,) = {each.request.sampling.seed for each in served.engine._owner}
-    stream = next(stream for stream in served.engine._streams if stream.is_lost)
+    (seed,) = {each.request.sampling.seed for each in served.engine.sequences._owner}
+    stream = next(stream for stream in served.engine.sequences._streams if stream.is_lost)
     stream.abort(next(name for name in stream._sequences if name.endswith("/1")))
     served.runner.let(100)
     rest = await resumed(served.second, message([0, 0], n=2, temperature=1.0))
@@ -264,7 +264,7 @@ async def test_a_client_that_finds_no_gateway_gives_up_in_time() -> None:
 
 async def test_too_many_ids_are_not_looked_up(served: Cluster) -> None:
     servicer = AttentionServicer()
-    servicer.lead(served.engine)
+    servicer.lead(served.engine.sequences)
     request = attention_pb2.FindRequest(sequence_ids=["a"] * 65)
     with pytest.raises(RequestError, match="at most 64 ids, not 65"):
         await servicer.Find(request, None)

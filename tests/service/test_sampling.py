@@ -29,7 +29,7 @@ async def gateway() -> AsyncIterator[SmallGateway]:
         running_engine(FakeRunner(), budget=16, max_num_seqs=8) as engine,
         SmallGateway(tokenizer=word_tokenizer()) as gateway,
     ):
-        servicer.lead(engine)
+        servicer.lead(engine.sequences)
         await gateway.add_worker(Role.ATTN, servicer)
         yield gateway
 

@@ -56,7 +56,7 @@ class Group:
         self, *prompts: tuple[int, ...], fails: bool = False
     ) -> list[tuple[tuple[int, ...], str]]:
         """One token of each prompt (or none), and the last word on it."""
-        stream = self.leading.engine.open_stream()
+        stream = self.leading.engine.sequences.open_stream()
         for index, prompt in enumerate(prompts):
             stream.add(SequenceRequest(str(index), prompt, Sampling(max_tokens=1)))
         stream.end_of_requests()

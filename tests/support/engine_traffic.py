@@ -95,15 +95,15 @@ async def play(
 ) -> dict[str, Generated]:
     """The requests in bursts of random size, each some steps after the last."""
     chance = random.Random(burst)
-    stream = local.engine.open_stream()
+    stream = local.engine.sequences.open_stream()
     results = asyncio.create_task(collect(stream))
     while requests:
         size = chance.randint(1, burst)
         for request in requests[:size]:
             stream.add(request)
         requests = requests[size:]
-        goal = local.engine.step + chance.randint(0, 12)
-        while local.engine.step < goal and local.engine.load.num_running:
+        goal = local.engine.sequences.step + chance.randint(0, 12)
+        while local.engine.sequences.step < goal and local.engine.load.num_running:
             await asyncio.sleep(0)
     stream.end_of_requests()
     return await results

@@ -144,6 +144,15 @@ class Ends:
         return links
 
 
+async def round_trip(link: ExpertLink, dispatch: Dispatch) -> torch.Tensor:
+    pending = await link.dispatch(dispatch, 5.0)
+    combine = await pending.wait(5.0)
+    assert combine.key == dispatch.key
+    partial = combine.partial.clone()
+    pending.release()
+    return partial
+
+
 async def until(condition, timeout_s: float = 5.0) -> None:  # noqa: ANN001
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -17,6 +17,7 @@ from attn_service.placements import Placements
 from expert_service.process import ExpertProcess, ExpertSettings
 from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
+from gateway.leadership import SoleGateway
 from gateway.process import GatewayService
 from gateway.settings import GatewaySettings
 from moe_core.checkpoint.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ async def running_registry(
     gateway = Member(Role.GATEWAY, 0, 1, "127.0.0.1:1", "cpu", MemberState.READY, 1, "here")
     first = placement or ExpertPlacement.initial(checkpoint.config, settled)
     registry = Registry(gateway, settled, first, checkpoint.fingerprint())
-    servicer = ClusterServicer(registry)
+    servicer = ClusterServicer(registry, SoleGateway())
     host = GrpcHost()
     servicer.add_to(host)
     port = await host.start("127.0.0.1", 0)

@@ -58,7 +58,7 @@ class LocalEngine:
 
     async def generate(self, requests: Iterable[SequenceRequest]) -> dict[str, Generated]:
         """All requests at once; the results by sequence id."""
-        stream = self.engine.open_stream()
+        stream = self.engine.sequences.open_stream()
         for request in requests:
             stream.add(request)
         stream.end_of_requests()

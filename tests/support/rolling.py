@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from attn_service.process import TICK_S
+from attn_service.cluster_upkeep import TICK_S
 from epserve.client import EpserveClient
 from epserve.generate_messages import Sampling
 from epserve.local_cluster import wait_ready

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 
-from attn_service.process import TICK_S
+from attn_service.cluster_upkeep import TICK_S
 from moe_core.cluster import AttentionLoad, ClusterState, LinkStats, Role
 from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc
 from moe_core.service.cluster_codec import cluster_from_pb

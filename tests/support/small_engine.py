@@ -52,7 +52,7 @@ async def running_engine(
 
 
 async def outputs_of(engine: Engine, *requests: SequenceRequest) -> dict[str, list[SequenceOutput]]:
-    stream = engine.open_stream()
+    stream = engine.sequences.open_stream()
     for request in requests:
         stream.add(request)
     stream.end_of_requests()

@@ -17,6 +17,7 @@ from gateway.cluster import Registry
 from gateway.cluster_servicer import ClusterServicer
 from gateway.entrance import QueueLimits
 from gateway.generation import Generator
+from gateway.leadership import SoleGateway
 from gateway.leases import Clock
 from gateway.observers import RequestObserver
 from gateway.placement_leader import PlacementLeader
@@ -71,7 +72,7 @@ class SmallGateway:
         self.generator = Generator(
             model, self.registry, self.pool, limits, observer, attn_wait_s=attn_wait_s
         )
-        self.cluster = ClusterServicer(self.registry)
+        self.cluster = ClusterServicer(self.registry, SoleGateway())
         self._host = GrpcHost(tls, self._keys.authenticate)
         self._port = 0
         self._closers: list[Callable[[], Awaitable[None]]] = []
@@ -83,9 +84,10 @@ class SmallGateway:
 
     async def __aenter__(self) -> "SmallGateway":
         self.cluster.add_to(self._host)
-        leader = PlacementLeader(self.registry)
+        leader = PlacementLeader(self.registry, SoleGateway())
         scaling = Scaling(self.registry, leader, MODEL)
-        AdminServicer(self.registry, scaling, Rebalancer(self.registry, leader)).add_to(self._host)
+        rebalancer = Rebalancer(self.registry, leader)
+        AdminServicer(self.registry, scaling, rebalancer, SoleGateway()).add_to(self._host)
         GatewayServicer(self.generator, self.registry).add_to(self._host)
         VllmServicer(self.generator, self.registry, MODEL_DIRECTORY).add_to(self._host)
         cluster_port = None if self._tls is None else 0

@@ -58,7 +58,9 @@ class Cluster:
     async def until_orphaned(self) -> None:
         """No stream that lives has a sequence any more."""
         async with asyncio.timeout(DEADLINE_S):
-            while any(each._sequences and not each.is_lost for each in self.engine._streams):
+            while any(
+                each._sequences and not each.is_lost for each in self.engine.sequences._streams
+            ):
                 await asyncio.sleep(0.005)
 
     async def received_by_first(self, count: int, **sampling: object) -> list[Any]:
@@ -84,7 +86,7 @@ async def cluster(orphan_grace_s: float = 5.0) -> AsyncIterator[Cluster]:
         SmallGateway(tokenizer=tokenizer, attn_wait_s=0.0) as first,
         SmallGateway(tokenizer=tokenizer) as second,
     ):
-        servicer.lead(engine)
+        servicer.lead(engine.sequences)
         for gateway in (first, second):
             await gateway.add_worker(Role.ATTN, servicer)
         yield Cluster(engine, runner, (first, second))

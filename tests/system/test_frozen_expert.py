@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from attn_service.process import TICK_S
+from attn_service.cluster_upkeep import TICK_S
 from epserve.client import EpserveClient
 from epserve.generate_messages import Sampling
 from moe_core.cluster import LinkStats, Member, MemberState, Role

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from attn_service.process import TICK_S
+from attn_service.cluster_upkeep import TICK_S
 from epserve.client import EpserveClient
 from epserve.generate_messages import Output, Sampling
 from moe_core.cluster import ClusterState, Member, MemberState, Role

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from attn_service import process as attention
+from attn_service import cluster_upkeep
+from attn_service.cluster_upkeep import ClusterUpkeep
 from attn_service.process import AttentionProcess
 from attn_service.settings import AttnSettings
 from moe_core.cluster import LinkStats, MemberState
@@ -64,16 +65,17 @@ class Parts:
     async def close(self) -> None:
         """For long enough that whatever keeps the links up would look at them again."""
         self.closed = True
-        await asyncio.sleep(5 * attention.TICK_S)
+        await asyncio.sleep(5 * cluster_upkeep.TICK_S)
 
 
 async def test_nothing_looks_at_the_links_once_a_drain_closes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "TICK_S", 0.01)
+    monkeypatch.setattr(cluster_upkeep, "TICK_S", 0.01)
     parts: Any = Parts()
     process = AttentionProcess(AttnSettings("127.0.0.1:1", Path("model"), device="cpu"))
-    process._duty = process._links = process._placements = process._membership = parts
+    process._duty = process._links = process._membership = parts
+    process._upkeep = ClusterUpkeep(parts, parts, parts, parts, lambda ready: None, "")
     serving = asyncio.create_task(process.serve())
     async with asyncio.timeout(10):
         while not parts.reconciled:

@@ -48,7 +48,7 @@ async def running(
 async def test_a_mixed_batch_gives_each_sequence_its_own_continuation() -> None:
     prompts = {"a": (1, 2, 3), "b": tuple(range(20)), "c": (9,), "d": (5, 5), "e": (8,) * 11}
     async with running(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name, prompt in prompts.items():
             stream.add(request(name, *prompt))
         outputs = await collect(stream)
@@ -60,7 +60,7 @@ async def test_a_mixed_batch_gives_each_sequence_its_own_continuation() -> None:
 
 async def test_a_step_answers_each_stream_with_one_message() -> None:
     async with running(FakeRunner()) as engine:
-        streams = [engine.open_stream(), engine.open_stream()]
+        streams = [engine.sequences.open_stream(), engine.sequences.open_stream()]
         for stream, names in zip(streams, ("ab", "cd"), strict=True):
             for name in names:
                 stream.add(request(name, 1, 2, max_tokens=1))
@@ -73,7 +73,7 @@ async def test_a_step_answers_each_stream_with_one_message() -> None:
 async def test_a_late_arrival_joins_the_batch_of_the_next_step() -> None:
     runner = FakeRunner()
     async with running(runner) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("first", 1, 2, max_tokens=8))
         outputs = aiter(stream.outputs())
         await anext(outputs)
@@ -86,7 +86,7 @@ async def test_generation_stops_at_a_stop_token_which_is_put_out() -> None:
     expected = continuation((1, 2), 6)
     stop = expected[3]
     async with running(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1, 2, stop_token_ids=frozenset({stop})))
         outputs = await collect(stream)
     assert outputs["a"] == (expected[: expected.index(stop) + 1], "stop")
@@ -96,12 +96,12 @@ async def test_generation_stops_at_a_stop_token_which_is_put_out() -> None:
 async def test_a_token_outside_the_vocabulary_is_refused(prompt: tuple[int, ...]) -> None:
     async with running(FakeRunner()) as engine:
         with pytest.raises(RequestError, match="outside the vocabulary of 32"):
-            engine.open_stream().add(request("a", *prompt))
+            engine.sequences.open_stream().add(request("a", *prompt))
 
 
 async def test_the_same_id_twice_on_one_stream_is_refused() -> None:
     async with running(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1))
         with pytest.raises(RequestError, match="already running"):
             stream.add(request("a", 2))
@@ -111,7 +111,7 @@ async def test_abort_during_a_step_frees_the_blocks_when_the_step_is_over() -> N
     runner = FakeRunner()
     runner.gate = asyncio.Event()
     async with running(runner) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("gone", 1, 2))
         stream.add(request("stays", 3))
         while not runner.plans:
@@ -133,7 +133,7 @@ async def test_abort_of_a_waiting_or_unknown_sequence_is_no_error() -> None:
     runner = FakeRunner()
     runner.gate = asyncio.Event()
     async with running(runner) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name in "abcde":
             stream.add(request(name, 1))
         while not runner.plans:
@@ -149,7 +149,7 @@ async def test_abort_of_a_waiting_or_unknown_sequence_is_no_error() -> None:
 
 async def test_closing_a_stream_frees_all_its_sequences() -> None:
     async with running(FakeRunner()) as engine:
-        kept, closed = engine.open_stream(), engine.open_stream()
+        kept, closed = engine.sequences.open_stream(), engine.sequences.open_stream()
         closed.add(request("a", 1, max_tokens=50))
         kept.add(request("b", 1))
         await anext(aiter(closed.outputs()))
@@ -162,7 +162,7 @@ async def test_closing_a_stream_frees_all_its_sequences() -> None:
 async def test_a_step_that_the_experts_fail_ends_its_sequences_and_no_others() -> None:
     runner = FakeRunner()
     async with running(runner) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         runner.fail_next = PeerLostError("layer 2 needs experts 3 of expert 1: lost")
         stream.add(request("a", 1, 2))
         failed = (await anext(aiter(stream.outputs()))).outputs[0]
@@ -176,7 +176,7 @@ async def test_a_step_that_the_experts_fail_ends_its_sequences_and_no_others() -
 async def test_a_plan_says_in_how_many_micro_batches_all_ranks_compute_it() -> None:
     runner = FakeRunner()
     async with running(runner, microbatches=MicrobatchRule(3)) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name, max_tokens in (("a", 1), ("b", 2), ("c", 3)):
             stream.add(request(name, ord(name) % VOCAB, max_tokens=max_tokens))
         await collect(stream)
@@ -194,7 +194,7 @@ async def test_metrics_count_the_steps_that_were_completed_and_their_time() -> N
     runner = Timed()
     async with running(runner) as engine:
         assert engine.metrics.steps == 0
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         runner.fail_next = PeerLostError("expert 0 is gone")
         stream.add(request("a", 1))
         await anext(aiter(stream.outputs()))
@@ -217,7 +217,7 @@ async def test_logits_that_are_not_finite_end_only_their_sequence() -> None:
             return result
 
     async with running(Broken()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("bad", 1, 2, max_tokens=1))
         stream.add(request("good", 3, max_tokens=1))
         outputs = await collect(stream)
@@ -237,7 +237,7 @@ async def test_a_failure_that_is_not_the_experts_ends_everything_and_surfaces() 
         vocab_size=VOCAB,
         placement_epoch=lambda: 0,
     )
-    stream = engine.open_stream()
+    stream = engine.sequences.open_stream()
     stream.add(request("a", 1))
     with pytest.raises(UnavailableError, match="lost tp_rank 1"):
         await asyncio.wait_for(engine.run(), TIMEOUT_S)
@@ -247,14 +247,14 @@ async def test_a_failure_that_is_not_the_experts_ends_everything_and_surfaces() 
     with pytest.raises(UnavailableError, match="the engine has stopped"):
         await anext(outputs)
     with pytest.raises(UnavailableError, match="the engine has stopped"):
-        engine.open_stream()
+        engine.sequences.open_stream()
 
 
 async def test_drain_ends_what_runs_and_takes_nothing_new() -> None:
     async with running(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1))
-        draining = asyncio.create_task(engine.drain())
+        draining = asyncio.create_task(engine.sequences.drain())
         await asyncio.sleep(0)
         with pytest.raises(UnavailableError, match="draining"):
             stream.add(request("b", 1))
@@ -273,7 +273,7 @@ async def test_an_idle_engine_does_not_wake_up() -> None:
 async def test_every_plan_carries_the_placement_epoch_and_a_step_number_of_its_own() -> None:
     runner = FakeRunner()
     async with running(runner) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1))
         await collect(stream)
     assert {plan.placement_epoch for plan in runner.plans} == {3}
@@ -285,7 +285,7 @@ async def test_a_sequence_reports_with_its_first_token_what_was_cached() -> None
     async with running(FakeRunner()) as engine:
         reported = []
         for name in "ab":
-            stream = engine.open_stream()
+            stream = engine.sequences.open_stream()
             stream.add(request(name, *prompt, max_tokens=2))
             stream.end_of_requests()
             reported.append(
@@ -299,10 +299,10 @@ async def test_a_sequence_reports_with_its_first_token_what_was_cached() -> None
 async def test_a_resumed_sequence_reports_no_more_cached_tokens_than_its_prompt_has() -> None:
     prompt, outputs = (1, 2, 3, 4, 5), tuple(continuation((1, 2, 3, 4, 5), 12))
     async with running(FakeRunner()) as engine:
-        first = engine.open_stream()
+        first = engine.sequences.open_stream()
         first.add(request("a", *prompt, max_tokens=12))
         await collect(first)
-        resumed = engine.open_stream()
+        resumed = engine.sequences.open_stream()
         sampling = Sampling(max_tokens=14)
         resumed.add(SequenceRequest("a", prompt, sampling, output_ids=outputs[:10]))
         resumed.end_of_requests()
@@ -314,7 +314,7 @@ async def test_a_resumed_sequence_reports_no_more_cached_tokens_than_its_prompt_
 async def test_priorities_decide_who_is_served_first() -> None:
     runner = FakeRunner()
     async with running(runner, num_blocks=4) as engine:  # one at a time
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name, priority in [("late", 1), ("normal", 0), ("first", -1)]:
             sampling = Sampling(max_tokens=1)
             prompt = (ord(name[0]) % VOCAB,) * 13
@@ -327,7 +327,7 @@ async def test_priorities_decide_who_is_served_first() -> None:
 async def test_preemption_changes_no_output_and_is_counted() -> None:
     prompts = {name: (index, 2, 3) for index, name in enumerate("abcd")}
     async with running(FakeRunner(), num_blocks=9) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name, prompt in prompts.items():
             stream.add(request(name, *prompt, max_tokens=30))
         outputs = await collect(stream)
@@ -353,10 +353,10 @@ async def test_what_a_failed_sequence_has_computed_is_never_reused(how: str) -> 
 
     prompt = tuple(range(12))
     async with running(Failing()) as engine:
-        first = engine.open_stream()
+        first = engine.sequences.open_stream()
         first.add(request("a", *prompt))
         await collect(first)
-        second = engine.open_stream()
+        second = engine.sequences.open_stream()
         second.add(request("a", *prompt))
         assert (await collect(second))["a"] == (continuation(prompt, 6), "length")
         counters = engine.counters
@@ -367,7 +367,7 @@ async def test_what_a_failed_sequence_has_computed_is_never_reused(how: str) -> 
 async def test_finished_sequences_are_counted_by_reason() -> None:
     stop = continuation((1, 2), 1)[0]
     async with running(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("length", 3))
         stream.add(request("stop", 1, 2, stop_token_ids=frozenset({stop})))
         stream.add(request("abort", 4))

@@ -58,7 +58,7 @@ async def test_what_is_lost_is_computed_again_and_the_others_go_on() -> None:
     there = asyncio.Event()
     runner.loses = lambda part: part.token_ids[0] == 7 and not there.is_set()
     async with running_engine(runner) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name, prompt in prompts.items():
             stream.add(request(name, *prompt))
         asyncio.get_running_loop().call_later(0.1, there.set)
@@ -76,7 +76,7 @@ async def test_a_lost_decode_step_is_repeated_with_the_same_token() -> None:
     failing = iter([False, True, True, False, True] + [False] * 50)
     runner.loses = lambda part: next(failing)
     async with running_engine(runner) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1, 2, 3))
         assert (await collect(stream))["a"] == (continuation((1, 2, 3), 6), "length")
         assert len(runner.plans) == 6 + 3
@@ -87,7 +87,7 @@ async def test_waiting_ends_with_an_error_that_names_what_was_missing() -> None:
     runner = LossyRunner()
     runner.loses = lambda part: part.token_ids[0] == 5
     async with running_engine(runner, expert_wait_s=0.2) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         started = time.monotonic()
         stream.add(request("needs", 5))
         stream.add(request("other", 1, 2))
@@ -104,7 +104,7 @@ async def test_the_error_has_the_code_unavailable() -> None:
     runner = LossyRunner()
     runner.loses = lambda part: True
     async with running_engine(runner, expert_wait_s=0.05) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 5))
         (output,) = (await anext(aiter(stream.outputs()))).outputs
         assert (output.finish_reason, output.error_code) == ("error", "UNAVAILABLE")
@@ -121,7 +121,7 @@ async def test_time_without_an_expert_counts_only_while_nothing_advances() -> No
 
     runner.loses = loses
     async with running_engine(runner, expert_wait_s=0.3) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1, 2))
         assert (await collect(stream))["a"] == (continuation((1, 2), 6), "length")
 
@@ -130,7 +130,7 @@ async def test_blocked_sequences_are_tried_now_and_then_and_at_once_when_woken()
     runner = LossyRunner()
     runner.loses = lambda part: True
     async with running_engine(runner) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1, 2))
         await asyncio.sleep(1.0)
         assert 3 <= len(runner.plans) < 20
@@ -146,7 +146,7 @@ async def test_a_blocked_sequence_can_be_aborted() -> None:
     runner = LossyRunner()
     runner.loses = lambda part: True
     async with running_engine(runner) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(request("a", 1, 2))
         await asyncio.sleep(0.05)
         stream.abort("a")
@@ -160,7 +160,7 @@ async def test_those_that_begin_like_a_blocked_prompt_do_not_wait_for_it() -> No
     runner.loses = lambda part: True
     prompt = tuple(range(12))
     async with running_engine(runner, expert_wait_s=0.5) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name in "abcd":
             stream.add(request(name, *prompt))
         started = time.monotonic()
@@ -173,7 +173,7 @@ async def test_a_new_request_is_served_while_others_are_blocked() -> None:
     runner = LossyRunner()
     runner.loses = lambda part: part.token_ids[0] == 5
     async with running_engine(runner) as engine, asyncio.timeout(TIMEOUT_S):
-        stream, other = engine.open_stream(), engine.open_stream()
+        stream, other = engine.sequences.open_stream(), engine.sequences.open_stream()
         stream.add(request("needs", 5))
         await asyncio.sleep(0.3)
         other.add(request("a", 1, 2))
@@ -192,7 +192,7 @@ async def test_rows_of_the_sequences_that_are_kept_get_their_own_logits() -> Non
     runner.loses = lambda part: part.token_ids[0] in (5, 6) and part.num_computed_tokens == 0
     names = {"x": (5,), "a": (1, 2), "y": (6,), "b": (3, 4)}
     async with running_engine(runner, expert_wait_s=0.1) as engine, asyncio.timeout(TIMEOUT_S):
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         for name, prompt in names.items():
             stream.add(request(name, *prompt))
         outputs = await collect(stream)

@@ -69,7 +69,7 @@ async def test_a_sequence_that_is_resumed_elsewhere_goes_on_with_the_same_tokens
 
 async def test_what_can_not_be_resumed_is_refused_with_the_numbers() -> None:
     async with running_engine(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         done = SequenceRequest("s", PROMPT, Sampling(max_tokens=2), output_ids=(4, 5))
         with pytest.raises(RequestError, match="2 tokens have been generated already"):
             stream.add(done)

@@ -72,7 +72,7 @@ async def play(actions: list[tuple], num_blocks: int, block_size: int) -> None:
     running = asyncio.create_task(engine.run())
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            traffic = Traffic(engine, runner, engine.open_stream())
+            traffic = Traffic(engine, runner, engine.sequences.open_stream())
             for action, *numbers in actions:
                 await traffic.play(action, numbers)
             results = await traffic.results()

@@ -61,14 +61,14 @@ class Fetcher:
                     self.here.slots[own * size + slot] = value
             if self.mistake == "lost midway":
                 raise PeerLostError("the other group is gone")
-        kept = self.giver.parked.release(sequence_id)
+        kept = self.giver.sequences.parked.release(sequence_id)
         if not kept or self.mistake == "not kept":
             raise EpserveError("the blocks were not kept")
 
     async def release(self, sequence_id: str, source: KvSource) -> None:
         if self.mistake:
             raise PeerLostError("the other group is gone")
-        self.giver.parked.release(sequence_id)
+        self.giver.sequences.parked.release(sequence_id)
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Pair:
         return self.taker.metrics.handed_over_tokens, self.taker.metrics.recomputed_tokens
 
     async def all_blocks_free(self) -> None:
-        self.giver.parked.release_all()
+        self.giver.sequences.parked.release_all()
         for engine in (self.giver, self.taker):
             async with asyncio.timeout(5):
                 while engine.load.num_running + engine.load.num_waiting:
@@ -120,7 +120,7 @@ async def park_after(
 ) -> tuple[list[int], ParkedKv | None]:
     """The tokens until the engine lets go of a sequence that is to leave after `count` of them, and
     what it keeps; None where it ended before."""
-    stream = engine.open_stream()
+    stream = engine.sequences.open_stream()
     stream.add(request)
     tokens: list[int] = []
     if count == 0:
@@ -153,7 +153,7 @@ async def test_a_parked_sequence_goes_on_with_no_token_computed_twice(count: int
     async with Engines() as pair:
         tokens, parked = await park_after(pair.giver, REQUEST, count)
         assert parked is not None
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
         rest, last = await rest_of(stream)
         assert tokens + rest == continuation(PROMPT, 12)
@@ -170,7 +170,7 @@ async def test_a_prompt_goes_on_in_the_middle() -> None:
     request = replace(REQUEST, prompt_ids=tuple(range(20)))
     async with Engines() as pair:
         pair.there.step_s = 0.02
-        stream = pair.giver.open_stream()
+        stream = pair.giver.sequences.open_stream()
         stream.add(request)
         while not pair.there.plans:
             await asyncio.sleep(0.001)
@@ -179,7 +179,7 @@ async def test_a_prompt_goes_on_in_the_middle() -> None:
         parked = step.outputs[0].parked
         assert parked is not None
         assert (parked.num_tokens, len(parked.block_ids)) == (8, 2)
-        taking = pair.taker.open_stream()
+        taking = pair.taker.sequences.open_stream()
         taking.add(moved(request, (), parked))
         rest, _ = await rest_of(taking)
         assert rest == continuation(request.prompt_ids, 12)
@@ -195,7 +195,7 @@ async def _until_end(stream: EngineStream) -> AsyncIterator[StepOutput]:
 
 async def test_what_choices_share_is_brought_once_and_found_by_later_requests() -> None:
     async with Engines(num_blocks=BLOCKS) as pair:
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         for index in range(2):
             request = replace(
                 REQUEST,
@@ -209,7 +209,7 @@ async def test_what_choices_share_is_brought_once_and_found_by_later_requests() 
         assert sorted(rest) == sorted(2 * continuation(PROMPT, 12)[2:])
         first, second = pair.fetcher.fetched
         assert second == first - len(PROMPT) // 4
-        later = pair.taker.open_stream()
+        later = pair.taker.sequences.open_stream()
         later.add(replace(REQUEST, sequence_id="later"))
         async for step in later.outputs():
             assert step.outputs[0].num_cached_tokens == 8
@@ -224,7 +224,7 @@ async def test_what_cannot_be_had_is_computed_again_and_counted(mistake: str) ->
         tokens, parked = await park_after(pair.giver, REQUEST, 3)
         assert parked is not None
         pair.fetcher.mistake = mistake
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
         rest, _ = await rest_of(stream)
         assert tokens + rest == continuation(PROMPT, 12)
@@ -237,7 +237,7 @@ async def test_a_rank_that_may_write_yet_ends_the_group_and_others_go_on() -> No
         tokens, parked = await park_after(pair.giver, REQUEST, 3)
         assert parked is not None
         pair.fetcher.mistake = "still writing"
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
         outputs = stream.outputs()
         told = await asyncio.wait_for(anext(outputs), 5)
@@ -249,15 +249,15 @@ async def test_a_rank_that_may_write_yet_ends_the_group_and_others_go_on() -> No
 
 async def test_blocks_that_nobody_fetches_are_freed_after_a_while() -> None:
     async with Engines() as pair:
-        pair.giver.parked._keep_s = 0.05
+        pair.giver.sequences.parked._keep_s = 0.05
         tokens, parked = await park_after(pair.giver, REQUEST, 3)
         assert parked is not None
-        draining = asyncio.create_task(pair.giver.drain())
+        draining = asyncio.create_task(pair.giver.sequences.drain())
         await asyncio.sleep(0.01)
         assert not draining.done()
         await asyncio.wait_for(draining, 5)
         assert pair.giver.load.free_kv_blocks == BLOCKS
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
         assert tokens + (await rest_of(stream))[0] == continuation(PROMPT, 12)
         assert pair.moved == (0, parked.num_tokens)
@@ -266,7 +266,7 @@ async def test_blocks_that_nobody_fetches_are_freed_after_a_while() -> None:
 async def test_no_room_means_computing_and_the_other_group_need_not_wait() -> None:
     async with Engines(max_num_seqs=1) as pair:
         pair.here.step_s = 0.005
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(SequenceRequest("first", (3, 4, 5), Sampling(max_tokens=20)))
         while not pair.here.plans:
             await asyncio.sleep(0.001)
@@ -276,7 +276,7 @@ async def test_no_room_means_computing_and_the_other_group_need_not_wait() -> No
         rest, _ = await rest_of(stream)
         assert sorted(rest) == sorted(continuation((3, 4, 5), 20) + continuation(PROMPT, 12)[3:])
         assert pair.moved == (0, parked.num_tokens)
-        assert not pair.giver.parked._parked
+        assert not pair.giver.sequences.parked._parked
 
 
 async def test_a_turn_that_comes_too_late_means_computing(
@@ -286,7 +286,7 @@ async def test_a_turn_that_comes_too_late_means_computing(
     async with Engines() as pair:
         tokens, parked = await park_after(pair.giver, REQUEST, 3)
         assert parked is not None
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
         assert tokens + (await rest_of(stream))[0] == continuation(PROMPT, 12)
         assert pair.moved == (0, parked.num_tokens)
@@ -309,7 +309,7 @@ async def test_one_that_ends_while_it_is_to_leave_has_ended() -> None:
 
 async def test_a_request_that_can_never_run_is_refused() -> None:
     async with Engines() as pair:
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         wrong = replace(REQUEST, sampling=Sampling(max_tokens=1000))
         with pytest.raises(RequestError, match="the context holds 64"):
             stream.add(moved(wrong, (), ParkedKv(4, (0,))))
@@ -318,7 +318,7 @@ async def test_a_request_that_can_never_run_is_refused() -> None:
 
 async def test_a_taker_that_has_no_fetcher_computes() -> None:
     async with running_engine(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(moved(REQUEST, continuation(PROMPT, 12)[:3], ParkedKv(12, (0, 1, 2))))
         assert (await rest_of(stream))[0] == continuation(PROMPT, 12)[3:]
         assert engine.metrics.recomputed_tokens == 12
@@ -329,7 +329,7 @@ async def test_no_block_is_lost_whatever_fails_and_whoever_leaves(seed: int) -> 
     """Sequences move while others run; hand-overs fail at any point, and some are aborted."""
     chance = random.Random(seed)
     async with Engines(num_blocks=chance.choice([12, 64])) as pair:
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         names = set()
         for number in range(6):
             prompt = tuple(chance.randrange(32) for _ in range(chance.randint(1, 12)))
@@ -355,7 +355,7 @@ async def test_no_block_is_lost_whatever_fails_and_whoever_leaves(seed: int) -> 
             await asyncio.sleep(chance.choice([0, 0.003]))
         if names:
             await rest_of(stream)
-        pair.taker.parked.release_all()
+        pair.taker.sequences.parked.release_all()
         await pair.all_blocks_free()
 
 
@@ -364,10 +364,10 @@ async def test_an_engine_that_fails_frees_nothing_twice_and_tells_those_on_their
         tokens, parked = await park_after(pair.giver, REQUEST, 3)
         assert parked is not None
         pair.fetcher.gate.clear()
-        stream = pair.taker.open_stream()
+        stream = pair.taker.sequences.open_stream()
         stream.add(moved(REQUEST, tokens, parked))
         await asyncio.sleep(0.005)
-        pair.taker.fail(PeerLostError("a rank is gone"))
+        pair.taker.sequences.fail(PeerLostError("a rank is gone"))
         outputs = stream.outputs()
         told = await anext(outputs)
         assert [output.go_elsewhere for output in told.outputs] == [True]

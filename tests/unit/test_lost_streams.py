@@ -44,7 +44,7 @@ async def all_of(stream: EngineStream) -> tuple[list[int], SequenceOutput]:
 
 async def lost_after(engine: Engine, count: int, request: SequenceRequest = REQUEST) -> list[int]:
     """A stream that is lost when so many tokens were read from it; those tokens."""
-    stream = engine.open_stream()
+    stream = engine.sequences.open_stream()
     stream.add(request)
     found = await tokens_until(stream, count)
     stream.lose()
@@ -62,7 +62,7 @@ async def test_a_successor_gets_exactly_the_tokens_after_those_it_has(received: 
     runner = FakeRunner()
     async with running_engine(runner) as engine:
         await lost_after(engine, 4)
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(replace(AGAIN, output_ids=tuple(EXPECTED[:received])))
         tokens, last = await all_of(stream)
     assert tokens == EXPECTED[received:]
@@ -81,22 +81,22 @@ async def test_orphans_are_aborted_and_their_blocks_freed_after_the_grace() -> N
         await until_idle(engine)
         assert engine.counters.finished[FinishReason.ABORT] == 1
         assert engine.load.free_kv_blocks == 64
-        assert engine.find("owner/r/0") is None
-        assert not engine._streams
+        assert engine.sequences.find("owner/r/0") is None
+        assert not engine.sequences._streams
 
 
 async def test_no_grace_at_all_aborts_at_once() -> None:
     async with running_engine(FakeRunner(), orphan_grace_s=0.0) as engine:
         await lost_after(engine, 1)
         await until_idle(engine)
-        assert engine.find("owner/r/0") is None
+        assert engine.sequences.find("owner/r/0") is None
 
 
 async def test_one_that_ended_just_now_is_told_whole() -> None:
     async with running_engine(FakeRunner()) as engine:
         await lost_after(engine, 4)
         await until_idle(engine)
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(AGAIN)
         tokens, last = await all_of(stream)
     assert (tokens, last.finish_reason) == (EXPECTED, FinishReason.LENGTH)
@@ -106,7 +106,7 @@ async def test_logprobs_of_tokens_that_were_lost_on_the_way_are_told_again() -> 
     asked = replace(REQUEST, sampling=replace(REQUEST.sampling, logprobs=0))
     async with running_engine(FakeRunner()) as engine:
         await lost_after(engine, 4, asked)
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(replace(asked, take_over=True, output_ids=tuple(EXPECTED[:2])))
         stream.end_of_requests()
         outputs = [output async for step in stream.outputs() for output in step.outputs]
@@ -119,7 +119,7 @@ async def test_logprobs_that_another_process_has_told_are_generated_anew() -> No
     asked = replace(REQUEST, sampling=replace(REQUEST.sampling, logprobs=0))
     async with running_engine(FakeRunner()) as engine:
         await lost_after(engine, 1, replace(asked, output_ids=tuple(EXPECTED[:3])))
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(replace(asked, take_over=True))
         stream.end_of_requests()
         outputs = [output async for step in stream.outputs() for output in step.outputs]
@@ -129,7 +129,7 @@ async def test_logprobs_that_another_process_has_told_are_generated_anew() -> No
 
 async def test_one_that_is_here_no_more_begins_anew() -> None:
     async with running_engine(FakeRunner()) as engine:
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         stream.add(replace(AGAIN, output_ids=tuple(EXPECTED[:5])))
         tokens, _ = await all_of(stream)
     assert tokens == EXPECTED[5:]
@@ -138,7 +138,7 @@ async def test_one_that_is_here_no_more_begins_anew() -> None:
 async def test_whoever_still_reads_is_told_that_another_has_taken_over() -> None:
     runner = FakeRunner()
     async with running_engine(runner) as engine:
-        first, second = engine.open_stream(), engine.open_stream()
+        first, second = engine.sequences.open_stream(), engine.sequences.open_stream()
         first.add(REQUEST)
         runner.gate = asyncio.Event()
         await asyncio.sleep(0.01)
@@ -150,7 +150,7 @@ async def test_whoever_still_reads_is_told_that_another_has_taken_over() -> None
 
 async def test_an_id_that_runs_for_another_is_refused_without_taking_over() -> None:
     async with running_engine(FakeRunner()) as engine:
-        first, second = engine.open_stream(), engine.open_stream()
+        first, second = engine.sequences.open_stream(), engine.sequences.open_stream()
         first.add(REQUEST)
         with pytest.raises(RequestError, match="'owner/r/0': already running"):
             second.add(REQUEST)
@@ -160,12 +160,12 @@ async def test_an_id_that_runs_for_another_is_refused_without_taking_over() -> N
 async def test_an_id_that_only_an_orphan_has_is_free() -> None:
     async with running_engine(FakeRunner()) as engine:
         await lost_after(engine, 2)
-        stream = engine.open_stream()
+        stream = engine.sequences.open_stream()
         other = replace(REQUEST, prompt_ids=(9, 9))
         stream.add(other)
         assert (await all_of(stream))[0] == continuation((9, 9), 12)
         assert engine.counters.finished[FinishReason.ABORT] == 1
-        assert not engine._streams - {stream}
+        assert not engine.sequences._streams - {stream}
 
 
 @pytest.mark.parametrize("field", ["prompt_ids", "sampling"])
@@ -174,15 +174,15 @@ async def test_another_request_of_the_same_id_takes_over_nothing(field: str) -> 
     async with running_engine(FakeRunner()) as engine:
         await lost_after(engine, 2)
         with pytest.raises(RequestError, match=f"{field}: sequence_id='owner/r/0' was begun"):
-            engine.open_stream().add(replace(AGAIN, **{field: other[field]}))
-        assert engine.find("owner/r/0") is not None
+            engine.sequences.open_stream().add(replace(AGAIN, **{field: other[field]}))
+        assert engine.sequences.find("owner/r/0") is not None
 
 
 async def test_a_draining_engine_still_hands_over_what_it_has() -> None:
     async with running_engine(FakeRunner()) as engine:
         await lost_after(engine, 2)
-        stream = engine.open_stream()
-        draining = asyncio.create_task(engine.drain())
+        stream = engine.sequences.open_stream()
+        draining = asyncio.create_task(engine.sequences.drain())
         await asyncio.sleep(0)
         with pytest.raises(UnavailableError, match="draining"):
             stream.add(replace(AGAIN, sequence_id="owner/r/1"))

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 import gateway.placement_leader as leader_module
+from gateway.leadership import SoleGateway
 from gateway.placement_leader import PlacementLeader
 from moe_core.cluster import MemberState, Role, StatusReport
 from moe_core.config.parallel import ParallelConfig
@@ -35,7 +36,7 @@ async def change(
 async def test_placement_is_used_only_after_all_have_prepared() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.stubborn.add(1)
-        leader = PlacementLeader(cluster.registry)
+        leader = PlacementLeader(cluster.registry, SoleGateway())
         changing = asyncio.create_task(change(cluster, leader))
         while cluster.registry.state.next_placement is None:
             await asyncio.sleep(0)
@@ -53,7 +54,9 @@ async def test_placement_is_used_only_after_all_have_prepared() -> None:
 async def test_change_ends_when_nobody_uses_the_old_one() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.deaf.add(1)
-        changing = asyncio.create_task(change(cluster, PlacementLeader(cluster.registry)))
+        changing = asyncio.create_task(
+            change(cluster, PlacementLeader(cluster.registry, SoleGateway()))
+        )
         while cluster.registry.state.placement.epoch == 0:
             await asyncio.sleep(0)
         for _ in range(20):
@@ -71,14 +74,14 @@ async def test_old_placement_that_is_used_for_too_long_is_named(
     async with obedient(PARALLEL) as cluster:
         cluster.deaf.add(1)
         with pytest.raises(UnavailableError, match="attn 1 may still use placement epoch 0"):
-            await change(cluster, PlacementLeader(cluster.registry))
+            await change(cluster, PlacementLeader(cluster.registry, SoleGateway()))
         assert cluster.registry.state.placement.epoch == 1
 
 
 async def test_unprepared_process_takes_the_change_back_and_its_epoch_is_not_used_again() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.stubborn.add(1)
-        leader = PlacementLeader(cluster.registry)
+        leader = PlacementLeader(cluster.registry, SoleGateway())
         with pytest.raises(UnavailableError, match=r"0\.05 s: expert 1 is not prepared"):
             await change(cluster, leader, timeout_s=0.05)
         state = cluster.registry.state
@@ -90,7 +93,9 @@ async def test_unprepared_process_takes_the_change_back_and_its_epoch_is_not_use
 async def test_process_that_cannot_prepare_takes_the_change_back_at_once_and_says_why() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.stubborn.add(1)
-        changing = asyncio.create_task(change(cluster, PlacementLeader(cluster.registry)))
+        changing = asyncio.create_task(
+            change(cluster, PlacementLeader(cluster.registry, SoleGateway()))
+        )
         while (wanted := cluster.registry.state.next_placement) is None:
             await asyncio.sleep(0)
         earlier, now = (
@@ -109,7 +114,9 @@ async def test_process_that_cannot_prepare_takes_the_change_back_at_once_and_say
 async def test_loss_of_a_holder_takes_the_change_back_at_once() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.stubborn.add(1)
-        changing = asyncio.create_task(change(cluster, PlacementLeader(cluster.registry)))
+        changing = asyncio.create_task(
+            change(cluster, PlacementLeader(cluster.registry, SoleGateway()))
+        )
         while cluster.registry.state.next_placement is None:
             await asyncio.sleep(0)
         cluster.kill(Role.EXPERT, 1)
@@ -121,7 +128,9 @@ async def test_loss_of_a_holder_takes_the_change_back_at_once() -> None:
 async def test_successor_of_a_holder_does_not_pass_for_it() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.stubborn.add(1)
-        changing = asyncio.create_task(change(cluster, PlacementLeader(cluster.registry)))
+        changing = asyncio.create_task(
+            change(cluster, PlacementLeader(cluster.registry, SoleGateway()))
+        )
         while cluster.registry.state.next_placement is None:
             await asyncio.sleep(0)
         cluster.kill(Role.EXPERT, 1)
@@ -132,7 +141,7 @@ async def test_successor_of_a_holder_does_not_pass_for_it() -> None:
 
 async def test_second_change_is_refused_naming_the_first() -> None:
     async with obedient(PARALLEL) as cluster:
-        leader = PlacementLeader(cluster.registry)
+        leader = PlacementLeader(cluster.registry, SoleGateway())
         with (
             leader.turn("the first"),
             pytest.raises(UnavailableError, match="the second has to wait: the first is under way"),
@@ -145,6 +154,6 @@ async def test_second_change_is_refused_naming_the_first() -> None:
 
 async def test_epochs_of_an_earlier_gateway_are_not_given_out_again() -> None:
     async with obedient(PARALLEL) as cluster:
-        leader = PlacementLeader(cluster.registry)
+        leader = PlacementLeader(cluster.registry, SoleGateway())
         assert await change(cluster, leader) == 1
-        assert await change(cluster, PlacementLeader(cluster.registry)) == 2
+        assert await change(cluster, PlacementLeader(cluster.registry, SoleGateway())) == 2

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import gateway.rebalancing as rebalancing
+from gateway.leadership import SoleGateway
 from gateway.placement_leader import PlacementLeader
 from gateway.rebalancing import NOTHING_SEEN, Rebalancer, check_rebalance_interval
 from moe_core.cluster import ExpertLoad, Role
@@ -30,7 +31,7 @@ def loads(cluster: ObedientCluster, *rows: tuple[int, ...]) -> ExpertLoad:
 
 
 def rebalancer(cluster: ObedientCluster) -> Rebalancer:
-    return Rebalancer(cluster.registry, PlacementLeader(cluster.registry))
+    return Rebalancer(cluster.registry, PlacementLeader(cluster.registry, SoleGateway()))
 
 
 async def test_hot_layer_is_levelled_and_the_even_one_stays() -> None:

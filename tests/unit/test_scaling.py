@@ -9,6 +9,7 @@ import pytest
 import gateway.scaling as scaling
 from gateway.draining import drain
 from gateway.groups import usable_groups
+from gateway.leadership import SoleGateway
 from gateway.placement_leader import PlacementLeader
 from gateway.scaling import Scaling
 from moe_core.cluster import ClusterState, Role
@@ -24,7 +25,7 @@ async def scale(
     cluster: ObedientCluster, attn: int | None = None, experts: int | None = None
 ) -> list[str]:
     registry = cluster.registry
-    scaled = Scaling(registry, PlacementLeader(registry), MODEL).scale(attn, experts)
+    scaled = Scaling(registry, PlacementLeader(registry, SoleGateway()), MODEL).scale(attn, experts)
     async with aclosing(scaled) as phases:
         return [phase async for phase in phases]
 
@@ -131,7 +132,9 @@ async def test_growth_that_fails_sends_away_who_came(monkeypatch: pytest.MonkeyP
 async def test_caller_that_goes_away_takes_the_change_back() -> None:
     async with obedient(PARALLEL) as cluster:
         cluster.starts = False
-        scaled = Scaling(cluster.registry, PlacementLeader(cluster.registry), MODEL).scale(None, 4)
+        scaled = Scaling(
+            cluster.registry, PlacementLeader(cluster.registry, SoleGateway()), MODEL
+        ).scale(None, 4)
         async with aclosing(scaled) as phases:
             await anext(phases)
             assert cluster.registry.state.target is not None
