@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import httpx2
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from support.processes import TINY_MODEL, serving
 from support.served_cluster import DEADLINE_S, ServedCluster, connected
@@ -20,10 +21,19 @@ TEMPLATE = (
 LONG = {"prompt": [5, 6, 7], "max_tokens": 900, "extra_body": {"ignore_eos": True}}
 
 
+STEP_PARTS = ("attention", "dispatch", "expert_wait", "combine", "sampling", "other")
+
+
 @dataclass(frozen=True)
 class Served:
     url: str
     cluster: ServedCluster
+
+    def scraped(self) -> dict[tuple[str, str], float]:
+        """Of `/metrics`, by name and by the label `part`, if it has one."""
+        text = httpx2.get(f"{self.url}/metrics").text
+        samples = (s for family in text_string_to_metric_families(text) for s in family.samples)
+        return {(s.name, s.labels.get("part", "")): s.value for s in samples}
 
     def wait_until_idle(self) -> None:
         """Long before the 900 tokens of a LONG request could have been generated."""
@@ -139,3 +149,27 @@ def test_a_client_that_goes_away_frees_its_blocks(
 def test_health_ready_and_version(served: Served) -> None:
     for path in ("/health", "/ready", "/version"):
         assert httpx2.get(served.url + path).status_code == 200
+
+
+def test_a_scrape_tells_of_the_engine_and_where_its_time_went(
+    served: Served, client: openai.OpenAI
+) -> None:
+    before = served.scraped()
+    asked = {"prompt": list(range(100, 140)), "max_tokens": 8, "temperature": 0}
+    for _ in range(2):  # the second finds the first's blocks
+        client.completions.create(model="chatty", extra_body={"ignore_eos": True}, **asked)
+    served.wait_until_idle()
+    after = served.scraped()
+
+    def grown(name: str, part: str = "") -> float:
+        return after[f"epserve_{name}", part] - before[f"epserve_{name}", part]
+
+    assert (grown("steps_total"), grown("prefix_cache_queries_total")) == (16, 80)
+    assert grown("prefix_cache_hits_total") == 40 // 16 * 16
+    parts = [grown("step_part_seconds_total", part) for part in STEP_PARTS]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(grown("step_seconds_total"))
+    assert min(grown("expert_seconds_total", part) for part in ("queue", "compute")) > 0
+    for name in ("num_requests_running", "num_requests_waiting", "num_preemptions_total"):
+        assert after[f"epserve_{name}", ""] == 0
+    assert after["epserve_kv_cache_usage_perc", ""] == 0
