@@ -85,3 +85,19 @@ async def skew(target: str) -> None:
             prompt, sampling = (20 + first, *(7,) * 500), Sampling(max_tokens=1)
             _ = [output async for output in client.generate(prompt, sampling)]
     await asyncio.sleep(2 * EXPERT_LOAD_S)
+
+
+def test_a_tier_that_is_sharded_alone_grows_by_a_whole_group_and_shrinks_again() -> None:
+    """Level 0, whose experts are each on both processes, becomes Level 1."""
+    layout = ("--expert-devices", "2", "--dtype", "float64", "--kv-cache-tokens", "4096")
+    with serving(*layout) as (_, target):
+        refused = epserve("scale", "--experts", "3", "--target", target)
+        assert refused.returncode == 2
+        assert "whole groups of 2" in refused.stderr
+        for size, degree in ((4, 1), (2, 1)):
+            words = asyncio.run(under_load(target, "scale", "--experts", str(size)))
+            assert words.splitlines()[-1] == f"done: 1 attention and {size} expert processes"
+            with connected(target) as cluster:
+                parallel = cluster.state.parallel
+            assert (parallel.ep_size, parallel.etp_size) == (size // 2, 2)
+            assert parallel.degree == degree
