@@ -1,4 +1,5 @@
-"""The environment that serve gives each process: thread counts and waits, for this machine's cores.
+"""The environment that serve gives each process: thread counts and waits for this machine's cores,
+and how much libraries say.
 
 Knows the variables that libraries read when they load. Knows no command line.
 """
@@ -10,15 +11,17 @@ from epserve.layout import Place
 from moe_core.cluster import Role
 from moe_core.config.parallel import ParallelConfig
 
+# Below errors they tell of lost peers only, which epserve's own lines name.
+_QUIET = {"GRPC_VERBOSITY": "ERROR", "NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL": "error"}
+
 
 def child_environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
-    """Thread counts and waits, which libraries read when they load.
+    """What libraries read when they load.
 
     The tiers take turns within a layer, so each tier's processes share out all cores. What the
     user has set already stays.
     """
-    wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false"}
-    wanted["GRPC_VERBOSITY"] = "ERROR"  # what it says of lost connections is logged by us
+    wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false", **_QUIET}
     if place.role is not Role.GATEWAY:
         tier = parallel.attn_devices if place.role is Role.ATTN else parallel.expert_devices
         cores = sorted(os.sched_getaffinity(0))

@@ -150,6 +150,12 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
     (_, attn, _) = make_plan(settings()).children()
     assert not {"OMP_NUM_THREADS", "OMP_PLACES"} & attn.environment.keys()
     assert attn.environment["UCX_MM_ERROR_HANDLING"] == "y"
+
+
+def test_libraries_say_errors_only_unless_the_user_wants_more(monkeypatch: pytest.MonkeyPatch):
+    for child in make_plan(settings()).children():
+        said = {child.environment[name] for name in ("NIXL_LOG_LEVEL", "GRPC_VERBOSITY")}
+        assert (said, child.environment["UCX_LOG_LEVEL"]) == ({"ERROR"}, "error")
     monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
     assert "GRPC_VERBOSITY" not in make_plan(settings()).children()[0].environment
 
