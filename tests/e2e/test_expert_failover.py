@@ -11,7 +11,7 @@ from threading import Event
 
 import pytest
 
-from attn_service.process import EXPERT_LOAD_S
+from attn_service.cluster_upkeep import EXPERT_LOAD_S
 from moe_core.pb.epserve.v1.gateway_pb2 import (
     GenerateRequest,
     GenerateResponse,

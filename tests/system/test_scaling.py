@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from attn_service.process import EXPERT_LOAD_S
+from attn_service.cluster_upkeep import EXPERT_LOAD_S
 from epserve.client import EpserveClient
 from epserve.generate_messages import Sampling
 from moe_core.cluster import Role
