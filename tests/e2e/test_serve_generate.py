@@ -253,7 +253,7 @@ def test_whoever_gives_up_frees_the_sequence_and_its_blocks(served: ServedCluste
 def test_status_json_lists_members_and_links(target: str):
     generate_json(target, "--prompt-ids", "5,6,7", "--max-tokens", "4", "--ignore-eos")
     document = status_json(target)
-    assert set(document) == {"placement_epoch", "members", "links"}
+    assert set(document) == {"placement_epoch", "sizes", "target", "members", "links"}
     assert document["placement_epoch"] == 0
     assert all(set(member) == MEMBER_FIELDS for member in document["members"])
     named = {(m["role"], m["rank"]): m for m in document["members"]}

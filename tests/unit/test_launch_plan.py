@@ -147,6 +147,7 @@ def test_a_tiers_processes_share_out_the_cores(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("UCX_MM_ERROR_HANDLING", raising=False)  # which links in this process set
     (_, attn, _) = make_plan(settings()).children()
     assert not {"OMP_NUM_THREADS", "OMP_PLACES"} & attn.environment.keys()
     assert attn.environment["UCX_MM_ERROR_HANDLING"] == "y"
