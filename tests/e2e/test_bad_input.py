@@ -101,7 +101,7 @@ REQUESTS = {
     ),
     "text longer than the model": (
         *(pb.GenerateRequest(text="word " * 4_000_000), INVALID),
-        ("text: 20000000 characters", "max_position_embeddings=1024"),
+        ("text: has 20000000 characters", "at most 1024 tokens (max_position_embeddings)"),
     ),
     "request longer than a message may be": (
         *(pb.GenerateRequest(text="word " * 14_000_000), grpc.StatusCode.RESOURCE_EXHAUSTED),
