@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 
 from epserve.gateway_connection import GatewayConnection, Target
-from moe_core.cluster import Role, TierSizes
+from moe_core.cluster import LayerLoad, Role, TierSizes
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
 from moe_core.pb.epserve.v1 import admin_pb2_grpc
 from moe_core.service.cluster_codec import role_to_pb
@@ -29,16 +29,6 @@ class Progress:
     phase: str
     done: bool
     sizes: TierSizes
-
-
-@dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """load_before, load_after: of the most loaded EP group over the mean."""
-
-    layer_id: int
-    experts_moved: int
-    load_before: float
-    load_after: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import structlog
 from gateway.cluster import Registry
 from gateway.expert_totals import ExpertTotals
 from gateway.placement_leader import PlacementLeader
-from moe_core.cluster import ClusterState, ExpertLoad, Role
+from moe_core.cluster import ClusterState, ExpertLoad, LayerLoad, Role
 from moe_core.eplb import Held, balanced, imbalance, least_moved, num_moved
 from moe_core.errors import ConfigError, UnavailableError
 from moe_core.placement import LayerPlacement
@@ -38,16 +38,6 @@ class LayerChange:
     layer_id: int
     held: Held
     num_moved: int
-    load_before: float
-    load_after: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerLoad:
-    """load_before, load_after: of the most loaded EP group over the mean."""
-
-    layer_id: int
-    experts_moved: int
     load_before: float
     load_after: float
 

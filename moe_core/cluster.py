@@ -90,6 +90,16 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerLoad:
+    """What a new placement does for one layer. load_before, load_after: of the most loaded EP group over the mean."""
+
+    layer_id: int
+    experts_moved: int
+    load_before: float
+    load_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class LinkStats:
     """One attention process's totals towards one expert process, in bytes and counts. wait_s: the
     seconds for which it waited for this one and for no other. dispatch_tokens: a token counts in

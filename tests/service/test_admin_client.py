@@ -1,10 +1,11 @@
 """AdminClient against the Admin servicer, with a rebalancer that has decided already."""
 
-from epserve.admin_client import AdminClient, LayerLoad
+from epserve.admin_client import AdminClient
 from gateway import rebalancing
 from gateway.admin_servicer import AdminServicer
 from gateway.placement_leader import PlacementLeader
 from gateway.scaling import Scaling
+from moe_core.cluster import LayerLoad
 from moe_core.config.parallel import ParallelConfig
 from moe_core.service.grpc_host import GrpcHost
 from support.small_gateway import MODEL, make_registry

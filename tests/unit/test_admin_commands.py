@@ -1,7 +1,8 @@
 """What `epserve rebalance` prints."""
 
-from epserve.admin_client import LayerLoad, Rebalanced
+from epserve.admin_client import Rebalanced
 from epserve.admin_commands import MAX_LAYERS, rebalanced_lines
+from moe_core.cluster import LayerLoad
 
 
 def test_each_layer_that_changes_has_its_load_before_and_after() -> None:
