@@ -91,7 +91,8 @@ class ExpertLoad:
 
 @dataclass(frozen=True, slots=True)
 class LayerLoad:
-    """What a new placement does for one layer. load_before, load_after: of the most loaded EP group over the mean."""
+    """What a new placement does for one layer. load_before, load_after: of the most loaded EP group
+    over the mean."""
 
     layer_id: int
     experts_moved: int

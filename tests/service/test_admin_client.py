@@ -3,6 +3,7 @@
 from epserve.admin_client import AdminClient
 from gateway import rebalancing
 from gateway.admin_servicer import AdminServicer
+from gateway.leadership import SoleGateway
 from gateway.placement_leader import PlacementLeader
 from gateway.scaling import Scaling
 from moe_core.cluster import LayerLoad
@@ -19,7 +20,7 @@ class Decided:
 
 async def test_the_layers_that_change_come_with_their_loads() -> None:
     registry = make_registry(ParallelConfig())
-    scaling = Scaling(registry, PlacementLeader(registry), MODEL)
+    scaling = Scaling(registry, PlacementLeader(registry, SoleGateway()), MODEL)
     host = GrpcHost()
     AdminServicer(registry, scaling, Decided()).add_to(host)
     port = await host.start("127.0.0.1", 0)
