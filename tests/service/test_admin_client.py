@@ -14,15 +14,16 @@ from support.small_gateway import MODEL, make_registry
 
 class Decided:
     async def rebalance(self, *, force: bool, dry_run: bool) -> rebalancing.Rebalanced:
-        layers = (rebalancing.LayerLoad(3, 4, 2.0, 1.1), rebalancing.LayerLoad(1, 3, 1.25, 1.0))
+        layers = (LayerLoad(3, 4, 2.0, 1.1), LayerLoad(1, 3, 1.25, 1.0))
         return rebalancing.Rebalanced(2, 7, 1.5, 1.1, int(dry_run), "", layers)
 
 
 async def test_the_layers_that_change_come_with_their_loads() -> None:
     registry = make_registry(ParallelConfig())
-    scaling = Scaling(registry, PlacementLeader(registry, SoleGateway()), MODEL)
+    leadership = SoleGateway()
+    scaling = Scaling(registry, PlacementLeader(registry, leadership), MODEL)
     host = GrpcHost()
-    AdminServicer(registry, scaling, Decided()).add_to(host)
+    AdminServicer(registry, scaling, Decided(), leadership).add_to(host)
     port = await host.start("127.0.0.1", 0)
     try:
         async with AdminClient(f"127.0.0.1:{port}") as client:
