@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -45,10 +46,22 @@ Send = Callable[[list[int], Arrived], Awaitable[None]]
 
 def straight(group: Group, pool: AttentionPool) -> Send:
     """To the attention tier, as the gateway itself speaks to it."""
+    numbers = count()
 
     async def send(prompt: list[int], arrived: Arrived) -> None:
         sequence = Sequence(
-            "straight", tuple(prompt), NUM_TOKENS, 0.0, 1.0, 0, 0.0, 1, (), 0, (), 0
+            f"straight {next(numbers)}",
+            tuple(prompt),
+            NUM_TOKENS,
+            0.0,
+            1.0,
+            0,
+            0.0,
+            1,
+            (),
+            0,
+            (),
+            0,
         )
         stream = pool.submit(group, [sequence])
         finish_reason = ""
@@ -102,10 +115,10 @@ async def load(send: Send, window_s: float) -> tuple[list[float], int]:
         while (sent := time.perf_counter()) < until:
             first = 0.0
 
-            def arrived(count: int) -> None:
+            def arrived(num: int) -> None:
                 nonlocal first, num_tokens
                 first = first or time.perf_counter()
-                num_tokens += count
+                num_tokens += num
 
             await send([2 + (row + column) % 500 for column in range(PROMPT_TOKENS)], arrived)
             firsts.append(first - sent)
