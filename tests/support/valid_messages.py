@@ -36,7 +36,7 @@ def _addressed(
 
 
 def valid_messages(state: ClusterState) -> list[Addressed]:
-    """For a cluster of one attention and one expert process in bfloat16. Those of a new worker
+    """For a cluster of one attention and one expert process, not in float32. Those of a new worker
     speak for one in float32, so that none takes a process's place by chance."""
     return [
         *_gateway_messages(),

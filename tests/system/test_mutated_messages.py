@@ -27,7 +27,8 @@ IN_FLIGHT = 48
 CALL_DEADLINE_S = 60.0
 MAX_GROWTH = 50 * 2**20
 # A small pool: a message that asks for many tokens by chance cannot get more than that.
-LAYOUT = ("--dtype", "bfloat16", "--kv-cache-tokens", "128")
+# In bfloat16, on CPUs that have it, oneDNN keeps code for each number of rows that it has met.
+LAYOUT = ("--dtype", "float64", "--kv-cache-tokens", "128")
 GOOD = greedy([5, 6, 7], max_tokens=40)
 ACCEPTABLE = {
     "OK",
