@@ -54,5 +54,7 @@ class ClusterSettings:
         check_kv_cache_size(self.kv_cache_tokens, self.kv_cache_memory, self.memory_utilization)
         check_expert_wait(self.expert_wait_s, self.hedge_after_s)
         require_safe_bind("host", self.host, self.tls, self.insecure)
-        clusters = {} if self.tls is None else {"cluster_port": self.cluster_port}
-        require_own_ports({"port": self.http_port, "grpc_port": self.grpc_port, **clusters})
+        cluster_port = 0 if self.tls is None else self.cluster_port  # unused without TLS
+        require_own_ports(
+            {"port": self.http_port, "grpc_port": self.grpc_port, "cluster_port": cluster_port}
+        )

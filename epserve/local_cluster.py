@@ -41,7 +41,7 @@ class LocalCluster:
         """Start again what dies, and what the tiers grow by, until cancelled; `note` is told.
         Raises ProcessEndedError for a process that cannot be kept up."""
         parallel = self.plan.parallel
-        sizes = TierSizes(parallel.attn_devices, parallel.expert_devices)
+        sizes = TierSizes.of(parallel)
         await Upkeep(self.supervisor, self.plan.child, sizes, note).run(self.client)
 
 

@@ -76,10 +76,9 @@ def links(state: ClusterState) -> list[LinkStats]:
 def status_document(state: ClusterState) -> dict[str, object]:
     """What `status --json` prints; ranks that a role does not have are null. `sizes` are those in
     force, `target` those that the tiers are to get: null unless they are changing."""
-    parallel = state.parallel
     return {
         "placement_epoch": state.placement.epoch,
-        "sizes": asdict(TierSizes(parallel.attn_devices, parallel.expert_devices)),
+        "sizes": asdict(TierSizes.of(state.parallel)),
         "target": None if state.target is None else asdict(state.target),
         "members": [
             {name: getattr(member, name) for name in _MEMBER_FIELDS}

@@ -111,7 +111,6 @@ class Upkeep:
         cannot go on without."""
         name = end.name
         self._processes.forget(end)
-        role, rank = self._places[name]
         self._been_ready.discard(end.pid)
         if end.pid in self._ended:
             self._ended.discard(end.pid)
@@ -120,16 +119,16 @@ class Upkeep:
             self._leaving.discard(end.pid)
             self._dismissed.add(name)
             self._note(f"{name} has left as it was asked to: {end}")
-        elif not self._wants((role, rank)):
+        elif not self._wants(self._places[name]):
             self._note(f"not started again, since the tier has become smaller: {end}")
         elif (pause_s := self._pause_s(end)) is not None:
             self._note(f"starting {name} again in {pause_s:g} s: {end}")
             self._start(name, pause_s)
-        elif _within(self._in_force, role, rank):
-            raise end
-        else:
+        elif self._is_growth(name):
             self._dismissed.add(name)
             self._note(f"the tier does not grow by {name}, nor by more: {end}")
+        else:
+            raise end
         self._start_missing()
 
     def take(self, state: ClusterState) -> None:
@@ -162,7 +161,7 @@ class Upkeep:
             self._leaving &= {member.pid for member in state.members}
         parallel = state.parallel
         self._tp_size = parallel.tp_size
-        self._in_force = TierSizes(parallel.attn_devices, parallel.expert_devices)
+        self._in_force = TierSizes.of(parallel)
         self._wanted = state.target or self._in_force
         self._add_places()
         self._end_unwanted()
@@ -174,11 +173,11 @@ class Upkeep:
         starting = {name for name, task in self._starts.items() if not task.done()}
         there = self._processes.pids.keys() | starting | self._dismissed
         missing = [n for n, place in self._places.items() if n not in there and self._wants(place)]
-        grows = [n for n in missing if not _within(self._in_force, *self._places[n])]
+        grows = [*filter(self._is_growth, missing)]
         names = [n for n in missing if n not in grows]
         still = self._arriving & there - self._dismissed
         self._arriving = {n for n in still if self._wants(self._places[n])}
-        if not any(not _within(self._in_force, *self._places[n]) for n in self._dismissed):
+        if not any(map(self._is_growth, self._dismissed)):
             room = max(0, max(self._at_once, self._tp_size) - len(self._arriving))
             self._arriving |= {*grows[:room]}
             names += grows[:room]
@@ -197,6 +196,9 @@ class Upkeep:
             self._processes.end(name)
         if unwanted:
             self._note(f"ending {listed(unwanted)}: the cluster is no longer to have so many")
+
+    def _is_growth(self, name: str) -> bool:
+        return not _within(self._in_force, *self._places[name])
 
     def _wants(self, place: _Place) -> bool:
         return _within(self._wanted, *place)

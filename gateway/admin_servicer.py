@@ -53,8 +53,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         self, request: pb.RebalanceRequest, context: Context
     ) -> pb.RebalanceResponse:
         done = await self._rebalancer.rebalance(force=request.force, dry_run=request.dry_run)
-        layers = [pb.LayerLoad(**asdict(layer)) for layer in done.layers]
-        return pb.RebalanceResponse(**{**asdict(done), "layers": layers})
+        return pb.RebalanceResponse(**asdict(done))
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         self._leadership.require("draining")

@@ -77,20 +77,15 @@ class Scaling:
         ranks = range(_size(parallel, role))
         if leaving := [m.rank for m in self._registry.state.tier(role) if m.leaving]:
             yield f"waiting for {role} {_ranks(leaving)} to leave"
-            await self._registry.versions.until_none(
-                partial(_still_here, role, leaving), LEAVE_TIMEOUT_S
-            )
+            await self._until_gone(role, leaving)
         there = {m.rank for m in self._registry.state.tier(role)}
         missing = [rank for rank in ranks if rank not in there]
         if not missing:
             return
-        sizes = TierSizes(parallel.attn_devices, parallel.expert_devices)
-        self._registry.set_sizes(parallel, sizes)
+        self._registry.set_sizes(parallel, TierSizes.of(parallel))
         try:
             yield f"waiting for {role} {_ranks(missing)} to come"
-            await self._registry.versions.until_none(
-                partial(_not_ready, role, missing), ARRIVAL_TIMEOUT_S
-            )
+            await self._until_ready(role, missing)
         finally:
             self._registry.set_sizes(parallel, None)
 
@@ -98,12 +93,10 @@ class Scaling:
         self, role: Role, before: ParallelConfig, after: ParallelConfig
     ) -> AsyncGenerator[str, None]:
         coming = range(_size(before, role), _size(after, role))
-        self._registry.set_sizes(before, TierSizes(after.attn_devices, after.expert_devices))
+        self._registry.set_sizes(before, TierSizes.of(after))
         try:
             yield f"waiting for {role} {_ranks(coming)} to come"
-            await self._registry.versions.until_none(
-                partial(_not_ready, role, coming), ARRIVAL_TIMEOUT_S
-            )
+            await self._until_ready(role, coming)
             if role is Role.EXPERT:
                 yield f"loading experts on {role} {_ranks(coming)}"
                 await self._place(after)
@@ -122,17 +115,23 @@ class Scaling:
             yield f"loading the experts of {role} {_ranks(going)} elsewhere"
             await self._place(after)
         sizes = self._registry.parallel
-        self._registry.set_sizes(sizes, TierSizes(after.attn_devices, after.expert_devices))
+        self._registry.set_sizes(sizes, TierSizes.of(after))
         try:
             yield f"waiting for {role} {_ranks(going)} to leave"
             self._registry.set_leaving(role, going)
-            await self._registry.versions.until_none(
-                partial(_still_here, role, going), LEAVE_TIMEOUT_S
-            )
+            await self._until_gone(role, going)
             await self._leader.set_sizes(after)
         except BaseException:  # what was asked to leave may be started again
             self._registry.set_sizes(sizes, None)
             raise
+
+    async def _until_ready(self, role: Role, ranks: Sequence[int]) -> None:
+        lagging = partial(_not_ready, role, ranks)
+        await self._registry.versions.until_none(lagging, ARRIVAL_TIMEOUT_S)
+
+    async def _until_gone(self, role: Role, ranks: Sequence[int]) -> None:
+        lagging = partial(_still_here, role, ranks)
+        await self._registry.versions.until_none(lagging, LEAVE_TIMEOUT_S)
 
     async def _place(self, parallel: ParallelConfig) -> None:
         """All experts on the EP groups of `parallel`, as few of them moved as can be."""

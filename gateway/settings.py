@@ -82,8 +82,10 @@ class GatewaySettings:
         parse_registry(self.registry, self.insecure)
         check_rebalance_interval(self.rebalance_interval)
         require_safe_bind("host", self.host, self.tls, self.insecure)
-        clusters = {} if self.tls is None else {"cluster_port": self.cluster_port}
-        require_own_ports({"port": self.http_port, "grpc_port": self.port, **clusters})
+        cluster_port = 0 if self.tls is None else self.cluster_port  # unused without TLS
+        require_own_ports(
+            {"port": self.http_port, "grpc_port": self.port, "cluster_port": cluster_port}
+        )
         check_traces_endpoint(self.otlp_traces_endpoint)
         if not 0 <= self.attn_wait_s < math.inf:
             rule = "must be a number of seconds of at least 0"

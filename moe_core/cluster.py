@@ -200,6 +200,10 @@ class TierSizes:
     attn_devices: int
     expert_devices: int
 
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> "TierSizes":
+        return cls(parallel.attn_devices, parallel.expert_devices)
+
     @property
     def by_role(self) -> dict[Role, int]:
         return {Role.ATTN: self.attn_devices, Role.EXPERT: self.expert_devices}

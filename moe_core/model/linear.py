@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_core.model.matrix_forms import BlockedMatrix, Float16Matrix, Matrix
+from moe_core.model.matrix_forms import Float16Matrix, Matrix, cpu_has_bfloat16
 
 
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [n, in_features] to [n, out_features], in x's dtype."""
-    if isinstance(weight, Float16Matrix):
-        product = weight.multiply(x)
-        return product if bias is None else product + bias
-    if isinstance(weight, BlockedMatrix):
-        return weight.multiply(x.to(torch.bfloat16), bias).to(x.dtype)
+    if not isinstance(weight, Tensor):
+        return weight.multiply(x, bias)
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
@@ -46,7 +43,6 @@ def activation_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """In which activations of a model of `dtype` are kept and multiplied with each other: float32
     for bfloat16 on a CPU that has no instructions for it, else `dtype` itself. What is cached and
     what is sent to the experts is of `dtype` all the same."""
-    if dtype is not torch.bfloat16 or device.type != "cpu":
+    if dtype is not torch.bfloat16 or device.type != "cpu" or cpu_has_bfloat16():
         return dtype
-    native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype if native else torch.float32
+    return torch.float32

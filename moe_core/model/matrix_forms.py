@@ -40,10 +40,12 @@ class BlockedMatrix:
         self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight, _BLOCKED_FOR_ROWS)
         self.shape = weight.shape
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [n, in_features] bfloat16 to [n, out_features] bfloat16."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocks, bias, "none", [], "")
-        return product
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [n, in_features] to [n, out_features], in x's dtype; rounded to bfloat16."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(torch.bfloat16), self._blocks, bias, "none", [], ""
+        )
+        return product.to(x.dtype)
 
     def values(self) -> Tensor:
         """[out_features, in_features] bfloat16, exactly what was arranged."""
@@ -62,9 +64,10 @@ class Float16Matrix:
         self._unscale = torch.tensor(unscale)  # torch would make one of a float each time
         self.shape = shape
 
-    def multiply(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [n, in_features] to [n, out_features], in x's dtype; computed in float32."""
-        return self.scaled_product(x).mul_(self._unscale).to(x.dtype)
+        product = self.scaled_product(x).mul_(self._unscale).to(x.dtype)
+        return product if bias is None else product + bias
 
     def scaled_product(self, x: Tensor) -> Tensor:
         """`multiply` in float32, before it is multiplied by `unscale`."""
@@ -80,11 +83,17 @@ class Float16Matrix:
 Matrix = Tensor | BlockedMatrix | Float16Matrix
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for it."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
 def forms_here(dtype: torch.dtype, device: torch.device) -> tuple[MatrixForm, ...]:
     """Those that this torch can multiply by, plain first."""
     forms = [MatrixForm.PLAIN]
     if device.type == "cpu" and dtype is torch.bfloat16:
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if cpu_has_bfloat16():
             forms.append(MatrixForm.BLOCKED)
         if "fbgemm" in torch.backends.quantized.supported_engines:
             forms.append(MatrixForm.FLOAT16)
