@@ -30,6 +30,7 @@ from epserve.generate_messages import Sampling  # noqa: E402
 from epserve.local_cluster import wait_ready  # noqa: E402
 from gateway.attention_pool import AttentionPool  # noqa: E402
 from gateway.groups import Group  # noqa: E402
+from gateway.request_stream import Delta  # noqa: E402
 from gateway.requests import Sequence  # noqa: E402
 from moe_core.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from moe_core.cluster import Role  # noqa: E402
@@ -63,14 +64,27 @@ def straight(group: Group, pool: AttentionPool) -> Send:
             (),
             0,
         )
-        stream = pool.submit(group, [sequence])
-        finish_reason = ""
-        while not finish_reason:
-            for _, delta in await stream.next():
-                finish_reason = delta.finish_reason
-                arrived(len(delta.token_ids))
+        arrivals = Arrivals(arrived)
+        pool.submit(group, [sequence], arrivals)
+        await arrivals.ended
 
     return send
+
+
+class Arrivals:
+    """A Taker of one choice."""
+
+    def __init__(self, arrived: Arrived) -> None:
+        self._arrived = arrived
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def take(self, index: int, delta: Delta) -> None:
+        self._arrived(len(delta.token_ids))
+        if delta.finish_reason:
+            self.ended.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        self.ended.set_exception(error)
 
 
 def through_grpc(client: EpserveClient) -> Send:

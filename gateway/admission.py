@@ -22,6 +22,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1_024
 MAX_CHOICES = 64
 MAX_TOP_LOGPROBS = 20
+QUICK_PROMPT_IDS = 8_192  # so many are checked within a millisecond
 MAX_PROMPT_LOGPROBS = 2**19  # numbers told of a prompt, of all choices together
 
 
@@ -55,7 +56,7 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     room = _room(len(prompt_ids), model, kv_tokens)
     max_tokens = _max_tokens(sampling, len(prompt_ids), room)
     _check_prompt_logprobs(sampling, len(prompt_ids))
-    for token_id in prompt_ids:
+    for token_id in (min(prompt_ids), max(prompt_ids)):
         _require_token("token_ids", token_id, model)
     return Sequence(
         request_id=request.request_id or uuid.uuid4().hex,

@@ -22,7 +22,7 @@ import structlog
 
 from gateway.engine_messages import add_to_pb, delta_from_pb, parked_from_pb
 from gateway.groups import Group
-from gateway.request_stream import GroupLostError, RequestStream
+from gateway.request_stream import GroupLostError, RequestStream, Taker
 from gateway.requests import Sequence
 from moe_core.cluster import ClusterState, MemberState, Role
 from moe_core.errors import UnavailableError
@@ -48,12 +48,12 @@ class AttentionPool:
         self._closing: set[asyncio.Task[None]] = set()
 
     def submit(
-        self, group: Group, choices: Many[Sequence], *, take_over: bool = False
+        self, group: Group, choices: Many[Sequence], taker: Taker, *, take_over: bool = False
     ) -> RequestStream:
         """Start a request's choices, in the order of their indices, on `group`, each after its
-        output_ids; with `take_over` the group may have them already. A failure surfaces in the
-        stream's `next`."""
-        return self._link_to(group).submit(choices, take_over)
+        output_ids; with `take_over` the group may have them already. `taker` has what comes of
+        them, failures among it."""
+        return self._link_to(group).submit(choices, taker, take_over)
 
     async def find(self, group: Group, sequence_ids: Many[str]) -> dict[str, int]:
         """Which of these `group` has, and the seed of each. Raises EpserveError where it does not
@@ -114,8 +114,8 @@ class _GroupLink:
     def serves(self, group: Group) -> bool:
         return self._lost is None and self.instance_epoch == group.leader.instance_epoch
 
-    def submit(self, choices: Many[Sequence], take_over: bool) -> RequestStream:
-        stream = RequestStream(self, {each.index: each.sequence_id for each in choices})
+    def submit(self, choices: Many[Sequence], taker: Taker, take_over: bool) -> RequestStream:
+        stream = RequestStream(self, {each.index: each.sequence_id for each in choices}, taker)
         for each in choices:
             self._streams[each.sequence_id] = stream, each.index
             self._outgoing.put_nowait(pb.EngineRequest(add=add_to_pb(each, take_over)))
@@ -158,7 +158,7 @@ class _GroupLink:
         log.info("a group's stream ended", group=self._name, reason=reason)
         for sequence_id, (stream, index) in tuple(self._streams.items()):
             self.forget(sequence_id)
-            stream.put(index, self._lost)
+            stream.fail(index, self._lost)
 
     def _one_less(self, sequence_id: str) -> None:
         self._leaving[sequence_id] -= 1
@@ -193,20 +193,22 @@ class _GroupLink:
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""
-        finished = bool(output.finish_reason)
-        if output.sequence_id in self._leaving:
+        sequence_id, finished = output.sequence_id, bool(output.finish_reason)
+        if sequence_id in self._leaving:
             if finished:
-                self._one_less(output.sequence_id)
+                self._one_less(sequence_id)
             return
         take = self._streams.pop if finished else self._streams.get
-        stream, index = take(output.sequence_id, (None, 0))
+        stream, index = take(sequence_id, (None, 0))
         if stream is None:
             return
-        if output.go_elsewhere:
-            stream.put(index, GroupLostError(f"{self._name} has ended it: {output.error}"))
+        if not finished:
+            stream.put(index, delta_from_pb(output))
+        elif output.go_elsewhere:
+            stream.fail(index, GroupLostError(f"{self._name} has ended it: {output.error}"))
         elif output.finish_reason == PARKED:
             stream.put_parked(index, parked_from_pb(output))
         elif output.finish_reason == "error":
-            stream.put(index, error_from_status(output.error_code or "INTERNAL", output.error))
+            stream.fail(index, error_from_status(output.error_code or "INTERNAL", output.error))
         else:
             stream.put(index, delta_from_pb(output))

@@ -70,6 +70,7 @@ class Registry:
         self._others: tuple[Member, ...] = ()
         self._standing = ""
         self.queued_requests = self.loop_tasks = 0  # of this gateway
+        self._counted, self._told = gateway, (gateway, "", 0, 0)
         self.versions = StateVersions(lambda: self.state)
 
     @property
@@ -90,19 +91,27 @@ class Registry:
     @property
     def state(self) -> ClusterState:
         """Its first member is this gateway."""
-        gateway = replace(
-            self.gateway, queued_requests=self.queued_requests, loop_tasks=self.loop_tasks
-        )
         members = map(self._registrations.shown, self._members.values())
         layout = self._layout
         return ClusterState(
             self.versions.current,
             layout.parallel,
-            (gateway, *self._others, *members),
+            (self._with_counts(), *self._others, *members),
             layout.placement,
             next_placement=layout.next_placement,
             target=layout.target,
         )
+
+    def _with_counts(self) -> Member:
+        """This gateway as `state` shows it: every request asks several times, and it seldom
+        changes."""
+        told = self._gateway, self._standing, self.queued_requests, self.loop_tasks
+        if self._told != told:
+            self._told = told
+            self._counted = replace(
+                self.gateway, queued_requests=self.queued_requests, loop_tasks=self.loop_tasks
+            )
+        return self._counted
 
     @property
     def accepted(self) -> ParallelConfig:

@@ -57,13 +57,15 @@ def parked_from_pb(output: pb.SequenceOutput) -> ParkedKv:
 
 
 def delta_from_pb(output: pb.SequenceOutput) -> Delta:
+    """Costs every token: what most of them lack is only looked for."""
+    logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
     return Delta(
         tuple(output.token_ids),
         output.finish_reason,
-        _logprobs(output.logprobs),
+        _logprobs(logprobs) if logprobs else (),
         output.num_cached_tokens,
         output.queued_us * 1e-6 if output.HasField("queued_us") else None,
-        _logprobs(output.prompt_logprobs),
+        _logprobs(prompt_logprobs) if prompt_logprobs else (),
     )
 
 

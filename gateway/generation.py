@@ -12,7 +12,7 @@ from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from gateway.admission import ServedModel, admit
+from gateway.admission import QUICK_PROMPT_IDS, ServedModel, admit
 from gateway.attention_pool import AttentionPool
 from gateway.callers import Caller
 from gateway.cluster import Registry
@@ -30,7 +30,6 @@ from gateway.waiting_room import DEFAULT_ATTN_WAIT_S, WaitingRoom
 from moe_core.errors import RequestError, UnavailableError
 
 SHUTTING_DOWN = "this gateway is shutting down and takes no new requests"
-QUICK_PROMPT_IDS = 8_192  # so many are checked within a millisecond
 
 
 class Generator:
@@ -77,47 +76,34 @@ class Generator:
         last chunk of each choice has a finish_reason, and after all of them this ends. A caller
         that stops early (cancelled, or past its deadline) closes this, and the engine is told.
         What fails one choice, fails the request."""
-        watch = self._observer.watch(request)
-        error: BaseException | None = None
-        try:
-            async with aclosing(self._batches(request, watch)) as batches:
-                async for batch in batches:
-                    for chunk in batch:
-                        watch.put_out(chunk)
-                    yield batch
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            watch.ended(error)
+        with self._watched(request) as watch:
+            request = _named(request)
+            with self._room.enter(request) as place, self._under_way(request, place):
+                outputs, running = await self._start(request, place, watch)
+                if running is None:
+                    yield _aborted(outputs, watch)
+                    return
+                with closing(running):
+                    while not running.ended:
+                        yield await running.next()
 
-    async def _batches(
-        self, request: GenerationRequest, watch: RequestWatch
-    ) -> AsyncGenerator[list[Chunk], None]:
-        if request.resume_from is not None and not request.request_id:
-            raise RequestError("resume_from: needs the request_id of the request to resume")
-        request = replace(request, request_id=request.request_id or uuid.uuid4().hex)
-        key = _key(request.caller, request.request_id)
-        with self._room.enter(request) as place, self._under_way(key, place):
-            choices = await self._admit(request)
-            outputs = self._outputs(request, choices)
-            found = await self._find(request, choices)
-            if found is not None:
-                choices = [replace(choice, seed=found.seed) for choice in choices]
-            group = await place.turn(choices, None if found is None else found.group)
-            if group is None:
-                yield [output.push(Delta((), ABORTED)) for output in outputs]
-                return
-            choices = [replace(choice, traceparent=watch.traceparent) for choice in choices]
-            running = self._live[key] = RunningRequest(
-                self._pool, place, choices, group, watch, take_over=found is not None
-            )
-            watch.admitted(choices, group.dp_rank)
-            with closing(running):
-                while not all(output.finished for output in outputs):
-                    batch = await _next_chunks(running, outputs, watch)
-                    if batch:
-                        yield batch
+    async def _start(
+        self, request: GenerationRequest, place: Place, watch: RequestWatch
+    ) -> tuple[list[SequenceOutput], RunningRequest | None]:
+        """The request's choices, once a group runs them; none does where it was aborted before."""
+        choices = _all_choices(request, await self._admit(request), watch.traceparent)
+        outputs = self._outputs(request, choices)
+        found = await self._find(request, choices)
+        if found is not None:
+            choices = [replace(choice, seed=found.seed) for choice in choices]
+        group = await place.turn(choices, None if found is None else found.group)
+        if group is None:
+            return outputs, None
+        running = self._live[_key(request)] = RunningRequest(
+            self._pool, place, choices, outputs, group, watch, take_over=found is not None
+        )
+        watch.admitted(choices, group.dp_rank)
+        return outputs, running
 
     def _outputs(self, request: GenerationRequest, choices: Many[Sequence]) -> list[SequenceOutput]:
         skips = [*(request.resume_from or ()), *(0 for _ in choices)]
@@ -137,12 +123,12 @@ class Generator:
     async def check(self, requests: Iterable[GenerationRequest]) -> list[GenerationRequest]:
         """The same requests, each admitted. Raises what `generate` would refuse any of them with,
         before one of them costs anything."""
-        return [replace(request, admitted=(await self._admit(request))[0]) for request in requests]
+        return [replace(request, admitted=await self._admit(request)) for request in requests]
 
     def abort(self, caller: Caller, request_id: str) -> bool:
         """End a request of `caller` early; its client gets finish_reason "abort". False if `caller`
         has none of that id here."""
-        found = self._live.get(_key(caller, request_id))
+        found = self._live.get((caller.name, request_id))
         if found is None:
             return False
         found.abort()
@@ -168,57 +154,62 @@ class Generator:
         self._room.refuse_waiting(UnavailableError(SHUTTING_DOWN))
 
     @contextmanager
-    def _under_way(self, key: tuple[str, str], place: Place) -> Iterator[None]:
+    def _watched(self, request: GenerationRequest) -> Iterator[RequestWatch]:
+        """Whoever watches is told how the request ended."""
+        watch = self._observer.watch(request)
+        error: BaseException | None = None
+        try:
+            yield watch
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            watch.ended(error)
+
+    @contextmanager
+    def _under_way(self, request: GenerationRequest, place: Place) -> Iterator[None]:
+        key = _key(request)
         if key in self._live:
-            raise RequestError(f"request_id={key[1]!r}: such a request is under way")
+            raise RequestError(f"request_id={request.request_id!r}: such a request is under way")
         self._live[key] = place
         try:
             yield
         finally:
             del self._live[key]
 
-    async def _admit(self, request: GenerationRequest) -> list[Sequence]:
-        """The request's choices. Cutting text into tokens takes a second for every million
+    async def _admit(self, request: GenerationRequest) -> Sequence:
+        """The request's first choice. Cutting text into tokens takes a second for every million
         characters, and so runs beside the loop."""
         if request.admitted is not None:
-            return _all_choices(request, request.admitted)
+            return request.admitted
         kv_tokens = max(group.kv_tokens for group in self._room.usable_groups())
         work = partial(admit, request, self.model, kv_tokens)
         prompt = request.prompt or ()
         if isinstance(prompt, str) or len(prompt) > QUICK_PROMPT_IDS:
-            first = await self._admitting.run(request.caller, len(prompt), work)
-        else:
-            first = work()
-        return _all_choices(request, first)
+            return await self._admitting.run(request.caller, len(prompt), work)
+        return work()
 
 
-def _all_choices(request: GenerationRequest, first: Sequence) -> list[Sequence]:
-    request_id, owner = request.request_id, request.caller.tag
-    return [
-        replace(first, request_id=request_id, index=index, owner=owner)
-        for index in range(request.sampling.n or 1)
-    ]
+def _all_choices(request: GenerationRequest, first: Sequence, traceparent: str) -> list[Sequence]:
+    owned = replace(
+        first, request_id=request.request_id, owner=request.caller.tag, traceparent=traceparent
+    )
+    return [owned, *(replace(owned, index=index) for index in range(1, request.sampling.n or 1))]
 
 
-def _key(caller: Caller, request_id: str) -> tuple[str, str]:
+def _named(request: GenerationRequest) -> GenerationRequest:
+    if request.resume_from is not None and not request.request_id:
+        raise RequestError("resume_from: needs the request_id of the request to resume")
+    return request if request.request_id else replace(request, request_id=uuid.uuid4().hex)
+
+
+def _key(request: GenerationRequest) -> tuple[str, str]:
     """A request_id is its caller's own: nobody else's stands in its way."""
-    return caller.name, request_id
+    return request.caller.name, request.request_id
 
 
-async def _next_chunks(
-    running: RunningRequest, outputs: Many[SequenceOutput], watch: RequestWatch
-) -> list[Chunk]:
-    """What has come, without chunks that say nothing."""
-    chunks = []
-    for index, came in await running.next():
-        if outputs[index].finished:
-            continue  # a stop string was found in a delta before this one
-        delta = running.took(index, came)
-        if delta.queued_s is not None:
-            watch.queued(delta.queued_s)
-        chunk = outputs[index].push(delta)
-        if chunk.finish_reason:
-            running.drop(index)
-        if chunk.token_ids or chunk.text or chunk.finish_reason:
-            chunks.append(chunk)
+def _aborted(outputs: Many[SequenceOutput], watch: RequestWatch) -> list[Chunk]:
+    chunks = [output.push(Delta((), ABORTED)) for output in outputs]
+    for chunk in chunks:
+        watch.put_out(chunk)
     return chunks

@@ -1,13 +1,11 @@
-"""The choices of one request on an engine, and the queue of what is said of them.
+"""The choices of one request on an engine: what is said of them, and when they leave it.
 
 Knows which choices were dropped, and when a request can leave its group. Knows no message and no
-text: a link brings what the engine says.
+text: a link brings what the engine says, and a Taker has it at once.
 """
 
-import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gateway.requests import TokenLogprobs
 from moe_core.errors import EpserveError, UnavailableError
@@ -42,8 +40,7 @@ class GroupLostError(UnavailableError):
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """New tokens of one choice; finish_reason is empty while it runs. logprobs has one entry per
     token, or none. With the first token come cached_tokens, those of the prompt that were found in
     the KV cache, queued_s, the seconds until its first step, and prompt_logprobs, where asked for
@@ -57,66 +54,67 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
+class Taker(Protocol):
+    """Whose request it is."""
+
+    def take(self, index: int, delta: Delta) -> None:
+        """New tokens of one choice that was not dropped, in the engine's order."""
+
+    def fail(self, error: Exception) -> None:
+        """No more will come: the group is lost (GroupLostError), or this ends the request."""
+
+
 class RequestStream:
     """The choices of one request on an engine, from their submission until each has finished or
-    is let go of."""
+    is let go of.
 
-    def __init__(self, link: Link, sequence_ids: Mapping[int, str]) -> None:
+    Invariant: once `fail` was called, the taker hears no more.
+    """
+
+    def __init__(self, link: Link, sequence_ids: Mapping[int, str], taker: Taker) -> None:
         """`sequence_ids`: by the choice's index."""
         self.parked: dict[int, ParkedKv] = {}  # of the choices that the engine has let go of
-        self._leaving: GroupLostError | None = None
-        self._told: set[int] = set()  # parked ones of which `next` will know
         self._link = link
         self._sequence_ids = dict(sequence_ids)
+        self._taker = taker
         self._dropped: set[int] = set()
-        self._items: asyncio.Queue[tuple[int, Delta | EpserveError]] = asyncio.Queue()
-        self._held: tuple[int, EpserveError] | None = None  # what follows a batch
+        self._leaving: GroupLostError | None = None
+        self._failed = False
 
-    async def next(self) -> list[tuple[int, Delta]]:
-        """All that has come of choices that were not dropped, in order, with their indices; waits
-        until there is something. Raises GroupLostError when the group is lost, or the error with
-        which the engine ended such a choice, once what came before it was given out. How long to
-        wait is the client's deadline: a lost group always ends the wait."""
-        found = [await self._next_one()]
-        while self._held is None and not self._items.empty():
-            index, item = self._items.get_nowait()
-            if isinstance(item, EpserveError):
-                self._held = index, item
-            elif index not in self._dropped:
-                found.append((index, item))
-        return found
+    def put(self, index: int, delta: Delta) -> None:
+        """What the engine has to say of one choice. What fails in the taking is this request's
+        failure: the link goes on for all others."""
+        if self._failed or index in self._dropped:
+            return  # it was on its way
+        try:
+            self._taker.take(index, delta)
+        except Exception as error:
+            self._fail(error)
+        if self._leaving is not None:
+            self._leave_if_all_parked(self._leaving)
 
-    async def _next_one(self) -> tuple[int, Delta]:
-        while True:
-            held, self._held = self._held, None
-            index, item = held or await self._items.get()
-            if index in self._dropped:
-                continue  # it was on its way
-            if isinstance(item, EpserveError):
-                raise item
-            return index, item
-
-    def put(self, index: int, item: Delta | EpserveError) -> None:
-        """What the engine has to say of one choice."""
-        self._items.put_nowait((index, item))
-        self._leave_if_all_parked()
+    def fail(self, index: int, error: EpserveError) -> None:
+        """Why there will be no more of one choice."""
+        if index not in self._dropped:
+            self._fail(error)
 
     def put_parked(self, index: int, parked: ParkedKv) -> None:
         """The engine has let go of one choice, and said all of it before."""
         self.parked[index] = parked
-        self._leave_if_all_parked()
+        if self._leaving is not None:
+            self._leave_if_all_parked(self._leaving)
 
     def abort(self) -> None:
-        """End the request now: the engine drops the choices that are still running, and `next`
-        gives each of them a last, aborted delta."""
+        """End the request now: the engine drops the choices that are still running, and each of
+        them has a last, aborted delta."""
         for index, sequence_id in self._sequence_ids.items():
             if self._link.forget(sequence_id):
                 self.put(index, Delta((), ABORTED))
 
     def leave(self, reason: GroupLostError) -> None:
-        """Let go of all choices; `next` raises `reason` where one was still running. An engine that
-        hands over parks them first: what it has computed until then is given out, and `parked` says
-        what it keeps."""
+        """Let go of all choices; the taker fails for `reason` where one was still running. An
+        engine that hands over parks them first: what it has computed until then is taken, and
+        `parked` says what it keeps."""
         if self._leaving is not None:
             return
         self._leaving = reason
@@ -124,24 +122,27 @@ class RequestStream:
             if self._link.hands_over:
                 self._link.park(sequence_id)
             elif self._link.forget(sequence_id):
-                self.put(index, reason)
+                self.fail(index, reason)
 
     def drop(self, index: int) -> None:
         """Let go of one choice; the engine is told unless it has finished it itself."""
         self._dropped.add(index)
         self._link.forget(self._sequence_ids[index])
-        self._leave_if_all_parked()
-
-    def _leave_if_all_parked(self) -> None:
-        """Once no choice is running any more, those that are parked have to go elsewhere."""
-        reason = self._leaving
-        if reason is None or any(map(self._link.runs, self._sequence_ids.values())):
-            return
-        for index in self.parked.keys() - self._told:
-            self._told.add(index)
-            self._items.put_nowait((index, reason))
+        if self._leaving is not None:
+            self._leave_if_all_parked(self._leaving)
 
     def close(self) -> None:
         """Let go of all choices."""
         for sequence_id in self._sequence_ids.values():
             self._link.forget(sequence_id)
+
+    def _leave_if_all_parked(self, reason: GroupLostError) -> None:
+        """Once no choice is running any more, those that are parked have to go elsewhere."""
+        running = any(map(self._link.runs, self._sequence_ids.values()))
+        if not running and self.parked.keys() - self._dropped:
+            self._fail(reason)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._failed:
+            self._failed = True
+            self._taker.fail(error)

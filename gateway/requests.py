@@ -114,7 +114,7 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would cost each token a microsecond more
 class Chunk:
     """New tokens and new text of one choice; the last one has finish_reason and usage. logprobs
     has one entry per token where they were asked for, else none; prompt_logprobs, on the first

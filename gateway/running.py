@@ -1,7 +1,8 @@
 """A request while it runs: its choices on one group, and on another where that one is lost.
 
-Knows which tokens of each choice have come, and how a choice goes on elsewhere. Knows no text and
-no client. What counts as a lost group, and what does not, is GroupLostError's to say.
+Knows which tokens of each choice have come, and how a choice goes on elsewhere. What the tokens
+become, SequenceOutput says; knows no client. What counts as a lost group, and what does not, is
+GroupLostError's to say.
 
 A choice that moves is given to the next group with the tokens that have come. What a lost group
 had generated beyond them is generated again, and is the same: sampling is keyed by seed, index and
@@ -9,7 +10,8 @@ position, and the seed was fixed when the request was admitted. A group that lea
 and keeps what it has computed for the next one to fetch.
 """
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
 
@@ -20,7 +22,8 @@ from gateway.groups import Group, GroupKey
 from gateway.observers import RequestWatch
 from gateway.place import Place
 from gateway.request_stream import ABORTED, Delta, GroupLostError
-from gateway.requests import Sequence
+from gateway.requests import Chunk, Sequence
+from gateway.sequence_output import SequenceOutput
 from moe_core.errors import UnavailableError
 from moe_core.parked_kv import KvSource, ParkedKv
 
@@ -35,56 +38,97 @@ class GroupLeavingError(GroupLostError):
 
 
 class RunningRequest:
-    """`place` has a seat in `group`. With `take_over` the group may have the choices already."""
+    """`place` has a seat in `group`. With `take_over` the group may have the choices already.
+
+    Tokens are turned into chunks where they arrive, those of all requests of a step in one go: the
+    same code and data serve one after the other, which costs half of what it does with every
+    request's own writing in between (docs/performance.md). A request's task is woken for what is
+    ready.
+    """
 
     def __init__(
         self,
         pool: AttentionPool,
         place: Place,
         choices: Many[Sequence],
+        outputs: Many[SequenceOutput],
         group: Group,
         watch: RequestWatch,
         *,
         take_over: bool = False,
     ) -> None:
+        """`outputs`: of `choices`, in the order of their indices."""
         self._pool = pool
         self._place = place
         self._group = group
         self._watch = watch
+        self._outputs = outputs
         self._running = {choice.index: choice for choice in choices}
         self._received: dict[int, list[int]] = {choice.index: [] for choice in choices}
         self._losses = 0
-        self._stream = pool.submit(group, choices, take_over=take_over)
+        self._ready: list[Chunk] = []
+        self._failure: Exception | None = None
+        self._waiting: asyncio.Future[None] | None = None
+        self._stream = pool.submit(group, choices, self, take_over=take_over)
 
-    async def next(self) -> list[tuple[int, Delta]]:
-        """All that has come, as RequestStream.next gives it; each delta that is used must be told
-        to `took`. Raises UnavailableError where the group was lost and no other goes on, or the
-        error with which an engine ended a choice."""
-        while True:
-            try:
-                return await self._stream.next()
-            except GroupLostError as lost:
-                if ended := await self._go_on_elsewhere(lost):
-                    return ended
+    @property
+    def ended(self) -> bool:
+        """Whether `next` has given the last chunk of every choice."""
+        return not (self._running or self._ready)
 
-    def took(self, index: int, delta: Delta) -> Delta:
-        """The delta as the client may see it: only the first group's words on the prompt count."""
+    async def next(self) -> list[Chunk]:
+        """All that has come and says something; waits until there is any. Raises UnavailableError
+        where the group was lost and no other goes on, or the error with which an engine ended a
+        choice, once what came before it was given. How long to wait is the client's deadline: a
+        lost group always ends the wait."""
+        while not self._ready:
+            failure, self._failure = self._failure, None
+            if isinstance(failure, GroupLostError):
+                await self._go_on_elsewhere(failure)
+            elif failure is not None:
+                raise failure
+            else:
+                self._waiting = asyncio.get_running_loop().create_future()
+                await self._waiting
+        ready, self._ready = self._ready, []
+        return ready
+
+    def take(self, index: int, delta: Delta) -> None:
+        """See Taker. Only the first group's words on the prompt count."""
+        received = self._received[index]
         if delta.token_ids:
             self._place.received(len(delta.token_ids), delta.cached_tokens)
-        received = self._received[index]
-        if received and (delta.cached_tokens or delta.queued_s is not None):
-            delta = replace(delta, cached_tokens=0, queued_s=None)
-        received.extend(delta.token_ids)
-        return delta
+            if received and (delta.cached_tokens or delta.queued_s is not None):
+                delta = delta._replace(cached_tokens=0, queued_s=None)
+            received.extend(delta.token_ids)
+        if delta.queued_s is not None:
+            self._watch.queued(delta.queued_s)
+        chunk = self._outputs[index].push(delta)
+        if chunk.finish_reason:
+            self._drop(index)
+        if chunk.token_ids or chunk.text or chunk.finish_reason:
+            self._watch.put_out(chunk)
+            self._ready.append(chunk)
+            self._wake()
 
-    def drop(self, index: int) -> None:
+    def fail(self, error: Exception) -> None:
+        """See Taker."""
+        self._failure = error
+        self._wake()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _drop(self, index: int) -> None:
         """Let go of one choice, which has ended here or there."""
         if self._running.pop(index, None) is not None:
             self._stream.drop(index)
             self._place.ended()
 
     def abort(self) -> None:
-        """End the request now: `next` gives each choice that is still running a last delta."""
+        """End the request now: `next` gives each choice that is still running a last chunk."""
         self._place.abort()
         self._stream.abort()
 
@@ -98,18 +142,18 @@ class RunningRequest:
         """Let go of all choices."""
         self._stream.close()
 
-    async def _go_on_elsewhere(self, lost: GroupLostError) -> list[tuple[int, Delta]]:
-        """Find another group for what has not ended; returns the ends that need no group."""
+    async def _go_on_elsewhere(self, lost: GroupLostError) -> None:
+        """Find another group for what has not ended."""
         self._stream.close()
         if self._place.aborted:
-            return self._end_all(ABORTED)
+            return self._end(dict.fromkeys(self._running, ABORTED))
         parked = self._stream.parked if isinstance(lost, GroupLeavingError) else {}
         self._losses += not isinstance(lost, GroupLeavingError)
         if self._losses > MAX_LOSSES:
             raise UnavailableError(f"{lost}; so were {MAX_LOSSES} groups before it: giving up")
-        ended = self._end_complete()
+        self._end(self._complete())
         if not self._running:
-            return ended
+            return None
         rest = [
             _continued(each, self._received[index], self._source(parked.get(index)))
             for index, each in self._running.items()
@@ -119,7 +163,7 @@ class RunningRequest:
         except UnavailableError as error:
             raise UnavailableError(f"{lost}; {error}") from None
         if group is None:
-            return ended + self._end_all(ABORTED)
+            return self._end(dict.fromkeys(self._running, ABORTED))
         log.info(
             "a request goes on elsewhere",
             request_id=rest[0].request_id,
@@ -128,9 +172,9 @@ class RunningRequest:
             tokens=[len(each.output_ids) for each in rest],
         )
         self._group = group
-        self._stream = self._pool.submit(group, rest, take_over=True)
+        self._stream = self._pool.submit(group, rest, self, take_over=True)
         self._watch.moved(group.dp_rank)
-        return ended
+        return None
 
     def _source(self, parked: ParkedKv | None) -> KvSource | None:
         """What the group that is left keeps of a choice."""
@@ -138,19 +182,19 @@ class RunningRequest:
             return None
         return KvSource(self._group.dp_rank, self._group.leader.instance_epoch, parked)
 
-    def _end_complete(self) -> list[tuple[int, Delta]]:
-        """The choices of which all tokens have come, and only the word that they were the last."""
-        ended = []
-        for index, choice in tuple(self._running.items()):
-            if reason := _end_of(choice, self._received[index]):
-                del self._running[index]
-                ended.append((index, Delta((), reason)))
-        return ended
+    def _complete(self) -> dict[int, str]:
+        """The choices of which all tokens have come, and only the word that they were the last:
+        why they ended."""
+        reasons = {
+            index: _end_of(choice, self._received[index]) for index, choice in self._running.items()
+        }
+        return {index: reason for index, reason in reasons.items() if reason}
 
-    def _end_all(self, reason: str) -> list[tuple[int, Delta]]:
-        ended = [(index, Delta((), reason)) for index in self._running]
-        self._running.clear()
-        return ended
+    def _end(self, reasons: Mapping[int, str]) -> None:
+        """End choices that no group has any more."""
+        for index, reason in reasons.items():
+            del self._running[index]
+            self.take(index, Delta((), reason))
 
 
 def _continued(choice: Sequence, received: Many[int], source: KvSource | None) -> Sequence:

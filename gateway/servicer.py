@@ -3,7 +3,6 @@
 Knows gateway.proto and the values of gateway/requests.py.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
@@ -54,12 +53,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         asked = replace(request_from_pb(request), caller=caller_of_call(), traceparent=traceparent)
         async with aclosing(self._generator.generate_batches(asked)) as batches:
             async for batch in batches:
-                messages = list(map(chunk_to_pb, batch))
-                # All streams that a step has tokens for get this far first, and then write one
-                # after the other: clients wake once for all of them, which costs most of a write.
-                await asyncio.sleep(0)
-                for message in messages:
-                    yield message
+                for chunk in batch:
+                    yield chunk_to_pb(chunk)
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         caller = caller_of_call()

@@ -38,7 +38,8 @@ class TextTokenizer:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids)))
+        text: str = self._tokenizer.decode(token_ids)
+        return text
 
     def decode_one(self, token_id: int) -> str:
         """As `decode` of this token alone."""
@@ -83,7 +84,13 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that can be given out now that `token_id` has come; often none."""
-        self._window.append(token_id)
+        window = self._window
+        window.append(token_id)
+        if len(window) == 2 and self._num_done == 1:  # nearly always: one token, one piece
+            before, both = self._tokenizer.decode_one(window[0]), self._tokenizer.decode(window)
+            if both.startswith(before) and both != before and not both.endswith(INCOMPLETE):
+                del window[0]
+                return both[len(before) :]
         text = self._new_text()
         if text.endswith(INCOMPLETE) and len(self._window) - self._num_done < MAX_HELD:
             return ""
@@ -96,10 +103,7 @@ class Detokenizer:
     def _new_text(self) -> str:
         if self._num_done == 0:
             return self._tokenizer.decode(self._window)
-        if self._num_done == 1:  # nearly always: one token, one piece
-            before = self._tokenizer.decode_one(self._window[0])
-        else:
-            before = self._tokenizer.decode(self._window[: self._num_done])
+        before = self._tokenizer.decode(self._window[: self._num_done])
         text = self._tokenizer.decode(self._window)
         if text.startswith(before):
             return text[len(before) :]

@@ -33,7 +33,7 @@ STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-Batches = AsyncGenerator[tuple[int, Sequence[Chunk]], None]
+Batches = AsyncGenerator[list[Chunk], None]
 
 
 class AnswerFormat(Protocol):
@@ -75,6 +75,7 @@ class Answer:
     ) -> None:
         self._generator = generator
         self._requests = requests
+        self._prompts = {each.request_id: number for number, each in enumerate(requests)}
         self._format = answer_format
         self._num_choices = num_choices
         self._usage = usage
@@ -97,10 +98,9 @@ class Answer:
     async def _collect(self) -> Response:
         chunks: list[list[Chunk]] = [[] for _ in range(len(self._requests) * self._num_choices)]
         async with aclosing(self._batches()) as batches:
-            async for prompt, batch in batches:
+            async for batch in batches:
                 for chunk in batch:
-                    self._usage.add(prompt, chunk)
-                    chunks[prompt * self._num_choices + chunk.index].append(chunk)
+                    chunks[self._count(chunk)].append(chunk)
         return JSONResponse(self._format.whole(chunks, self._usage))
 
     async def _send_stream(
@@ -109,13 +109,14 @@ class Answer:
         started = False
         try:
             async with aclosing(self._batches()) as batches:
-                async for prompt, batch in batches:
+                async for batch in batches:
                     if not started:
                         started = True
                         await _start_stream(send)
-                    if events := self._events(prompt, batch, streaming):
-                        await asyncio.sleep(0)  # write when all have worked, as in servicer.py
-                        await _send_part(send, events)
+                    if events := self._events(batch, streaming):
+                        await send(
+                            {"type": "http.response.body", "body": events, "more_body": True}
+                        )
         except Exception as error:
             if not isinstance(error, EpserveError):
                 log.exception("a stream failed", path=scope["path"])
@@ -128,20 +129,25 @@ class Answer:
             last = (self._format.usage_event(self._usage) if streaming.usage_at_end else b"") + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _events(self, prompt: int, batch: Sequence[Chunk], streaming: Streaming) -> bytes:
+    def _events(self, batch: Sequence[Chunk], streaming: Streaming) -> bytes:
         """All of a batch in one piece: one write to the connection."""
         events = []
         for chunk in batch:
-            choice = prompt * self._num_choices + chunk.index
-            self._usage.add(prompt, chunk)
+            choice = self._count(chunk)
             events.append(self._format.opening(choice))
             shown = self._usage if streaming.usage_always else None
             events.append(self._format.event(choice, chunk, shown))
         return b"".join(events)
 
+    def _count(self, chunk: Chunk) -> int:
+        """The number of the chunk's choice."""
+        prompt = self._prompts[chunk.request_id]
+        self._usage.add(prompt, chunk)
+        return prompt * self._num_choices + chunk.index
+
     def _batches(self) -> Batches:
         if len(self._requests) == 1:
-            return _numbered(0, self._generator, self._requests[0])
+            return self._generator.generate_batches(self._requests[0])
         return _merged(self._generator, self._requests)
 
 
@@ -149,23 +155,13 @@ async def _start_stream(send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
 
 
-async def _send_part(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _numbered(number: int, generator: Generator, request: GenerationRequest) -> Batches:
-    async with aclosing(generator.generate_batches(request)) as batches:
-        async for batch in batches:
-            yield number, batch
-
-
 async def _merged(generator: Generator, requests: Sequence[GenerationRequest]) -> Batches:
     """All requests side by side. The first that fails ends the others."""
-    results: asyncio.Queue[tuple[int, Sequence[Chunk]] | Exception | None] = asyncio.Queue()
+    results: asyncio.Queue[list[Chunk] | Exception | None] = asyncio.Queue()
 
-    async def pump(number: int, request: GenerationRequest) -> None:
+    async def pump(request: GenerationRequest) -> None:
         try:
-            async with aclosing(_numbered(number, generator, request)) as batches:
+            async with aclosing(generator.generate_batches(request)) as batches:
                 async for batch in batches:
                     results.put_nowait(batch)
         except Exception as error:
@@ -174,8 +170,8 @@ async def _merged(generator: Generator, requests: Sequence[GenerationRequest]) -
             results.put_nowait(None)
 
     async with AsyncExitStack() as stack:
-        for number, request in enumerate(requests):
-            stack.push_async_callback(_end, asyncio.create_task(pump(number, request)))
+        for request in requests:
+            stack.push_async_callback(_end, asyncio.create_task(pump(request)))
         running = len(requests)
         while running:
             result = await results.get()

@@ -4,7 +4,6 @@ Knows the body and the answer's two shapes. Several prompts are several requests
 generator; choice `prompt * n + index` is theirs.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from gateway.http.answer import Answer, dumps
 from gateway.http.body import parse, read_json
 from gateway.http.context import caller_of, context_of
 from gateway.http.logprobs import CompletionLogprobs, TokenNames
-from gateway.http.prompts import Prompt, read_prompts
+from gateway.http.prompts import Prompt, prompts_of
 from gateway.http.sampling_fields import GenerationBody, refuse_unserved
 from gateway.http.sse import EventFrame
 from gateway.http.usage import UsageCount
@@ -46,8 +45,8 @@ async def completions(request: Request) -> Answer:
     context.check_model(body.model)
     _check(body)
     special = body.add_special_tokens is not False
-    prompts = await asyncio.to_thread(
-        read_prompts, body.prompt, context.model, add_special_tokens=special
+    prompts = await prompts_of(
+        body.prompt, context.model, add_special_tokens=special, echo=bool(body.echo)
     )
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = _requests(answer_id, body, prompts, request)

@@ -12,6 +12,7 @@ from itertools import takewhile
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from gateway.metrics.token_tally import TokenTally
 from gateway.observers import RequestWatch
 from gateway.requests import Chunk, GenerationRequest, Sequence
 from moe_core.errors import EpserveError
@@ -49,6 +50,8 @@ class RequestMetrics:
 
     def __init__(self, model_name: str, max_model_len: int) -> None:
         self.registry = CollectorRegistry()
+        self.tally = TokenTally(model_name, BETWEEN_TOKENS_S)
+        self.registry.register(self.tally)
         tokens = token_buckets(max_model_len)
 
         def histogram(name: str, text: str, buckets: Many[float]) -> Histogram:
@@ -65,9 +68,6 @@ class RequestMetrics:
             "time_to_first_token_seconds", "From a request's coming to its first chunk.",
             FIRST_TOKEN_S,
         )  # fmt: skip
-        self.between_tokens = histogram(
-            "inter_token_latency_seconds", "Between two chunks of one choice.", BETWEEN_TOKENS_S
-        )
         self.whole = histogram(
             "e2e_request_latency_seconds", "From a request's coming to its end.", WHOLE_REQUEST_S
         )
@@ -83,9 +83,6 @@ class RequestMetrics:
         )
         self.prompt_tokens = counter(
             "prompt_tokens", "Prompt tokens of admitted requests."
-        ).labels(model_name)  # fmt: skip
-        self.generation_tokens = counter(
-            "generation_tokens", "Tokens put out."
         ).labels(model_name)  # fmt: skip
         self._success = counter(
             "request_success", "Choices that ended, by why.", "finished_reason"
@@ -136,11 +133,11 @@ class _Measured:
         metrics, now = self._metrics, time.perf_counter()
         last = self._last.get(chunk.index)
         if last is not None:
-            metrics.between_tokens.observe(now - last)
+            metrics.tally.waited(now - last)
         elif not self._last:
             metrics.first_token.observe(now - self._started)
         self._last[chunk.index] = now
-        metrics.generation_tokens.inc(len(chunk.token_ids))
+        metrics.tally.put_out(len(chunk.token_ids))
         if chunk.usage is not None:
             metrics.finished(chunk.finish_reason)
             metrics.output_size.observe(chunk.usage.completion_tokens)

@@ -198,7 +198,7 @@ async def test_an_unforeseen_error_tells_nothing_of_the_program(
     def broken(*_: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("gateway.http.completions.read_prompts", broken)
+    monkeypatch.setattr("gateway.http.completions.prompts_of", broken)
     response = await client.post("/v1/completions", json={"prompt": [5]})
     assert response.status_code == 500
     assert "secret" not in response.text

@@ -19,6 +19,7 @@ from moe_core.pb.epserve.v1 import cluster_pb2
 from moe_core.service.cluster_codec import role_to_pb
 from moe_core.service.shared_records import GatewayRecord
 from support.fake_attention import FakeAttention, FakeWorker
+from support.heard import Heard
 from support.small_gateway import FINGERPRINT, SmallGateway
 
 PARALLEL = ParallelConfig(attn_devices=2, dp_size=2, expert_devices=2, ep_size=2)
@@ -124,7 +125,7 @@ async def test_streams_that_groups_have_ended_leave_no_task_behind() -> None:
         await worker.start(FakeAttention(list))
         load = AttentionLoad(0, 0, 64, 64, 4, 64)
         (leader,) = (await until(gateway, "joined", lambda s: s.tier(Role.ATTN))).tier(Role.ATTN)
-        stream = gateway.pool.submit(Group(0, leader, load), [])
+        stream = gateway.pool.submit(Group(0, leader, load), [], Heard())
         await asyncio.sleep(0.2)  # until it is there
         await worker.stop()
         await asyncio.sleep(0.2)  # until its end is known

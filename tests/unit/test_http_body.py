@@ -84,7 +84,8 @@ def test_a_prompt_has_four_forms() -> None:
     assert ids([text, WORDS[5]]) == [(3, 4), (5,)]
     assert ids([3, 4]) == [(3, 4)]
     assert ids([[3, 4], [5]]) == [(3, 4), (5,)]
-    assert read_prompts([3, 4], SERVED)[0].text == text
+    assert read_prompts([3, 4], SERVED)[0].text == ""
+    assert read_prompts([3, 4], SERVED, echo=True)[0].text == text
 
 
 @pytest.mark.parametrize(
