@@ -6,11 +6,12 @@ what clients send into a GenerationRequest, and Chunks into what clients are sen
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from gateway.admission import QUICK_PROMPT_IDS, ServedModel, admit
 from gateway.attention_pool import AttentionPool
@@ -24,7 +25,7 @@ from gateway.place import Place
 from gateway.request_stream import ABORTED, Delta
 from gateway.requests import Chunk, GenerationRequest, Sequence
 from gateway.resume import Found, check_resumption, find
-from gateway.running import RunningRequest
+from gateway.running import RunningRequest, Shaped
 from gateway.sequence_output import SequenceOutput
 from gateway.waiting_room import DEFAULT_ATTN_WAIT_S, WaitingRoom
 from moe_core.errors import RequestError, UnavailableError
@@ -51,7 +52,9 @@ class Generator:
         self._registry = registry
         self._room = WaitingRoom(registry, limits, attn_wait_s=attn_wait_s)
         self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
-        self._live: dict[tuple[str, str], Place | RunningRequest] = {}  # by caller and request_id
+        self._live: dict[
+            tuple[str, str], Place | RunningRequest[Any]
+        ] = {}  # by caller and request_id
 
     @property
     def under_way(self) -> Collection[str]:
@@ -64,32 +67,36 @@ class Generator:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """As generate_batches, chunk by chunk."""
-        async with aclosing(self.generate_batches(request)) as batches:
+        async with aclosing(self.generate_batches(request, _unchanged)) as batches:
             async for batch in batches:
                 for chunk in batch:
                     yield chunk
 
     async def generate_batches(
-        self, request: GenerationRequest
-    ) -> AsyncGenerator[list[Chunk], None]:
-        """The request's output as it comes, choices interleaved, all that is there at once; the
-        last chunk of each choice has a finish_reason, and after all of them this ends. A caller
-        that stops early (cancelled, or past its deadline) closes this, and the engine is told.
-        What fails one choice, fails the request."""
+        self, request: GenerationRequest, shape: Callable[[Chunk], Shaped]
+    ) -> AsyncGenerator[list[Shaped], None]:
+        """The request's output as it comes, choices interleaved, all that is there at once, each
+        chunk as `shape` makes it when it comes; the last chunk of each choice has a finish_reason,
+        and after all of them this ends. A caller that stops early (cancelled, or past its deadline)
+        closes this, and the engine is told. What fails one choice, fails the request."""
         with self._watched(request) as watch:
             request = _named(request)
             with self._room.enter(request) as place, self._under_way(request, place):
-                outputs, running = await self._start(request, place, watch)
+                outputs, running = await self._start(request, shape, place, watch)
                 if running is None:
-                    yield _aborted(outputs, watch)
+                    yield list(map(shape, _aborted(outputs, watch)))
                     return
                 with closing(running):
                     while not running.ended:
                         yield await running.next()
 
     async def _start(
-        self, request: GenerationRequest, place: Place, watch: RequestWatch
-    ) -> tuple[list[SequenceOutput], RunningRequest | None]:
+        self,
+        request: GenerationRequest,
+        shape: Callable[[Chunk], Shaped],
+        place: Place,
+        watch: RequestWatch,
+    ) -> tuple[list[SequenceOutput], RunningRequest[Shaped] | None]:
         """The request's choices, once a group runs them; none does where it was aborted before."""
         choices = _all_choices(request, await self._admit(request), watch.traceparent)
         outputs = self._outputs(request, choices)
@@ -99,9 +106,11 @@ class Generator:
         group = await place.turn(choices, None if found is None else found.group)
         if group is None:
             return outputs, None
-        running = self._live[_key(request)] = RunningRequest(
-            self._pool, place, choices, outputs, group, watch, take_over=found is not None
+        take_over = found is not None
+        running = RunningRequest(
+            self._pool, place, choices, outputs, shape, group, watch, take_over=take_over
         )
+        self._live[_key(request)] = running
         watch.admitted(choices, group.dp_rank)
         return outputs, running
 
@@ -195,6 +204,10 @@ def _all_choices(request: GenerationRequest, first: Sequence, traceparent: str) 
         first, request_id=request.request_id, owner=request.caller.tag, traceparent=traceparent
     )
     return [owned, *(replace(owned, index=index) for index in range(1, request.sampling.n or 1))]
+
+
+def _unchanged(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def _named(request: GenerationRequest) -> GenerationRequest:

@@ -11,9 +11,10 @@ and keeps what it has computed for the next one to fetch.
 """
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import structlog
 
@@ -28,6 +29,7 @@ from moe_core.errors import UnavailableError
 from moe_core.parked_kv import KvSource, ParkedKv
 
 log = structlog.get_logger(__name__)
+Shaped = TypeVar("Shaped")
 
 # A request that ends every process that it runs on must not end all of them.
 MAX_LOSSES = 5
@@ -37,12 +39,12 @@ class GroupLeavingError(GroupLostError):
     """The group drains. It would finish the request, but another can."""
 
 
-class RunningRequest:
+class RunningRequest(Generic[Shaped]):
     """`place` has a seat in `group`. With `take_over` the group may have the choices already.
 
-    Tokens are turned into chunks where they arrive, those of all requests of a step in one go: the
-    same code and data serve one after the other, which costs half of what it does with every
-    request's own writing in between (docs/performance.md). A request's task is woken for what is
+    Tokens become what the client is sent where they arrive, those of all requests of a step in one
+    go: the same code and data serve one after the other, which costs half of what it does with
+    every request's writing in between (docs/performance.md). A request's task is woken for what is
     ready.
     """
 
@@ -52,31 +54,34 @@ class RunningRequest:
         place: Place,
         choices: Many[Sequence],
         outputs: Many[SequenceOutput],
+        shape: Callable[[Chunk], Shaped],
         group: Group,
         watch: RequestWatch,
         *,
         take_over: bool = False,
     ) -> None:
-        """`outputs`: of `choices`, in the order of their indices."""
+        """`outputs`: of `choices`, in the order of their indices. `shape` makes of a chunk what
+        `next` gives; each is told of in order, and once."""
         self._pool = pool
         self._place = place
         self._group = group
         self._watch = watch
         self._outputs = outputs
+        self._shape = shape
         self._running = {choice.index: choice for choice in choices}
         self._received: dict[int, list[int]] = {choice.index: [] for choice in choices}
         self._losses = 0
-        self._ready: list[Chunk] = []
+        self._ready: list[Shaped] = []
         self._failure: Exception | None = None
         self._waiting: asyncio.Future[None] | None = None
         self._stream = pool.submit(group, choices, self, take_over=take_over)
 
     @property
     def ended(self) -> bool:
-        """Whether `next` has given the last chunk of every choice."""
+        """Whether `next` has given the last of every choice."""
         return not (self._running or self._ready)
 
-    async def next(self) -> list[Chunk]:
+    async def next(self) -> list[Shaped]:
         """All that has come and says something; waits until there is any. Raises UnavailableError
         where the group was lost and no other goes on, or the error with which an engine ended a
         choice, once what came before it was given. How long to wait is the client's deadline: a
@@ -108,7 +113,7 @@ class RunningRequest:
             self._drop(index)
         if chunk.token_ids or chunk.text or chunk.finish_reason:
             self._watch.put_out(chunk)
-            self._ready.append(chunk)
+            self._ready.append(self._shape(chunk))
             self._wake()
 
     def fail(self, error: Exception) -> None:

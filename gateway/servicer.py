@@ -51,10 +51,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
         traceparent = sent_metadata(context, trace_context.HEADER) or ""
         asked = replace(request_from_pb(request), caller=caller_of_call(), traceparent=traceparent)
-        async with aclosing(self._generator.generate_batches(asked)) as batches:
+        async with aclosing(self._generator.generate_batches(asked, chunk_to_pb)) as batches:
             async for batch in batches:
-                for chunk in batch:
-                    yield chunk_to_pb(chunk)
+                for message in batch:
+                    yield message
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         caller = caller_of_call()

@@ -9,10 +9,11 @@ first output, so that what fails before it has a status of its own; what fails l
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import structlog
 from starlette.responses import JSONResponse, Response
@@ -28,12 +29,13 @@ log = structlog.get_logger(__name__)
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each call
 DONE = b"data: [DONE]\n\n"
+BODY = "http.response.body"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-Batches = AsyncGenerator[list[Chunk], None]
+Shaped = TypeVar("Shaped")
 
 
 class AnswerFormat(Protocol):
@@ -97,10 +99,10 @@ class Answer:
 
     async def _collect(self) -> Response:
         chunks: list[list[Chunk]] = [[] for _ in range(len(self._requests) * self._num_choices)]
-        async with aclosing(self._batches()) as batches:
+        async with aclosing(self._batches(self._counted)) as batches:
             async for batch in batches:
-                for chunk in batch:
-                    chunks[self._count(chunk)].append(chunk)
+                for choice, chunk in batch:
+                    chunks[choice].append(chunk)
         return JSONResponse(self._format.whole(chunks, self._usage))
 
     async def _send_stream(
@@ -108,15 +110,14 @@ class Answer:
     ) -> None:
         started = False
         try:
-            async with aclosing(self._batches()) as batches:
+            events = partial(self._events, streaming)
+            async with aclosing(self._batches(events)) as batches:
                 async for batch in batches:
                     if not started:
                         started = True
                         await _start_stream(send)
-                    if events := self._events(batch, streaming):
-                        await send(
-                            {"type": "http.response.body", "body": events, "more_body": True}
-                        )
+                    if body := b"".join(batch):
+                        await send({"type": BODY, "body": body, "more_body": True})
         except Exception as error:
             if not isinstance(error, EpserveError):
                 log.exception("a stream failed", path=scope["path"])
@@ -127,41 +128,38 @@ class Answer:
             last = error_event(error)
         else:
             last = (self._format.usage_event(self._usage) if streaming.usage_at_end else b"") + DONE
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await send({"type": BODY, "body": last, "more_body": False})
 
-    def _events(self, batch: Sequence[Chunk], streaming: Streaming) -> bytes:
-        """All of a batch in one piece: one write to the connection."""
-        events = []
-        for chunk in batch:
-            choice = self._count(chunk)
-            events.append(self._format.opening(choice))
-            shown = self._usage if streaming.usage_always else None
-            events.append(self._format.event(choice, chunk, shown))
-        return b"".join(events)
+    def _events(self, streaming: Streaming, chunk: Chunk) -> bytes:
+        choice, _ = self._counted(chunk)
+        shown = self._usage if streaming.usage_always else None
+        return self._format.opening(choice) + self._format.event(choice, chunk, shown)
 
-    def _count(self, chunk: Chunk) -> int:
-        """The number of the chunk's choice."""
+    def _counted(self, chunk: Chunk) -> tuple[int, Chunk]:
+        """With the number of its choice."""
         prompt = self._prompts[chunk.request_id]
         self._usage.add(prompt, chunk)
-        return prompt * self._num_choices + chunk.index
+        return prompt * self._num_choices + chunk.index, chunk
 
-    def _batches(self) -> Batches:
+    def _batches(self, shape: Callable[[Chunk], Shaped]) -> AsyncGenerator[list[Shaped], None]:
         if len(self._requests) == 1:
-            return self._generator.generate_batches(self._requests[0])
-        return _merged(self._generator, self._requests)
+            return self._generator.generate_batches(self._requests[0], shape)
+        return _merged(self._generator, self._requests, shape)
 
 
 async def _start_stream(send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
 
 
-async def _merged(generator: Generator, requests: Sequence[GenerationRequest]) -> Batches:
+async def _merged(
+    generator: Generator, requests: Sequence[GenerationRequest], shape: Callable[[Chunk], Shaped]
+) -> AsyncGenerator[list[Shaped], None]:
     """All requests side by side. The first that fails ends the others."""
-    results: asyncio.Queue[list[Chunk] | Exception | None] = asyncio.Queue()
+    results: asyncio.Queue[list[Shaped] | Exception | None] = asyncio.Queue()
 
     async def pump(request: GenerationRequest) -> None:
         try:
-            async with aclosing(generator.generate_batches(request)) as batches:
+            async with aclosing(generator.generate_batches(request, shape)) as batches:
                 async for batch in batches:
                     results.put_nowait(batch)
         except Exception as error:

@@ -4,7 +4,7 @@ The methods are found by reflection, and the expectation is of all of them but w
 a new one is refused like its neighbours, or fails these tests.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -270,9 +270,11 @@ async def test_a_request_carries_the_name_of_its_key(
     path = tmp_path / "keys.yaml"
     path.write_text(f"- {{name: somebody, hash: '{hash_of(key)}'}}\n")
 
-    async def generate(request: GenerationRequest) -> AsyncIterator[list[Chunk]]:
+    async def generate(
+        request: GenerationRequest, shape: Callable[[Chunk], object]
+    ) -> AsyncIterator[list[object]]:
         callers.append(request.caller.name)
-        yield [Chunk("", 0, (), "", "stop")]
+        yield [shape(Chunk("", 0, (), "", "stop"))]
 
     async with SmallGateway(keys=ApiKeys(path)) as gateway:
         monkeypatch.setattr(gateway.generator, "generate_batches", generate)
