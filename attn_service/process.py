@@ -54,7 +54,7 @@ from moe_core.service.leaving import told_to_leave
 from moe_core.service.lifecycle import run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
-from moe_core.service.own_thread import in_own_thread
+from moe_core.service.own_thread import gently, in_own_thread
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.trace_option import open_spans
 from moe_core.transport.base import TransportOptions
@@ -109,7 +109,8 @@ class AttentionProcess:
         site, membership = await self._join(checkpoint)
         group = await self._meet(site, membership)
         tensor_parallel = NoTensorParallel() if group is None else group.tensor_parallel
-        weights = await in_own_thread(load_weights, checkpoint, site)
+        load = gently(self._settings.load_niceness, load_weights)
+        weights = await in_own_thread(load, checkpoint, site)
         terms = await self._settle_terms(site, group)
         links = await self._connect(site, membership)
         experts = make_experts(site, links, tensor_parallel)

@@ -29,7 +29,8 @@ class AttnSettings:
     sequence for experts that are missing. `hedge_after_s`: the longest that an expert process may
     take before others that hold the same experts are asked as well (None: half of expert_wait_s).
     `orphan_grace_s`: for how long a lost gateway's sequences run on. `insecure` allows a host that
-    others reach without `tls`.
+    others reach without `tls`. load_niceness: by how much imports and the loading of weights give
+    way to other processes.
 
     The KV cache is set by one of kv_cache_tokens, kv_cache_memory (bytes) and memory_utilization
     (see moe_core.memory.memory_budget); without, it holds max_num_seqs full contexts, but at
@@ -56,6 +57,7 @@ class AttnSettings:
     hedge_after_s: float | None = None
     orphan_grace_s: float = 5.0
     threads: int | None = None
+    load_niceness: int = 0
     tls: TlsFiles | None = None
     insecure: bool = False
     drain_timeout_s: float = DRAIN_TIMEOUT_S

@@ -13,10 +13,14 @@ from moe_core.config.parallel import ParallelConfig
 
 
 def child_arguments(
-    settings: ClusterSettings, parallel: ParallelConfig, place: Place, gateway: str
+    settings: ClusterSettings,
+    parallel: ParallelConfig,
+    place: Place,
+    gateway: str,
+    load_niceness: int = 0,
 ) -> list[str]:
     """What `place`'s process is told. `gateway`: where a worker registers. `parallel` is settled
-    for the model, and ports are chosen."""
+    for the model, and ports are chosen. load_niceness: of a worker."""
     arguments = [place.role.value, "--model", str(settings.model)]
     if settings.debug:
         arguments.append("--debug")
@@ -31,6 +35,7 @@ def child_arguments(
     arguments += ["--gateway", gateway, "--rank", str(place.rank)]
     arguments += ["--device", place.device, "--dtype", settings.dtype]
     arguments += ["--transport", settings.transport]
+    arguments += _given("--load-niceness", load_niceness or None)
     if place.role is Role.ATTN:
         return arguments + _attention_arguments(settings)
     return [*arguments, *_given("--spare-expert-slots", settings.spare_expert_slots)]

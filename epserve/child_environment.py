@@ -18,14 +18,15 @@ _QUIET = {"GRPC_VERBOSITY": "ERROR", "NIXL_LOG_LEVEL": "ERROR", "UCX_LOG_LEVEL":
 def child_environment(place: Place, parallel: ParallelConfig) -> Mapping[str, str]:
     """What libraries read when they load.
 
-    The tiers take turns within a layer, so each tier's processes share out all cores. What the
-    user has set already stays.
+    The tiers take turns within a layer, so each tier's processes share out all cores; a rank that
+    its tier has grown to gets its share of a tier of that size. What the user has set already
+    stays.
     """
     wanted = {"UCX_MM_ERROR_HANDLING": "y", "TOKENIZERS_PARALLELISM": "false", **_QUIET}
     if place.role is not Role.GATEWAY:
         tier = parallel.attn_devices if place.role is Role.ATTN else parallel.expert_devices
         cores = sorted(os.sched_getaffinity(0))
-        num_threads = max(1, len(cores) // tier)
+        num_threads = max(1, len(cores) // max(tier, place.rank + 1))
         wanted["OMP_NUM_THREADS"] = str(num_threads)
         wanted["GOMP_SPINCOUNT"] = "5000"
         if num_threads > 1 and place.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:

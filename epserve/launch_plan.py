@@ -30,6 +30,8 @@ from moe_core.service.tls_files import TlsFiles
 
 # Workers leave before the gateway, so that none of them sees its cluster vanish.
 _STOP_STAGES = {Role.ATTN: 0, Role.EXPERT: 1, Role.GATEWAY: 2}
+# What a tier grows by starts on the cores of those that serve: docs/performance.md, "Faults".
+GROWTH_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +77,20 @@ class LaunchPlan:
             if (place.role, place.rank) == (role, rank):
                 return self._child(place)
         device = device_of(self.parallel, self.num_cuda_devices, role, rank)
-        return self._child(Place(role, rank, device, port=0))
+        return self._child(Place(role, rank, device, port=0), GROWTH_NICENESS)
 
-    def _child(self, place: Place) -> ChildSpec:
+    def _child(self, place: Place, load_niceness: int = 0) -> ChildSpec:
         return ChildSpec(
             place.name,
-            (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
+            (sys.executable, "-P", "-m", "epserve", *self._arguments(place, load_niceness)),
             {**child_environment(place, self.parallel), **self._secrets(place)},
             _STOP_STAGES[place.role],
         )
 
-    def _arguments(self, place: Place) -> list[str]:
+    def _arguments(self, place: Place, load_niceness: int) -> list[str]:
         settings = self.settings
         gateway = self.target if settings.tls is None else self._local(settings.cluster_port)
-        return child_arguments(settings, self.parallel, place, gateway)
+        return child_arguments(settings, self.parallel, place, gateway, load_niceness)
 
     def _secrets(self, place: Place) -> Mapping[str, str]:
         """Only the digest leaves this process: whoever reads it there cannot use it."""

@@ -4,6 +4,9 @@ Knows how their options become each service's settings. The services are importe
 them runs, so that the gateway starts without torch.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+
 import typer
 
 from epserve.from_options import parallel_from, settings_from
@@ -88,6 +91,7 @@ def attn(
     hedge_after: serving.HedgeAfterOption = None,
     orphan_grace: serving.OrphanGraceOption = serving.DEFAULT_ORPHAN_GRACE_S,
     threads: models.ThreadsOption = None,
+    load_niceness: models.LoadNicenessOption = 0,
     tls_cert: security.TlsCertOption = None,
     tls_key: security.TlsKeyOption = None,
     tls_ca: security.TlsCaOption = None,
@@ -100,6 +104,7 @@ def attn(
     debug: common.DebugOption = False,
 ) -> None:
     """Run one process of the attention tier."""
+    _import_gently("attn_service.process", load_niceness)
     from attn_service.process import AttnSettings, main
 
     _configure_logging("attn", debug, log_json)
@@ -129,6 +134,7 @@ def expert(
     transport: network.TransportOption = "auto",
     spare_expert_slots: layout.SpareExpertSlotsOption = None,
     threads: models.ThreadsOption = None,
+    load_niceness: models.LoadNicenessOption = 0,
     tls_cert: security.TlsCertOption = None,
     tls_key: security.TlsKeyOption = None,
     tls_ca: security.TlsCaOption = None,
@@ -141,12 +147,21 @@ def expert(
     debug: common.DebugOption = False,
 ) -> None:
     """Run one process of the expert tier."""
+    _import_gently("expert_service.process", load_niceness)
     from expert_service.process import ExpertSettings, main
 
     _configure_logging("expert", debug, log_json)
     tls = TlsFiles.of_process(tls_cert, tls_key, tls_ca)
     settings = settings_from(context, ExpertSettings, tls=tls, drain_timeout_s=drain_timeout)
     raise typer.Exit(main(settings))
+
+
+def _import_gently(module: str, niceness: int) -> None:
+    """Most of a start is spent here: seconds of a core, for torch."""
+    from moe_core.service.own_thread import gently
+
+    with ThreadPoolExecutor(1) as own_thread:
+        own_thread.submit(gently(niceness, import_module), module).result()
 
 
 def _configure_logging(service: str, debug: bool, log_json: bool) -> None:

@@ -34,7 +34,7 @@ from moe_core.service.leaving import told_to_leave
 from moe_core.service.lifecycle import run
 from moe_core.service.logs import bind_rank
 from moe_core.service.membership import Membership
-from moe_core.service.own_thread import in_own_thread
+from moe_core.service.own_thread import gently, in_own_thread
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.trace_option import open_spans
 from moe_core.transport.base import Identity, TransportOptions
@@ -222,7 +222,7 @@ class ExpertProcess:
         membership.report(MemberState.LOADING)
         with shown_progress(f"expert {membership.rank}: loading experts", "layer") as progress:
             weights = await in_own_thread(
-                load_expert_weights,
+                gently(self._settings.load_niceness, load_expert_weights),
                 checkpoint,
                 placement=placement,
                 ep_rank=ep_rank,

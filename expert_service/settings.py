@@ -29,6 +29,7 @@ class ExpertSettings:
     dtype: str = "auto"
     transport: str = "auto"
     threads: int | None = None
+    load_niceness: int = 0
     spare_expert_slots: int | None = None
     tls: TlsFiles | None = None
     insecure: bool = False

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from epserve.options.checks import at_least
+from moe_core.service.own_thread import MOST_NICE
 
 MODEL = "Model"
 Dtype = Literal["auto", "float64", "float32", "bfloat16"]
@@ -36,6 +37,14 @@ DeviceKindOption = Annotated[
 ]
 DeviceOption = Annotated[
     str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)
+]
+LoadNicenessOption = Annotated[
+    int,
+    typer.Option(
+        callback=at_least(0, MOST_NICE),
+        help="By how much the start (imports and weights) gives way to other processes.",
+        rich_help_panel=MODEL,
+    ),
 ]
 ThreadsOption = Annotated[
     int | None,

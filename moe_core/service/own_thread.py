@@ -1,4 +1,4 @@
-"""Work off the loop in a thread that ends with it.
+"""Work off the loop in a thread that ends with it, and work that gives way to other processes.
 
 Knows threads. Knows nothing of the work.
 
@@ -9,6 +9,7 @@ the loop must not stay, as the threads of asyncio's own executor do.
 """
 
 import asyncio
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +20,8 @@ from moe_core.service.lifecycle import WORKER_THREADS
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MOST_NICE = 19
+
 
 async def in_own_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What `work` returns or raises. When this is cancelled the thread works on to its end."""
@@ -28,3 +31,15 @@ async def in_own_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         return await asyncio.get_running_loop().run_in_executor(executor, call)
     finally:
         executor.shutdown(wait=False)
+
+
+def gently(niceness: int, work: Callable[P, T]) -> Callable[P, T]:
+    """`work` at a lower priority, for a thread that ends with it: Linux gives every thread its own,
+    and a thread cannot take back what it has given up. 0: as it is."""
+
+    def lowered(*args: P.args, **kwargs: P.kwargs) -> T:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, min(own + niceness, MOST_NICE))
+        return work(*args, **kwargs)
+
+    return lowered if niceness else work

@@ -94,7 +94,11 @@ def test_a_child_can_be_made_again_and_of_ranks_that_were_not_planned(
     grown = plan.child(Role.EXPERT, 3)
     assert grown.name == "expert 3"
     assert "--rank 3 --device cpu" in " ".join(grown.command)
-    assert grown.environment == planned["expert 1"].environment
+    assert "--load-niceness 10" in " ".join(grown.command)
+    assert not any("--load-niceness" in child.command for child in planned.values())
+    assert planned["expert 1"].environment["OMP_NUM_THREADS"] == "2"
+    assert grown.environment["OMP_NUM_THREADS"] == "1"  # a share of four
+    assert "OMP_PROC_BIND" not in grown.environment
     assert grown.stop_stage == planned["expert 1"].stop_stage
 
 
