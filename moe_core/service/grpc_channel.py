@@ -121,6 +121,11 @@ def error_from_rpc(error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
             "what answers there is an HTTP server, and not gRPC; a gateway's gRPC port is that of "
             "--grpc-port (50051 by default), its HTTP port that of --port"
         )
+    if error.code() is grpc.StatusCode.CANCELLED:
+        # A caller that cancels gets asyncio's CancelledError. This is a call that reached a server
+        # just as that one stopped, which gRPC drops.
+        reason = f"the other end let go of the call, as one that stops does: {details}"
+        return UnavailableError(f"{doing}: {reason}")
     message = f"{doing}: {details}"
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         for name, value in error.trailing_metadata() or ():

@@ -15,24 +15,26 @@ import psutil
 
 TINY_MODEL = Path(__file__).parents[2] / "epserve" / "tiny_model"
 EPSERVE = (sys.executable, "-P", "-m", "epserve")
+OWN_PYTHON = Path(".venv", "bin", "python")  # of a checkout that `make install` was run in
 _END_OF_OUTPUT = "\0"
 
 
 class Running:
     """A started `epserve …`; its stdout and stderr are read as they come. `wrapper`: a command
-    that runs the one behind it, as `ip netns exec NAME` does. `tree`: another release's sources."""
+    that runs the one behind it, as `ip netns exec NAME` does. `tree`: another release's checkout,
+    installed there."""
 
     def __init__(
         self, arguments: Sequence[str], wrapper: Sequence[str] = (), tree: Path | None = None
     ) -> None:
+        python = EPSERVE[0] if tree is None else str(tree / OWN_PYTHON)
         self._process = subprocess.Popen(
-            [*wrapper, *EPSERVE, *arguments],
+            [*wrapper, python, *EPSERVE[1:], *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
-            env=environment(tree),
         )
         self._lines: queue.Queue[str] = queue.Queue()
         self.out: list[str] = []
@@ -92,11 +94,6 @@ class Running:
             self._lines.put(into[-1])
         stream.close()
         self._lines.put(_END_OF_OUTPUT)
-
-
-def environment(tree: Path | None) -> dict[str, str] | None:
-    """In which `epserve` is the one in `tree`; None: this one, as it is installed."""
-    return None if tree is None else {**os.environ, "PYTHONPATH": str(tree)}
 
 
 @contextmanager

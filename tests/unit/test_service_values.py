@@ -174,3 +174,11 @@ def test_a_broken_connection_is_said_to_be_one() -> None:
     gone = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, words)
     error = error_from_rpc(gone, "generate at h:1")
     assert str(error) == f"generate at h:1: the connection broke: {words}"
+
+
+def test_a_call_that_the_other_end_let_go_of_may_be_made_elsewhere() -> None:
+    none = grpc.aio.Metadata()
+    dropped = grpc.aio.AioRpcError(grpc.StatusCode.CANCELLED, none, none, "CANCELLED")
+    error = error_from_rpc(dropped, "generate at h:1")
+    assert isinstance(error, UnavailableError)
+    assert str(error).startswith("generate at h:1: the other end let go of the call")
