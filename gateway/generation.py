@@ -52,9 +52,8 @@ class Generator:
         self._registry = registry
         self._room = WaitingRoom(registry, limits, attn_wait_s=attn_wait_s)
         self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
-        self._live: dict[
-            tuple[str, str], Place | RunningRequest[Any]
-        ] = {}  # by caller and request_id
+        # By caller and request_id.
+        self._live: dict[tuple[str, str], Place | RunningRequest[Any]] = {}
 
     @property
     def under_way(self) -> Collection[str]:

@@ -103,6 +103,16 @@ def test_logprobs_are_cut_with_the_tokens_and_cached_tokens_come_with_the_usage(
     assert chunk.usage == Usage(1, 2, cached_tokens=1)
 
 
+def test_what_is_told_of_single_tokens_comes_with_them() -> None:
+    told = tuple(TokenLogprobs(token, -0.5, 1) for token in (2, 3, 4))
+    output = SequenceOutput(sequence(), word_tokenizer())
+    first = output.push(Delta((3,), "", told[1:2], cached_tokens=1, prompt_logprobs=told[:1]))
+    assert (first.logprobs, first.prompt_logprobs, first.usage) == (told[1:2], told[:1], None)
+    last = output.push(Delta((4,), "length", told[2:]))
+    assert (last.logprobs, last.prompt_logprobs) == (told[2:], ())
+    assert last.usage == Usage(1, 2, cached_tokens=1)
+
+
 def test_held_back_text_comes_with_the_last_chunk() -> None:
     output = SequenceOutput(sequence(stop=("waax never",)), word_tokenizer())
     assert output.push(Delta((2,))).text == ""
