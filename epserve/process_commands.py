@@ -160,8 +160,9 @@ def _import_gently(module: str, niceness: int) -> None:
     """Most of a start is spent here: seconds of a core, for torch."""
     from moe_core.service.own_thread import gently
 
-    with ThreadPoolExecutor(1) as own_thread:
-        own_thread.submit(gently(niceness, import_module), module).result()
+    if niceness:
+        with ThreadPoolExecutor(1) as own_thread:
+            own_thread.submit(gently(niceness, import_module), module).result()
 
 
 def _configure_logging(service: str, debug: bool, log_json: bool) -> None:

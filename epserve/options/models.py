@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from epserve.options.checks import at_least
-from moe_core.service.own_thread import MOST_NICE
 
 MODEL = "Model"
 Dtype = Literal["auto", "float64", "float32", "bfloat16"]
@@ -41,7 +40,7 @@ DeviceOption = Annotated[
 LoadNicenessOption = Annotated[
     int,
     typer.Option(
-        callback=at_least(0, MOST_NICE),
+        callback=at_least(0, 19),  # the kernel's range
         help="By how much the start (imports and weights) gives way to other processes.",
         rich_help_panel=MODEL,
     ),
