@@ -176,8 +176,7 @@ class LayerExchange:
             now = self._loop.time()
             late = [send for send in self._outstanding() if send.late_at <= now]
             if now >= self._deadline:
-                for send in late:
-                    await send.expire()
+                await asyncio.gather(*(send.expire() for send in late))
             elif not await self._hedge(late):
                 ends = [send.late_at for send in self._outstanding() if send.late_at > now]
                 await self._next_answer(min([self._deadline, *ends]) - now)

@@ -35,6 +35,11 @@ class ExchangeGate(expert_pb2_grpc.ExpertServiceServicer):
             raise UnavailableError(LOADING)
         await self._exchange.Exchange(request_iterator, context)
 
+    async def Locate(self, request: Any, context: Any) -> Any:  # noqa: ANN401  # grpc's
+        if self._exchange is None:
+            raise UnavailableError(LOADING)
+        return await self._exchange.Locate(request, context)
+
     async def Handover(self, request_iterator: Any, context: Any) -> None:  # noqa: ANN401  # grpc's
         if self._handover is None:
             raise UnavailableError(LOADING)

@@ -62,6 +62,20 @@ class ChunkedLink(ExpertLink):
         """Until the bytes posted from `slot` have left. `deadline` is in the loop's time. Raises
         a TransportError, after which the slot stays owned until an answer comes."""
 
+    @abstractmethod
+    async def _phase_of(self, slot: int, sequence: int) -> str:
+        """Where an exchange is that was not answered in time, within ASK_S."""
+
+    async def phase_of(self, pending: Pending) -> str:
+        """See PendingHost. Of several chunks the one that was sent first."""
+        waiting = (
+            (found.sequence, slot)
+            for slot, found in self._in_flight.items()
+            if found.pending is pending
+        )
+        sequence, slot = min(waiting)
+        return await self._phase_of(slot, sequence)
+
     def look_for(self, pending: Pending) -> None:
         """A waiter is about to sleep: a last chance to see its answer."""
 

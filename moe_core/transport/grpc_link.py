@@ -61,6 +61,9 @@ class GrpcLink(ChunkedLink):
             self._lost("the stream ended")
             raise self._lost_error(what)
 
+    async def _phase_of(self, slot: int, sequence: int) -> str:
+        return await self._stream.phase_of(slot, sequence)
+
     def _received(self, message: pb.ExchangeResponse) -> None:
         kind = message.WhichOneof("kind")
         if kind == "combine":

@@ -13,6 +13,7 @@ from moe_core.transport.base import Dispatch, DispatchHandler, LinkSpec
 from moe_core.transport.flow import ChunkedLink
 from moe_core.transport.pending import Named
 from moe_core.transport.session import PeerSession, SlotReply
+from moe_core.transport.whereabouts import PHASES
 
 
 class LocalLink(ChunkedLink):
@@ -35,6 +36,9 @@ class LocalLink(ChunkedLink):
 
     async def departed(self, slot: int, what: Named, deadline: float) -> None:
         """Nothing travels."""
+
+    async def _phase_of(self, slot: int, sequence: int) -> str:
+        return PHASES[self._session.where(slot, sequence)]
 
     def _deliver(self, slot: int, sequence: int, dispatch: Dispatch) -> None:
         if self._lost_because is None:

@@ -101,6 +101,9 @@ class NixlLink(ChunkedLink):
         except PeerLostError:
             raise self._lost_error(what) from None
 
+    async def _phase_of(self, slot: int, sequence: int) -> str:
+        return await self._stream.phase_of(slot, sequence)
+
     async def _written(self, slot: int, deadline: float) -> None:
         try:
             await self._path.written(slot, deadline)

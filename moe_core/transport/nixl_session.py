@@ -53,7 +53,6 @@ class NixlSession(PeerSession):
         self._endpoint = endpoint
         self._on_error = on_error
         self._epoch = hello.instance_epoch
-        self._sequences = [0] * spec.slot_count
         self._path = NixlPath(endpoint, peer, spec.slot_count, incoming, outgoing)
         self._in = SlotMemory(self._path.incoming, spec, incoming)
         self._out = SlotMemory(self._path.outgoing, spec, outgoing)
@@ -93,14 +92,13 @@ class NixlSession(PeerSession):
             self.counters.dropped += 1
 
     def _receive_dispatch(self, slot: int, num_tokens: int, sequence: int, note: bytes) -> None:
-        if slot < self.spec.slot_count and sequence <= self._sequences[slot]:
+        if slot < self.spec.slot_count and sequence <= self._arrived[slot]:
             self.counters.dropped += 1
             return
         self.check_declared(slot, num_tokens)
         key = read_key(note)
         if key is None:
             raise self._violation(f"a dispatch header of {len(note)} bytes")
-        self._sequences[slot] = sequence
         hidden_states = self._in.payload(slot, num_tokens)
         ids, weights = self._in.routing(slot, num_tokens)
         self.deliver(slot, sequence, Dispatch(key, hidden_states, ids, weights))

@@ -33,6 +33,7 @@ class PendingHost(Protocol):
     def look_for(self, pending: "Pending") -> None: ...
     def give_slot(self, slot: int) -> None: ...
     def is_owed(self, pending: "Pending") -> bool: ...
+    async def phase_of(self, pending: "Pending") -> str: ...
     def timeout_error(self, what: Named, waited_s: float, phase: str) -> PeerTimeoutError: ...
 
 
@@ -115,15 +116,16 @@ class Pending:
     async def wait(self, timeout_s: float) -> Combine:
         try:
             if not await self.settled(timeout_s):
-                self._expire()
+                await self._expire()
         finally:
             if self._result is None:
                 self.release()
         return self.result()
 
-    def _expire(self) -> None:
-        phase = "queue or compute at the peer, or the network on the way back"
+    async def _expire(self) -> None:
+        """An answer that comes while the peer is asked counts."""
         waited_s = self._link.loop.time() - self._since
+        phase = await self._link.phase_of(self)
         self.finish(self._link.timeout_error(self, waited_s, phase))
 
     def release(self) -> None:

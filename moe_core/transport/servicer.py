@@ -74,6 +74,13 @@ class ExchangeServicer(rpc.ExpertServiceServicer):
         except EpserveError as error:
             await context.abort(status_code(error), str(error))
 
+    async def Locate(self, request: pb.LocateRequest, context: Any) -> pb.LocateResponse:  # noqa: ANN401
+        exchange = self._exchanges.get(request.attn_rank)
+        if exchange is None or exchange.session.source_epoch != request.instance_epoch:
+            return pb.LocateResponse()
+        tag = request.tag
+        return pb.LocateResponse(where=exchange.session.where(tag.slot, tag.sequence))
+
     async def _exchange(self, context: Context) -> None:
         hello = await self._read_hello(context)
         world = None if self._attention_world is None else self._attention_world()

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from moe_core.errors import EpserveError, ProtocolError
+from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.transport.base import (
     Dispatch,
     DispatchHandler,
@@ -72,6 +73,7 @@ class PeerSession(ABC):
         self._layout = SlotLayout(spec)
         self._handler = handler
         self._replies: dict[int, SlotReply] = {}
+        self._arrived = [0] * spec.slot_count  # the newest sequence of each slot
         self._gone = False
 
     @abstractmethod
@@ -109,6 +111,14 @@ class PeerSession(ABC):
         del self._replies[reply.slot]
         return True
 
+    def where(self, slot: int, sequence: int) -> "pb.LocateResponse.Where":
+        """Where that use of a slot is. Asked between two runs of the handler's."""
+        if slot >= self.spec.slot_count or sequence > self._arrived[slot]:
+            return pb.LocateResponse.NOT_ARRIVED
+        reply = self._replies.get(slot)
+        waits = reply is not None and reply.sequence == sequence
+        return pb.LocateResponse.QUEUED if waits else pb.LocateResponse.ANSWERED
+
     def check_declared(self, slot: int, num_tokens: int) -> None:
         """Before anything is allocated or read. Raises ProtocolError naming value and limit."""
         spec = self.spec
@@ -128,6 +138,7 @@ class PeerSession(ABC):
         num_tokens = dispatch.num_tokens
         reply = SlotReply(self, slot, sequence, dispatch.key, num_tokens)
         self._replies[slot] = reply
+        self._arrived[slot] = sequence
         try:
             self._handler(dispatch, reply)
         except EpserveError as error:

@@ -17,6 +17,7 @@ from moe_core.pb.epserve.v1 import expert_pb2 as pb
 from moe_core.pb.epserve.v1 import expert_pb2_grpc as rpc
 from moe_core.service.certificates import ServerCheck
 from moe_core.service.grpc_channel import open_channel
+from moe_core.transport.whereabouts import ASK_S, phase_told
 
 Message = TypeVar("Message")
 FAREWELL_TIMEOUT_S = 1.0
@@ -76,13 +77,16 @@ class ExchangeStream:
         self.peer = peer
         self._channel = open_channel(address, security)
         stub: Any = rpc.ExpertServiceStub  # generated without annotations
-        self._call: Any = stub(self._channel).Exchange(wait_for_ready=True)
+        self._stub = stub(self._channel)
+        self._call: Any = self._stub.Exchange(wait_for_ready=True)
+        self._caller = pb.LocateRequest()
         self.writer: MessageWriter[pb.ExchangeRequest] = MessageWriter(self._call.write)
         self._tasks: list[asyncio.Task[None]] = []
         self.ended_in_order = False
 
     async def greet(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
         """Raises ProtocolError when the peer refuses, PeerTimeoutError, PeerLostError."""
+        self._caller.attn_rank, self._caller.instance_epoch = hello.attn_rank, hello.instance_epoch
         try:
             async with asyncio.timeout(timeout_s):
                 await self._call.write(pb.ExchangeRequest(hello=hello))
@@ -131,6 +135,12 @@ class ExchangeStream:
             reason = str(error)
         finally:
             on_end(reason)
+
+    async def phase_of(self, slot: int, sequence: int) -> str:
+        """Of an exchange that was not answered in time, as the peer sees it."""
+        request = pb.LocateRequest(tag=pb.Tag(slot=slot, sequence=sequence))
+        request.MergeFrom(self._caller)
+        return await phase_told(self._stub.Locate(request, timeout=ASK_S))
 
     async def close(self, *, in_order: bool = True) -> None:
         """End the stream. With `in_order`, both halves: see the proto for what that promises."""

@@ -48,8 +48,24 @@ async def test_a_handler_that_raises_fails_its_dispatch_only_and_is_reported(end
 async def test_a_wait_ends_at_its_deadline_and_says_what_it_waited_for(ends: Ends):
     link = await ends.link(SPEC)
     pending = await link.dispatch(make_dispatch(2, SPEC, layer=SILENT), 5.0)
-    with pytest.raises(PeerTimeoutError, match=r"expert.*layer 2, 2 tokens, 192 bytes.*compute"):
+    words = r"expert.*layer 2, 2 tokens, 192 bytes, phase: queue \(it waits for its turn"
+    with pytest.raises(PeerTimeoutError, match=words):
         await pending.wait(0.05)
+
+
+async def test_an_answer_that_comes_while_its_phase_is_asked_for_counts(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+):
+    link, dispatch = await ends.link(SPEC), make_dispatch(2, SPEC, layer=LATE)
+
+    async def asked(slot: int, sequence: int) -> str:
+        await asyncio.sleep(2 * LATE_S)
+        return "compute"
+
+    monkeypatch.setattr(link, "_phase_of", asked)
+    pending = await link.dispatch(dispatch, 5.0)
+    assert torch.equal((await pending.wait(0.0)).partial, answer_to(dispatch))
+    pending.release()
 
 
 async def test_a_dispatch_without_a_free_slot_ends_at_its_deadline(ends: Ends):

@@ -191,6 +191,15 @@ async def test_memory_that_a_living_peer_may_still_write_is_kept_and_the_budget_
     endpoint.close()
 
 
+async def test_a_peer_that_does_not_answer_a_question_either_is_said_to_compute(wire: str):
+    with PeerProcess(wire) as peer:
+        link = await connect(peer.address, SPEC, wire)
+        pending = await link.dispatch(make_dispatch(4, SPEC, layer=FREEZE), 5.0)
+        with pytest.raises(PeerTimeoutError, match=r"layer 5, 4 tokens, \d+ bytes, phase: compute"):
+            await pending.wait(0.1)
+        await link.close()
+
+
 async def test_what_a_frozen_peer_writes_when_it_thaws_lands_in_retired_memory_alone():
     options, dispatch = TransportOptions("nixl"), make_dispatch(4, SPEC, layer=FREEZE)
     endpoint, _ = open_endpoint(ATTENTION, options)

@@ -197,7 +197,11 @@ async def test_no_port_answers_in_the_clear(secured: Secured) -> None:
         ("expert", CLIENT, ()),
         ("expert", GATEWAY, ()),
         ("expert", EXPERT, ("/epserve.v1.ExpertService/Handover",)),
-        ("expert", ATTN, ("/epserve.v1.ExpertService/Exchange",)),
+        (
+            "expert",
+            ATTN,
+            ("/epserve.v1.ExpertService/Exchange", "/epserve.v1.ExpertService/Locate"),
+        ),
         ("cluster", CLIENT, ()),
         ("cluster", ADMIN, ("/epserve.v1.Admin/",)),
         ("cluster", GATEWAY, ("/epserve.v1.ClusterService/",)),

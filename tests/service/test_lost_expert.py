@@ -74,7 +74,7 @@ async def test_exactly_the_rows_that_it_had_not_answered_are_sent_to_another(wir
 @pytest.mark.parametrize(
     ("num_tokens", "phase"),
     [
-        (6, "queue or compute at the peer, or the network on the way back"),
+        (6, "queue (it waits for its turn at the peer)"),
         (NUM_TOKENS, f"queue: all {SPEC.slot_count} slots are in flight"),
     ],
 )

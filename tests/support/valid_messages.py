@@ -165,6 +165,7 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
     fetch = attention_pb2.FetchBlocksRequest(
         instance_epoch=1, block_ids=[1], own_blocks=[2], timeout_ms=10, leader_instance_epoch=1
     )
+    locate = expert_pb2.LocateRequest(instance_epoch=1, tag=expert_pb2.Tag(slot=1, sequence=2))
     serve = (attention_pb2, "AttentionService", "Serve")
     exchange = (expert_pb2, "ExpertService", "Exchange")
     return [
@@ -175,5 +176,6 @@ def _tier_messages(state: ClusterState) -> list[Addressed]:
         _addressed("attn_0", *serve[:2], "Handover", blocks_request),
         _addressed("attn_0", *serve[:2], "FetchBlocks", fetch),
         _addressed("expert_0", *exchange, expert_pb2.ExchangeRequest(hello=hello)),
+        _addressed("expert_0", *exchange[:2], "Locate", locate),
         _addressed("expert_0", *exchange[:2], "Handover", handover_request),
     ]

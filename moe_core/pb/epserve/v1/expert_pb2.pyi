@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -217,6 +218,32 @@ class Tag(_message.Message):
     slot: int
     sequence: int
     def __init__(self, slot: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class LocateRequest(_message.Message):
+    __slots__ = ("attn_rank", "instance_epoch", "tag")
+    ATTN_RANK_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    attn_rank: int
+    instance_epoch: int
+    tag: Tag
+    def __init__(self, attn_rank: _Optional[int] = ..., instance_epoch: _Optional[int] = ..., tag: _Optional[_Union[Tag, _Mapping]] = ...) -> None: ...
+
+class LocateResponse(_message.Message):
+    __slots__ = ("where",)
+    class Where(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        UNKNOWN: _ClassVar[LocateResponse.Where]
+        NOT_ARRIVED: _ClassVar[LocateResponse.Where]
+        QUEUED: _ClassVar[LocateResponse.Where]
+        ANSWERED: _ClassVar[LocateResponse.Where]
+    UNKNOWN: LocateResponse.Where
+    NOT_ARRIVED: LocateResponse.Where
+    QUEUED: LocateResponse.Where
+    ANSWERED: LocateResponse.Where
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    where: LocateResponse.Where
+    def __init__(self, where: _Optional[_Union[LocateResponse.Where, str]] = ...) -> None: ...
 
 class DispatchMessage(_message.Message):
     __slots__ = ("tag", "key", "num_tokens", "hidden_states", "physical_ids", "topk_weights")

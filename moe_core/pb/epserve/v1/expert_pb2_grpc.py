@@ -39,6 +39,11 @@ class ExpertServiceStub:
                 request_serializer=epserve_dot_v1_dot_expert__pb2.ExchangeRequest.SerializeToString,
                 response_deserializer=epserve_dot_v1_dot_expert__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/epserve.v1.ExpertService/Locate',
+                request_serializer=epserve_dot_v1_dot_expert__pb2.LocateRequest.SerializeToString,
+                response_deserializer=epserve_dot_v1_dot_expert__pb2.LocateResponse.FromString,
+                _registered_method=True)
         self.Handover = channel.stream_stream(
                 '/epserve.v1.ExpertService/Handover',
                 request_serializer=epserve_dot_v1_dot_expert__pb2.HandoverRequest.SerializeToString,
@@ -60,6 +65,14 @@ class ExpertServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Where a dispatch is that was not answered in time: asked by who sent it, for the words of its
+        error. A peer that is computing does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Handover(self, request_iterator, context):
         """Gives experts' weights to another expert process, one after the other; a unit is one expert.
         """
@@ -74,6 +87,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=epserve_dot_v1_dot_expert__pb2.ExchangeRequest.FromString,
                     response_serializer=epserve_dot_v1_dot_expert__pb2.ExchangeResponse.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=epserve_dot_v1_dot_expert__pb2.LocateRequest.FromString,
+                    response_serializer=epserve_dot_v1_dot_expert__pb2.LocateResponse.SerializeToString,
             ),
             'Handover': grpc.stream_stream_rpc_method_handler(
                     servicer.Handover,
@@ -108,6 +126,33 @@ class ExpertService:
             '/epserve.v1.ExpertService/Exchange',
             epserve_dot_v1_dot_expert__pb2.ExchangeRequest.SerializeToString,
             epserve_dot_v1_dot_expert__pb2.ExchangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/epserve.v1.ExpertService/Locate',
+            epserve_dot_v1_dot_expert__pb2.LocateRequest.SerializeToString,
+            epserve_dot_v1_dot_expert__pb2.LocateResponse.FromString,
             options,
             channel_credentials,
             insecure,
