@@ -260,7 +260,7 @@ async def test_nixl_tags_of_another_start_or_link_or_an_old_sequence_are_dropped
         epoch, link_id = ATTENTION.instance_epoch, link._path.link_id
         await (await link.dispatch(make_dispatch(1, SPEC), 5.0)).wait(5.0)
         good = session.counters.dispatches
-        used = session._sequences.index(1)
+        used = session._arrived.index(1)
         for where in ((link_id, epoch + 1, 9), (link_id ^ 1, epoch, 9), (link_id, epoch, 1)):
             session.received(pack_dispatch((DISPATCH, used, 1, *where), KEY))
         session.received(b"short")
