@@ -13,14 +13,10 @@ from moe_core.config.parallel import ParallelConfig
 
 
 def child_arguments(
-    settings: ClusterSettings,
-    parallel: ParallelConfig,
-    place: Place,
-    gateway: str,
-    load_niceness: int = 0,
+    settings: ClusterSettings, parallel: ParallelConfig, place: Place, gateway: str
 ) -> list[str]:
     """What `place`'s process is told. `gateway`: where a worker registers. `parallel` is settled
-    for the model, and ports are chosen. load_niceness: of a worker."""
+    for the model, and ports are chosen."""
     arguments = [place.role.value, "--model", str(settings.model)]
     if settings.debug:
         arguments.append("--debug")
@@ -35,7 +31,6 @@ def child_arguments(
     arguments += ["--gateway", gateway, "--rank", str(place.rank)]
     arguments += ["--device", place.device, "--dtype", settings.dtype]
     arguments += ["--transport", settings.transport]
-    arguments += _given("--load-niceness", load_niceness or None)
     if place.role is Role.ATTN:
         return arguments + _attention_arguments(settings)
     return [*arguments, *_given("--spare-expert-slots", settings.spare_expert_slots)]

@@ -77,20 +77,23 @@ class LaunchPlan:
             if (place.role, place.rank) == (role, rank):
                 return self._child(place)
         device = device_of(self.parallel, self.num_cuda_devices, role, rank)
-        return self._child(Place(role, rank, device, port=0), GROWTH_NICENESS)
+        return self._child(Place(role, rank, device, port=0))
 
-    def _child(self, place: Place, load_niceness: int = 0) -> ChildSpec:
+    def _child(self, place: Place) -> ChildSpec:
         return ChildSpec(
             place.name,
-            (sys.executable, "-P", "-m", "epserve", *self._arguments(place, load_niceness)),
+            (sys.executable, "-P", "-m", "epserve", *self._arguments(place)),
             {**child_environment(place, self.parallel), **self._secrets(place)},
             _STOP_STAGES[place.role],
         )
 
-    def _arguments(self, place: Place, load_niceness: int) -> list[str]:
+    def _arguments(self, place: Place) -> list[str]:
         settings = self.settings
         gateway = self.target if settings.tls is None else self._local(settings.cluster_port)
-        return child_arguments(settings, self.parallel, place, gateway, load_niceness)
+        arguments = child_arguments(settings, self.parallel, place, gateway)
+        if place not in self.places:
+            arguments += ["--load-niceness", str(GROWTH_NICENESS)]
+        return arguments
 
     def _secrets(self, place: Place) -> Mapping[str, str]:
         """Only the digest leaves this process: whoever reads it there cannot use it."""

@@ -90,8 +90,7 @@ class RequestStream:
             self._taker.take(index, delta)
         except Exception as error:
             self._fail(error)
-        if self._leaving is not None:
-            self._leave_if_all_parked(self._leaving)
+        self._leave_if_all_parked()
 
     def fail(self, index: int, error: EpserveError) -> None:
         """Why there will be no more of one choice."""
@@ -101,8 +100,7 @@ class RequestStream:
     def put_parked(self, index: int, parked: ParkedKv) -> None:
         """The engine has let go of one choice, and said all of it before."""
         self.parked[index] = parked
-        if self._leaving is not None:
-            self._leave_if_all_parked(self._leaving)
+        self._leave_if_all_parked()
 
     def abort(self) -> None:
         """End the request now: the engine drops the choices that are still running, and each of
@@ -128,18 +126,19 @@ class RequestStream:
         """Let go of one choice; the engine is told unless it has finished it itself."""
         self._dropped.add(index)
         self._link.forget(self._sequence_ids[index])
-        if self._leaving is not None:
-            self._leave_if_all_parked(self._leaving)
+        self._leave_if_all_parked()
 
     def close(self) -> None:
         """Let go of all choices."""
         for sequence_id in self._sequence_ids.values():
             self._link.forget(sequence_id)
 
-    def _leave_if_all_parked(self, reason: GroupLostError) -> None:
+    def _leave_if_all_parked(self) -> None:
         """Once no choice is running any more, those that are parked have to go elsewhere."""
-        running = any(map(self._link.runs, self._sequence_ids.values()))
-        if not running and self.parked.keys() - self._dropped:
+        reason = self._leaving
+        if reason is None or any(map(self._link.runs, self._sequence_ids.values())):
+            return
+        if self.parked.keys() - self._dropped:
             self._fail(reason)
 
     def _fail(self, error: Exception) -> None:

@@ -19,7 +19,6 @@ class SequenceOutput:
     def __init__(
         self, sequence: Sequence, tokenizer: TextTokenizer | None, *, skip: int = 0
     ) -> None:
-        self.finished = False
         self._sequence = sequence
         self._skip = skip
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
@@ -82,7 +81,6 @@ class SequenceOutput:
 
     def _chunk(self, delta: Delta, count: int, texts: list[str], finish_reason: str) -> Chunk:
         """The first `count` tokens of `delta`, without those that the client has."""
-        self.finished = bool(finish_reason)
         had = min(count, max(0, self._skip - (self._num_tokens - count)))
         return Chunk(
             self._sequence.request_id,

@@ -84,13 +84,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that can be given out now that `token_id` has come; often none."""
-        window = self._window
-        window.append(token_id)
-        if len(window) == 2 and self._num_done == 1:  # nearly always: one token, one piece
-            before, both = self._tokenizer.decode_one(window[0]), self._tokenizer.decode(window)
-            if both.startswith(before) and both != before and not both.endswith(INCOMPLETE):
-                del window[0]
-                return both[len(before) :]
+        self._window.append(token_id)
         text = self._new_text()
         if text.endswith(INCOMPLETE) and len(self._window) - self._num_done < MAX_HELD:
             return ""
@@ -103,7 +97,10 @@ class Detokenizer:
     def _new_text(self) -> str:
         if self._num_done == 0:
             return self._tokenizer.decode(self._window)
-        before = self._tokenizer.decode(self._window[: self._num_done])
+        if self._num_done == 1:  # nearly always: one token, one piece
+            before = self._tokenizer.decode_one(self._window[0])
+        else:
+            before = self._tokenizer.decode(self._window[: self._num_done])
         text = self._tokenizer.decode(self._window)
         if text.startswith(before):
             return text[len(before) :]

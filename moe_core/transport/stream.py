@@ -79,14 +79,14 @@ class ExchangeStream:
         stub: Any = rpc.ExpertServiceStub  # generated without annotations
         self._stub = stub(self._channel)
         self._call: Any = self._stub.Exchange(wait_for_ready=True)
-        self._caller = pb.LocateRequest()
+        self._hello = pb.Hello()
         self.writer: MessageWriter[pb.ExchangeRequest] = MessageWriter(self._call.write)
         self._tasks: list[asyncio.Task[None]] = []
         self.ended_in_order = False
 
     async def greet(self, hello: pb.Hello, timeout_s: float) -> pb.Welcome:
         """Raises ProtocolError when the peer refuses, PeerTimeoutError, PeerLostError."""
-        self._caller.attn_rank, self._caller.instance_epoch = hello.attn_rank, hello.instance_epoch
+        self._hello = hello
         try:
             async with asyncio.timeout(timeout_s):
                 await self._call.write(pb.ExchangeRequest(hello=hello))
@@ -138,8 +138,11 @@ class ExchangeStream:
 
     async def phase_of(self, slot: int, sequence: int) -> str:
         """Of an exchange that was not answered in time, as the peer sees it."""
-        request = pb.LocateRequest(tag=pb.Tag(slot=slot, sequence=sequence))
-        request.MergeFrom(self._caller)
+        request = pb.LocateRequest(
+            attn_rank=self._hello.attn_rank,
+            instance_epoch=self._hello.instance_epoch,
+            tag=pb.Tag(slot=slot, sequence=sequence),
+        )
         return await phase_told(self._stub.Locate(request, timeout=ASK_S))
 
     async def close(self, *, in_order: bool = True) -> None:

@@ -19,8 +19,8 @@ from moe_core.pb.epserve.v1 import cluster_pb2
 from moe_core.service.cluster_codec import role_to_pb
 from moe_core.service.shared_records import GatewayRecord
 from support.fake_attention import FakeAttention, FakeWorker
-from support.heard import Heard
 from support.small_gateway import FINGERPRINT, SmallGateway
+from support.stream_ends import Heard
 
 PARALLEL = ParallelConfig(attn_devices=2, dp_size=2, expert_devices=2, ep_size=2)
 DEADLINE_S = 20

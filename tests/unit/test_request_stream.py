@@ -3,31 +3,7 @@
 from gateway.request_stream import Delta, GroupLostError, RequestStream
 from moe_core.errors import UnavailableError
 from moe_core.parked_kv import ParkedKv
-from support.heard import Heard
-
-
-class Link:
-    """Says of which sequences it was told that nobody waits for them."""
-
-    def __init__(self, *running: str, hands_over: bool = False) -> None:
-        self.running = set(running)
-        self.forgotten: list[str] = []
-        self.parking: list[str] = []
-        self.hands_over = hands_over
-
-    def runs(self, sequence_id: str) -> bool:
-        return sequence_id in self.running
-
-    def park(self, sequence_id: str) -> None:
-        if sequence_id in self.running:
-            self.parking.append(sequence_id)
-
-    def forget(self, sequence_id: str) -> bool:
-        was_running = sequence_id in self.running
-        self.running.discard(sequence_id)
-        if was_running:
-            self.forgotten.append(sequence_id)
-        return was_running
+from support.stream_ends import Heard, Link
 
 
 class Stumbling(Heard):

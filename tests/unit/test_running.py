@@ -14,41 +14,22 @@ from gateway.running import RunningRequest
 from gateway.sequence_output import SequenceOutput
 from moe_core.cluster import AttentionLoad, Member, MemberState, Role
 from moe_core.errors import UnavailableError
+from support.stream_ends import Link
 
 LEADER = Member(Role.ATTN, 0, 5, "127.0.0.1:9", "cpu", MemberState.READY, 1, "here")
 GROUP = Group(0, LEADER, AttentionLoad(0, 0, 64, 64, 4, 64))
 
 
-class Link:
-    hands_over = False
-
-    def __init__(self) -> None:
-        self.running: set[str] = set()
-
-    def runs(self, sequence_id: str) -> bool:
-        return sequence_id in self.running
-
-    def forget(self, sequence_id: str) -> bool:
-        was_running = sequence_id in self.running
-        self.running.discard(sequence_id)
-        return was_running
-
-    def park(self, sequence_id: str) -> None: ...
-
-
 class Pool:
     """Keeps the stream, for a test to say what comes."""
 
-    def __init__(self) -> None:
-        self.link = Link()
-        self.stream: RequestStream
+    stream: RequestStream
 
     def submit(
         self, group: Group, choices: list[Sequence], taker: Taker, *, take_over: bool
     ) -> RequestStream:
         ids = {each.index: each.sequence_id for each in choices}
-        self.link.running = {*ids.values()}
-        self.stream = RequestStream(self.link, ids, taker)
+        self.stream = RequestStream(Link(*ids.values()), ids, taker)
         return self.stream
 
 

@@ -51,7 +51,7 @@ def shown_by(tokenizer: TextTokenizer, stop: tuple[str, ...], deltas: list[Delta
     chunks = []
     for delta in deltas:
         chunks.append(output.push(delta))
-        if output.finished:
+        if chunks[-1].finish_reason:
             break
     return chunks
 
@@ -143,7 +143,7 @@ def test_a_client_that_has_some_tokens_is_sent_exactly_the_rest(
     before, after = whole[:had], whole[had:]
     output = SequenceOutput(sequence(stop=tuple(stop)), tokenizer, skip=len(before))
     rest = [output.push(Delta(tuple(token_ids[:cut])))]
-    if not output.finished:
+    if not rest[-1].finish_reason:
         rest.append(output.push(Delta(tuple(token_ids[cut:]), reason)))
     assert "".join(chunk.text for chunk in rest) == "".join(chunk.text for chunk in after)
     assert [t for chunk in rest for t in chunk.token_ids] == [
