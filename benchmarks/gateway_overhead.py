@@ -32,6 +32,7 @@ from gateway.attention_pool import AttentionPool  # noqa: E402
 from gateway.groups import Group  # noqa: E402
 from gateway.request_stream import Delta  # noqa: E402
 from gateway.requests import Sequence  # noqa: E402
+from gateway.tokenizer import TextTokenizer  # noqa: E402
 from moe_core.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from moe_core.cluster import Role  # noqa: E402
 from moe_core.config.parallel import ParallelConfig  # noqa: E402
@@ -168,6 +169,14 @@ async def bare_servers() -> AsyncIterator[dict[str, tuple[int, Send]]]:
         process.wait(30)
 
 
+def text_tokens(model: Path) -> list[int]:
+    """Those with a text of their own, as nearly all tokens of a text are: each has its event."""
+    tokenizer = TextTokenizer.from_directory(model)
+    assert tokenizer is not None, f"{model} has no tokenizer"
+    ids = range(Checkpoint.open(model).config.vocab_size)
+    return [each for each in ids if tokenizer.whole_text(each)]
+
+
 @asynccontextmanager
 async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, int, Group]]:
     """The gateway's pid, a client of it, its HTTP port, and the group behind it."""
@@ -184,7 +193,7 @@ async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, 
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
         stack.callback(process.wait, 30)
         stack.callback(process.terminate)
-        engine = PacedAttention(STEP_S, checkpoint.config.vocab_size)
+        engine = PacedAttention(STEP_S, text_tokens(model))
         for role, fake in ((Role.ATTN, engine), (Role.EXPERT, None)):
             worker = FakeWorker(target, checkpoint.fingerprint(), role)
             stack.push_async_callback(worker.stop)

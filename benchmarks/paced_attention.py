@@ -6,7 +6,7 @@ to nothing.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
@@ -14,9 +14,9 @@ from moe_core.pb.epserve.v1 import attention_pb2_grpc
 
 
 class PacedAttention(attention_pb2_grpc.AttentionServiceServicer):
-    def __init__(self, step_s: float, vocab_size: int) -> None:
+    def __init__(self, step_s: float, token_ids: Sequence[int]) -> None:
         self._step_s = step_s
-        self._vocab_size = vocab_size
+        self._token_ids = token_ids
 
     async def Serve(self, requests: AsyncIterator[Any], context: Any) -> None:  # noqa: ANN401
         left: dict[str, int] = {}
@@ -45,7 +45,7 @@ class PacedAttention(attention_pb2_grpc.AttentionServiceServicer):
         step = pb.StepOutput()
         for sequence_id in sequence_ids:
             count = left[sequence_id] = left[sequence_id] - 1
-            token_id = 2 + (count * 7919) % (self._vocab_size - 2)
+            token_id = self._token_ids[count * 7919 % len(self._token_ids)]
             reason = "" if count else "length"
             step.outputs.add(sequence_id=sequence_id, token_ids=[token_id], finish_reason=reason)
             if not count:

@@ -60,7 +60,7 @@ def delta_from_pb(output: pb.SequenceOutput) -> Delta:
     """Costs every token: what most of them lack is only looked for."""
     logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
     return Delta(
-        tuple(output.token_ids),
+        tuple(output.token_ids[:]),  # the slice copies at once, the tuple alone one by one
         output.finish_reason,
         _logprobs(logprobs) if logprobs else (),
         output.num_cached_tokens,

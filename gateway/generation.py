@@ -72,18 +72,20 @@ class Generator:
                     yield chunk
 
     async def generate_batches(
-        self, request: GenerationRequest, shape: Callable[[Chunk], Shaped]
+        self, request: GenerationRequest, shape: Callable[[Chunk], Shaped | None]
     ) -> AsyncGenerator[list[Shaped], None]:
         """The request's output as it comes, choices interleaved, all that is there at once, each
-        chunk as `shape` makes it when it comes; the last chunk of each choice has a finish_reason,
-        and after all of them this ends. A caller that stops early (cancelled, or past its deadline)
-        closes this, and the engine is told. What fails one choice, fails the request."""
+        chunk as `shape` makes it when it comes, but for what it makes None of: that it has dealt
+        with itself. The last chunk of each choice has a finish_reason, and after all of them this
+        ends. A caller that stops early (cancelled, or past its deadline) closes this, and the
+        engine is told. What fails one choice, fails the request."""
         with self._watched(request) as watch:
             request = _named(request)
             with self._room.enter(request) as place, self._under_way(request, place):
                 outputs, running = await self._start(request, shape, place, watch)
                 if running is None:
-                    yield list(map(shape, _aborted(outputs, watch)))
+                    shaped = map(shape, _aborted(outputs, watch))
+                    yield [each for each in shaped if each is not None]
                     return
                 with closing(running):
                     while not running.ended:
@@ -92,7 +94,7 @@ class Generator:
     async def _start(
         self,
         request: GenerationRequest,
-        shape: Callable[[Chunk], Shaped],
+        shape: Callable[[Chunk], Shaped | None],
         place: Place,
         watch: RequestWatch,
     ) -> tuple[list[SequenceOutput], RunningRequest[Shaped] | None]:

@@ -53,14 +53,15 @@ class RunningRequest(Generic[Shaped]):
         place: Place,
         choices: Many[Sequence],
         outputs: Many[SequenceOutput],
-        shape: Callable[[Chunk], Shaped],
+        shape: Callable[[Chunk], Shaped | None],
         group: Group,
         watch: RequestWatch,
         *,
         take_over: bool = False,
     ) -> None:
         """`outputs`: of `choices`, in the order of their indices. `shape` makes of a chunk what
-        `next` gives, and is called once for each, in their order."""
+        `next` gives, and is called once for each, in their order; what it makes None of, it has
+        dealt with itself."""
         self._pool = pool
         self._place = place
         self._group = group
@@ -81,11 +82,11 @@ class RunningRequest(Generic[Shaped]):
         return not (self._running or self._ready or self._failure)
 
     async def next(self) -> list[Shaped]:
-        """All that has come and says something; waits until there is any. Raises UnavailableError
-        where the group was lost and no other goes on, or the error with which an engine ended a
-        choice, once what came before it was given. How long to wait is the client's deadline: a
-        lost group always ends the wait."""
-        while not self._ready:
+        """All that has come and says something; waits until there is any, or an end. Raises
+        UnavailableError where the group was lost and no other goes on, or the error with which an
+        engine ended a choice, once what came before it was given. How long to wait is the client's
+        deadline: a lost group always ends the wait."""
+        while not (self._ready or self.ended):
             failure, self._failure = self._failure, None
             if isinstance(failure, GroupLostError):
                 await self._go_on_elsewhere(failure)
@@ -112,7 +113,11 @@ class RunningRequest(Generic[Shaped]):
             self._drop(index)
         if chunk.token_ids or chunk.text or chunk.finish_reason:
             self._watch.put_out(chunk)
-            self._ready.append(self._shape(chunk))
+            shaped = self._shape(chunk)
+            if shaped is not None:
+                self._ready.append(shaped)
+                self._wake()
+        if not self._running:
             self._wake()
 
     def fail(self, error: Exception) -> None:

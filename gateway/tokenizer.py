@@ -7,7 +7,7 @@ prompt as the tokenizer says, and left out of output text.
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from moe_core.errors import ConfigError
 
@@ -22,6 +22,7 @@ class TextTokenizer:
         # At most one for each token that there is.
         self._token_texts: dict[int, str] = {}
         self._alone: dict[int, str] = {}
+        self._joins_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "TextTokenizer | None":
@@ -48,6 +49,15 @@ class TextTokenizer:
             text = self._alone[token_id] = self.decode((token_id,))
         return text
 
+    def whole_text(self, token_id: int) -> str | None:
+        """The token's text after any text that ends in a whole character; None where that depends
+        on the tokens around it. Only a decoder that does nothing but join bytes lets it be known
+        from the token alone."""
+        if not self._joins_bytes:
+            return None
+        text = self.decode_one(token_id)
+        return None if INCOMPLETE in text else text
+
     def token_text(self, token_id: int) -> str:
         """One token's text as it is within a text, special tokens' included. It is the second of
         two, since some decoders drop the space before the first."""
@@ -69,7 +79,8 @@ class Detokenizer:
     depend on the tokens around it (a leading space, a character cut into bytes), so each piece
     is the difference of two decodings that share a beginning: the first `_num_done` tokens of
     `_window` were given out with the piece before; text that ends in an incomplete character
-    waits for the rest of it.
+    waits for the rest of it. A token that waits for nothing and has a text of its own, as most have
+    where tokens are bytes (`whole_text`), needs neither and leaves the window as it is.
 
     Two exceptions, both where the tokens are no text. Byte-fallback decoders turn a whole run of
     bytes into replacement characters when one byte of it is wrong: what was given out before
@@ -84,6 +95,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that can be given out now that `token_id` has come; often none."""
+        if self._num_done == len(self._window):
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
         self._window.append(token_id)
         text = self._new_text()
         if text.endswith(INCOMPLETE) and len(self._window) - self._num_done < MAX_HELD:

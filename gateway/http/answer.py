@@ -1,7 +1,7 @@
 """One generation's way over HTTP: started, sent as it comes or at once, ended with its client.
 
 Knows the generator, ASGI and when which answer is sent. Knows no field of a body: an
-AnswerFormat writes them.
+AnswerFormat writes them; and not how events reach the client: an EventWriter does.
 
 A client that goes away cancels its generation, streaming or not. The status line is sent with the
 first output, so that what fails before it has a status of its own; what fails later is an event.
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.generation import Generator
 from gateway.http.errors import UNFORESEEN, error_event, error_response
+from gateway.http.event_writer import EventWriter, StepWrites
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import EpserveError
@@ -29,12 +30,6 @@ log = structlog.get_logger(__name__)
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for each call
 DONE = b"data: [DONE]\n\n"
-BODY = "http.response.body"
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 Shaped = TypeVar("Shaped")
 
 
@@ -74,6 +69,7 @@ class Answer:
         num_choices: int,
         usage: UsageCount,
         streaming: Streaming | None,
+        writes: StepWrites,
     ) -> None:
         self._generator = generator
         self._requests = requests
@@ -82,6 +78,7 @@ class Answer:
         self._num_choices = num_choices
         self._usage = usage
         self._streaming = streaming
+        self._writes = writes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._streaming is None:
@@ -108,32 +105,31 @@ class Answer:
     async def _send_stream(
         self, scope: Scope, receive: Receive, send: Send, streaming: Streaming
     ) -> None:
-        started = False
-        try:
-            events = partial(self._events, streaming)
-            async with aclosing(self._batches(events)) as batches:
-                async for batch in batches:
-                    if not started:
-                        started = True
-                        await _start_stream(send)
-                    if body := b"".join(batch):
-                        await send({"type": BODY, "body": body, "more_body": True})
-        except Exception as error:
-            if not isinstance(error, EpserveError):
-                log.exception("a stream failed", path=scope["path"])
-                error = EpserveError(UNFORESEEN)
-            if not started:
-                await error_response(error)(scope, receive, send)
-                return
-            last = error_event(error)
-        else:
-            last = (self._format.usage_event(self._usage) if streaming.usage_at_end else b"") + DONE
-        await send({"type": BODY, "body": last, "more_body": False})
+        async with aclosing(EventWriter(send, self._writes)) as writer:
+            put = partial(self._put_events, writer, streaming)
+            try:
+                async with aclosing(self._batches(put)) as held:
+                    async for _ in held:
+                        await writer.write()
+            except Exception as error:
+                if not isinstance(error, EpserveError):
+                    log.exception("a stream failed", path=scope["path"])
+                    error = EpserveError(UNFORESEEN)
+                if not writer.begun:
+                    await error_response(error)(scope, receive, send)
+                    return
+                last = error_event(error)
+            else:
+                usage = self._format.usage_event(self._usage) if streaming.usage_at_end else b""
+                last = usage + DONE
+            await writer.end(last)
 
-    def _events(self, streaming: Streaming, chunk: Chunk) -> bytes:
+    def _put_events(self, writer: EventWriter, streaming: Streaming, chunk: Chunk) -> bool | None:
+        """None unless `writer` has to be told to write them."""
         choice, _ = self._counted(chunk)
         shown = self._usage if streaming.usage_always else None
-        return self._format.opening(choice) + self._format.event(choice, chunk, shown)
+        event = self._format.event(choice, chunk, shown)
+        return writer.put(self._format.opening(choice) + event) or None
 
     def _counted(self, chunk: Chunk) -> tuple[int, Chunk]:
         """With the number of its choice."""
@@ -141,18 +137,18 @@ class Answer:
         self._usage.add(prompt, chunk)
         return prompt * self._num_choices + chunk.index, chunk
 
-    def _batches(self, shape: Callable[[Chunk], Shaped]) -> AsyncGenerator[list[Shaped], None]:
+    def _batches(
+        self, shape: Callable[[Chunk], Shaped | None]
+    ) -> AsyncGenerator[list[Shaped], None]:
         if len(self._requests) == 1:
             return self._generator.generate_batches(self._requests[0], shape)
         return _merged(self._generator, self._requests, shape)
 
 
-async def _start_stream(send: Send) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-
-
 async def _merged(
-    generator: Generator, requests: Sequence[GenerationRequest], shape: Callable[[Chunk], Shaped]
+    generator: Generator,
+    requests: Sequence[GenerationRequest],
+    shape: Callable[[Chunk], Shaped | None],
 ) -> AsyncGenerator[list[Shaped], None]:
     """All requests side by side. The first that fails ends the others."""
     results: asyncio.Queue[list[Shaped] | Exception | None] = asyncio.Queue()

@@ -78,6 +78,7 @@ async def chat_completions(request: Request) -> Answer:
         body.num_choices,
         UsageCount(len(prompt.token_ids)),
         body.streaming,
+        context.writes,
     )
 
 

@@ -60,6 +60,7 @@ async def completions(request: Request) -> Answer:
         body.num_choices,
         UsageCount(sum(len(prompt.token_ids) for prompt in prompts)),
         body.streaming,
+        context.writes,
     )
 
 

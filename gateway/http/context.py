@@ -1,6 +1,6 @@
 """What every route of one app has at hand: the parts it was made from, and who is asking."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -9,12 +9,14 @@ from gateway.callers import Caller
 from gateway.cluster import Registry
 from gateway.generation import Generator
 from gateway.http.chat_template import ChatTemplate
+from gateway.http.event_writer import StepWrites
 from moe_core.errors import NotFoundError
 
 
 @dataclass(frozen=True, slots=True)
 class HttpContext:
-    """created: when this app was made, in seconds since 1970, as OpenAI dates models."""
+    """created: when this app was made, in seconds since 1970, as OpenAI dates models.
+    writes: those of all streams."""
 
     generator: Generator
     registry: Registry
@@ -22,6 +24,7 @@ class HttpContext:
     max_body_bytes: int
     created: int
     version: str
+    writes: StepWrites = field(default_factory=StepWrites)
 
     @property
     def model(self) -> ServedModel:
