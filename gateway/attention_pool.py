@@ -102,7 +102,8 @@ class _GroupLink:
         self.instance_epoch = group.leader.instance_epoch
         self._name = group.name
         self.hands_over = group.load.hands_over
-        self._streams: dict[str, tuple[RequestStream, int]] = {}
+        # With the choice's index, and whether logprobs were asked for.
+        self._streams: dict[str, tuple[RequestStream, int, bool]] = {}
         self._leaving: Counter[str] = Counter()
         self._outgoing: asyncio.Queue[pb.EngineRequest | None] = asyncio.Queue()
         self._lost: UnavailableError | None = None
@@ -117,7 +118,8 @@ class _GroupLink:
     def submit(self, choices: Many[Sequence], taker: Taker, take_over: bool) -> RequestStream:
         stream = RequestStream(self, {each.index: each.sequence_id for each in choices}, taker)
         for each in choices:
-            self._streams[each.sequence_id] = stream, each.index
+            with_logprobs = (each.logprobs, each.prompt_logprobs) != (None, None)
+            self._streams[each.sequence_id] = stream, each.index, with_logprobs
             self._outgoing.put_nowait(pb.EngineRequest(add=add_to_pb(each, take_over)))
         return stream
 
@@ -156,7 +158,7 @@ class _GroupLink:
             return
         self._lost = kind(f"{self._name} was lost: {reason}")
         log.info("a group's stream ended", group=self._name, reason=reason)
-        for sequence_id, (stream, index) in tuple(self._streams.items()):
+        for sequence_id, (stream, index, _) in tuple(self._streams.items()):
             self.forget(sequence_id)
             stream.fail(index, self._lost)
 
@@ -199,11 +201,11 @@ class _GroupLink:
                 self._one_less(sequence_id)
             return
         take = self._streams.pop if finished else self._streams.get
-        stream, index = take(sequence_id, (None, 0))
+        stream, index, with_logprobs = take(sequence_id, (None, 0, False))
         if stream is None:
             return
         if not finished:
-            stream.put(index, delta_from_pb(output))
+            stream.put(index, delta_from_pb(output, with_logprobs))
         elif output.go_elsewhere:
             stream.fail(index, GroupLostError(f"{self._name} has ended it: {output.error}"))
         elif output.finish_reason == PARKED:
@@ -211,4 +213,4 @@ class _GroupLink:
         elif output.finish_reason == "error":
             stream.fail(index, error_from_status(output.error_code or "INTERNAL", output.error))
         else:
-            stream.put(index, delta_from_pb(output))
+            stream.put(index, delta_from_pb(output, with_logprobs))

@@ -56,16 +56,16 @@ def parked_from_pb(output: pb.SequenceOutput) -> ParkedKv:
     return ParkedKv(output.parked.num_tokens, tuple(output.parked.block_ids))
 
 
-def delta_from_pb(output: pb.SequenceOutput) -> Delta:
-    """Costs every token: what most of them lack is only looked for."""
-    logprobs, prompt_logprobs = output.logprobs, output.prompt_logprobs
+def delta_from_pb(output: pb.SequenceOutput, with_logprobs: bool) -> Delta:
+    """Costs every token: what most of them lack is only looked for, and logprobs only where they
+    were asked for."""
     return Delta(
         tuple(output.token_ids[:]),  # the slice copies at once, the tuple alone one by one
         output.finish_reason,
-        _logprobs(logprobs) if logprobs else (),
+        _logprobs(output.logprobs) if with_logprobs else (),
         output.num_cached_tokens,
         output.queued_us * 1e-6 if output.HasField("queued_us") else None,
-        _logprobs(prompt_logprobs) if prompt_logprobs else (),
+        _logprobs(output.prompt_logprobs) if with_logprobs else (),
     )
 
 

@@ -90,7 +90,8 @@ class RequestStream:
             self._taker.take(index, delta)
         except Exception as error:
             self._fail(error)
-        self._leave_if_all_parked()
+        if self._leaving is not None:
+            self._leave_if_all_parked()
 
     def fail(self, index: int, error: EpserveError) -> None:
         """Why there will be no more of one choice."""

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.generation import Generator
 from gateway.http.errors import UNFORESEEN, error_event, error_response
-from gateway.http.event_writer import EventWriter, StepWrites
+from gateway.http.event_writer import EventWriter, StepWrites, plain_send
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import EpserveError
@@ -36,11 +36,8 @@ Shaped = TypeVar("Shaped")
 class AnswerFormat(Protocol):
     """Choices are numbered over all prompts of a request."""
 
-    def opening(self, choice: int) -> bytes:
-        """Events before the first of a choice; may be none."""
-
     def event(self, choice: int, chunk: Chunk, usage: UsageCount | None) -> bytes:
-        """The events of one chunk, `usage` (null otherwise) in it; may be none."""
+        """The events of one chunk, `usage` (null otherwise) in them; may be none."""
 
     def usage_event(self, usage: UsageCount) -> bytes:
         """The event that holds only the usage."""
@@ -105,7 +102,7 @@ class Answer:
     async def _send_stream(
         self, scope: Scope, receive: Receive, send: Send, streaming: Streaming
     ) -> None:
-        async with aclosing(EventWriter(send, self._writes)) as writer:
+        async with aclosing(EventWriter(send, plain_send(scope, send), self._writes)) as writer:
             put = partial(self._put_events, writer, streaming)
             try:
                 async with aclosing(self._batches(put)) as held:
@@ -128,8 +125,7 @@ class Answer:
         """None unless `writer` has to be told to write them."""
         choice, _ = self._counted(chunk)
         shown = self._usage if streaming.usage_always else None
-        event = self._format.event(choice, chunk, shown)
-        return writer.put(self._format.opening(choice) + event) or None
+        return writer.put(self._format.event(choice, chunk, shown)) or None
 
     def _counted(self, chunk: Chunk) -> tuple[int, Chunk]:
         """With the number of its choice."""

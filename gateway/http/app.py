@@ -24,6 +24,7 @@ from gateway.http.chat import chat_completions
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.completions import completions
 from gateway.http.context import HttpContext
+from gateway.http.event_writer import keep_plain_send
 from gateway.http.tokens import detokenize, tokenize
 from gateway.page.routes import PAGE_FILES
 from moe_core.errors import EpserveError
@@ -48,7 +49,7 @@ def make_app(
 ) -> Starlette:
     """The application over a gateway's parts; it owns none of them. Its extra routes ask for a
     caller like all others."""
-    app = Starlette(
+    app = _Application(
         routes=[
             Route("/v1/models", about.models),
             Route("/v1/models/{model_id:path}", about.model),
@@ -72,6 +73,12 @@ def make_app(
         generator, registry, chat_template, max_body_bytes, int(time.time()), version("epserve")
     )
     return app
+
+
+class _Application(Starlette):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        keep_plain_send(scope, send)
+        await super().__call__(scope, receive, send)
 
 
 class _AskForCaller:

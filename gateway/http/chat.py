@@ -129,11 +129,15 @@ class ChatFormat:
         chunk_fields = {**self._fields, "object": "chat.completion.chunk"}
         self._frame = EventFrame(chunk_fields, shows_usage=body.shows_usage)
         self._opened: set[int] = set()
+        self._tells_more = bool(body.logprobs or body.return_token_ids)
+        after = b'},"logprobs":null,"finish_reason":null}'
+        self._around_text = [
+            self._frame.around(b'{"index":%d,"delta":{"content":' % choice, after)
+            for choice in range(body.num_choices)
+        ]
 
-    def opening(self, choice: int) -> bytes:
+    def _opening(self, choice: int) -> bytes:
         """Whose turn it is."""
-        if choice in self._opened:
-            return b""
         self._opened.add(choice)
         ids = b""
         if self._body.return_token_ids:
@@ -144,9 +148,12 @@ class ChatFormat:
         )
 
     def event(self, choice: int, chunk: Chunk, usage: UsageCount | None) -> bytes:
-        told = self._body.logprobs or self._body.return_token_ids
-        if not (chunk.text or chunk.finish_reason or told):
-            return b""
+        opening = b"" if choice in self._opened else self._opening(choice)
+        if not (opening or self._tells_more or chunk.finish_reason or usage):  # nearly all
+            before, after = self._around_text[choice]
+            return before + dumps(chunk.text) + after if chunk.text else b""
+        if not (chunk.text or chunk.finish_reason or self._tells_more):
+            return opening
         logprobs, more = b"null", b""
         if self._body.logprobs:
             logprobs = dumps(chat_logprobs(self._names, chunk.logprobs))
@@ -154,7 +161,7 @@ class ChatFormat:
             more = b',"token_ids":%b' % dumps(chunk.token_ids)
         reason = dumps(chunk.finish_reason) if chunk.finish_reason else b"null"
         delta = b'{"content":%b}' % dumps(chunk.text) if chunk.text else b"{}"
-        return self._frame.event(
+        return opening + self._frame.event(
             b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b}'
             % (choice, delta, logprobs, reason, more),
             usage,

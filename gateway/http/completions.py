@@ -115,19 +115,24 @@ class CompletionFormat:
         self._opened: set[int] = set()
         num_choices = len(prompts) * body.num_choices
         self._logprobs = [CompletionLogprobs(names) for _ in range(num_choices)]
-
-    def opening(self, choice: int) -> bytes:
-        return b""
+        self._tells_more = body.logprobs is not None or bool(body.return_token_ids)
+        after = b',"logprobs":null,"finish_reason":null}'
+        self._around_text = [
+            self._frame.around(b'{"index":%d,"text":' % choice, after)
+            for choice in range(num_choices)
+        ]
 
     def event(self, choice: int, chunk: Chunk, usage: UsageCount | None) -> bytes:
         is_first = choice not in self._opened
+        if not (is_first or self._tells_more or chunk.finish_reason or usage):  # nearly all
+            before, after = self._around_text[choice]
+            return before + dumps(chunk.text) + after if chunk.text else b""
         text = self._before(choice) + chunk.text if is_first else chunk.text
         if is_first:
             self._opened.add(choice)
-        body = self._body
-        told = body.logprobs is not None or body.return_token_ids
-        if not (text or chunk.finish_reason or told):
+        if not (text or chunk.finish_reason or self._tells_more):
             return b""
+        body = self._body
         logprobs, more = b"null", b""
         if body.logprobs is not None:
             logprobs = dumps(self._shaped(choice, [chunk], opens=is_first))

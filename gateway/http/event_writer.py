@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Generator
 from typing import Any
 
-from starlette.types import Message, Send
+from starlette.types import Message, Scope, Send
 
 BODY = "http.response.body"
 STREAM_HEADERS = [
@@ -20,6 +20,21 @@ STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+PLAIN_SEND = "plain_send"
+
+
+def keep_plain_send(scope: Scope, send: Send) -> None:
+    """For `plain_send`, before others wrap it."""
+    scope.setdefault("state", {})[PLAIN_SEND] = send
+
+
+def plain_send(scope: Scope, send: Send) -> Send:
+    """What a response that has begun by `send` may go on with. Starlette wraps `send` several
+    times, to see responses begin, and each costs every event a coroutine more."""
+    plain: Send = scope.get("state", {}).get(PLAIN_SEND, send)
+    return plain
 
 
 class StepWrites:
@@ -48,8 +63,10 @@ class EventWriter:
     `write_now` runs.
     """
 
-    def __init__(self, send: Send, writes: StepWrites) -> None:
+    def __init__(self, begin: Send, send: Send, writes: StepWrites) -> None:
+        """`begin` is sent how the response begins, `send` all that follows."""
         self.begun = False
+        self._begin = begin
         self._send = send
         self._writes = writes
         self._events: list[bytes] = []
@@ -87,7 +104,7 @@ class EventWriter:
         await self._take_over()
         if not self.begun:
             self.begun = True
-            await self._send(
+            await self._begin(
                 {"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS}
             )
         while self._events:

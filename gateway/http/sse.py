@@ -15,6 +15,10 @@ class EventFrame:
         self._head = b"data: " + dumps(fields)[:-1] + b',"choices":['
         self._plain_tail = b'],"usage":null}\n\n' if shows_usage else b"]}\n\n"
 
+    def around(self, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        """An event without usage, but for what is between `before` and `after` of its choice."""
+        return self._head + before, after + self._plain_tail
+
     def event(self, choice: bytes, usage: UsageCount | None = None) -> bytes:
         """One event with one choice, as JSON; none with b""."""
         if usage is None:
