@@ -104,7 +104,7 @@ class RunningRequest(Generic[Shaped]):
         if delta.token_ids:
             self._place.received(len(delta.token_ids), delta.cached_tokens)
         if received and (delta.cached_tokens or delta.queued_s is not None):
-            delta = delta._replace(cached_tokens=0, queued_s=None)
+            delta = replace(delta, cached_tokens=0, queued_s=None)
         received.extend(delta.token_ids)
         if delta.queued_s is not None:
             self._watch.queued(delta.queued_s)
