@@ -78,6 +78,7 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
         logit_bias=sampling.logit_bias,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        owner=request.caller.tag,
     )
 
 

@@ -4,7 +4,7 @@ Knows names, shares and limits. Knows no key: whoever checks a key makes a Calle
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moe_core.service.access import calling
 
@@ -14,23 +14,24 @@ TAG_LENGTH = 16
 @dataclass(frozen=True, slots=True)
 class Caller:
     """`weight` is a share against other callers'; None is no limit. max_tokens_per_minute counts
-    prompt and output tokens. `admin` may also change the cluster."""
+    prompt and output tokens. `admin` may also change the cluster. `tag` stands for the name where
+    it should not be read: of the same length for all."""
 
     name: str
     weight: float = 1.0
     max_concurrent_requests: int | None = None
     max_tokens_per_minute: int | None = None
     admin: bool = False
+    tag: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(self.name.encode()).hexdigest()
+        object.__setattr__(self, "tag", digest[:TAG_LENGTH])
 
     @property
     def anonymous(self) -> bool:
         """Nobody is asked for a key."""
         return self == ANONYMOUS
-
-    @property
-    def tag(self) -> str:
-        """Stands for the name where it should not be read: of the same length for all."""
-        return hashlib.sha256(self.name.encode()).hexdigest()[:TAG_LENGTH]
 
 
 ANONYMOUS = Caller("anonymous")

@@ -131,9 +131,10 @@ class Generator:
         return await find(self._pool, self._registry.state, request, choices)
 
     async def check(self, requests: Iterable[GenerationRequest]) -> list[GenerationRequest]:
-        """The same requests, each admitted. Raises what `generate` would refuse any of them with,
-        before one of them costs anything."""
-        return [replace(request, admitted=await self._admit(request)) for request in requests]
+        """The same requests, each named and admitted. Raises what `generate` would refuse any of
+        them with, before one of them costs anything."""
+        named = map(_named, requests)
+        return [replace(request, admitted=await self._admit(request)) for request in named]
 
     def abort(self, caller: Caller, request_id: str) -> bool:
         """End a request of `caller` early; its client gets finish_reason "abort". False if `caller`
@@ -201,10 +202,9 @@ class Generator:
 
 
 def _all_choices(request: GenerationRequest, first: Sequence, traceparent: str) -> list[Sequence]:
-    owned = replace(
-        first, request_id=request.request_id, owner=request.caller.tag, traceparent=traceparent
-    )
-    return [owned, *(replace(owned, index=index) for index in range(1, request.sampling.n or 1))]
+    if traceparent:
+        first = replace(first, traceparent=traceparent)
+    return [first, *(replace(first, index=index) for index in range(1, request.sampling.n or 1))]
 
 
 def _unchanged(chunk: Chunk) -> Chunk:
