@@ -4,7 +4,7 @@
 
 A real `epserve gateway` process in front of benchmarks/paced_attention.py, which answers at once
 and then at a fixed pace. The same requests go straight to it and through the gateway, by gRPC and
-by HTTP, 32 at a time, in turns; and to benchmarks/bare_streams.py, servers that only write.
+by HTTP, 32 at a time, in turns; and to benchmarks/bare_streams.py, which only passes tokens on.
 Prints a table, and one JSON line, for each way.
 """
 
@@ -151,8 +151,9 @@ def cpu_s(pid: int) -> float:
 
 
 @asynccontextmanager
-async def bare_servers() -> AsyncIterator[dict[str, tuple[int, Send]]]:
-    command = [sys.executable, str(HERE / "bare_streams.py"), "--step", str(STEP_S)]
+async def bare_servers(engine: str) -> AsyncIterator[dict[str, tuple[int, Send]]]:
+    """In front of the same attention tier."""
+    command = [sys.executable, str(HERE / "bare_streams.py"), "--engine", engine]
     process = subprocess.Popen(  # noqa: ASYNC220
         [*command, "--num", str(NUM_TOKENS)], stdout=subprocess.PIPE, text=True
     )
@@ -207,7 +208,9 @@ async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, 
 
 async def measure(model: Path, rounds: int, window_s: float) -> None:
     """All ways take turns, so that a slow minute of the machine is everybody's."""
-    async with paced_cluster(model) as (pid, client, http_port, group), bare_servers() as bare:
+    async with AsyncExitStack() as stack:
+        pid, client, http_port, group = await stack.enter_async_context(paced_cluster(model))
+        bare = await stack.enter_async_context(bare_servers(group.leader.address))
         pool = AttentionPool()
         straight_send = straight(group, pool)
         ways = {"grpc": (pid, through_grpc(client)), "http": (pid, through_http(http_port)), **bare}

@@ -71,6 +71,8 @@ class Registry:
         self._standing = ""
         self.queued_requests = self.loop_tasks = 0  # of this gateway
         self._counted, self._told = gateway, (gateway, "", 0, 0)
+        self._state: ClusterState | None = None
+        self._state_of: tuple[Layout, int, tuple[Member, ...]] | None = None
         self.versions = StateVersions(lambda: self.state)
 
     @property
@@ -90,21 +92,17 @@ class Registry:
 
     @property
     def state(self) -> ClusterState:
-        """Its first member is this gateway."""
-        members = map(self._registrations.shown, self._members.values())
-        layout = self._layout
-        return ClusterState(
-            self.versions.current,
-            layout.parallel,
-            (self._with_counts(), *self._others, *members),
-            layout.placement,
-            next_placement=layout.next_placement,
-            target=layout.target,
-        )
+        """Its first member is this gateway. The same object for as long as nothing in it changes:
+        every request asks several times."""
+        shown = map(self._registrations.shown, self._members.values())
+        members = (self._with_counts(), *self._others, *shown)
+        made_of = self._layout, self.versions.current, members
+        if self._state is None or self._state_of != made_of:
+            self._state, self._state_of = Layout.with_members(*made_of), made_of
+        return self._state
 
     def _with_counts(self) -> Member:
-        """This gateway as `state` shows it: every request asks several times, and it seldom
-        changes."""
+        """This gateway as `state` shows it."""
         told = self._gateway, self._standing, self.queued_requests, self.loop_tasks
         if self._told != told:
             self._told = told

@@ -16,6 +16,7 @@ from gateway.cluster import Registry
 from gateway.group_room import GroupRoom, Seat
 from gateway.groups import Group, GroupKey, usable_groups, why_unusable
 from gateway.requests import Sequence
+from moe_core.cluster import ClusterState
 
 REST_S = 1.0
 
@@ -27,9 +28,19 @@ class GroupChoice:
     def __init__(self, registry: Registry, rested: Callable[[], None]) -> None:
         self._registry = registry
         self._rested = rested
+        self._state: ClusterState | None = None  # of `_usable`
+        self._usable: tuple[Group, ...] = ()
         self._rooms = GroupRoom()
         self._balancer = Balancer()
         self._resting: dict[GroupKey, asyncio.TimerHandle] = {}
+
+    @property
+    def usable(self) -> tuple[Group, ...]:
+        """Those that can take a request now, worked out once for each state of the cluster."""
+        state = self._registry.state
+        if self._state is not state:
+            self._state, self._usable = state, usable_groups(state)
+        return self._usable
 
     def free_seats(self, groups: Many[Group]) -> int:
         """See GroupRoom."""
@@ -69,7 +80,7 @@ class GroupChoice:
     def why_none(self, choices: Many[Sequence]) -> str:
         """Why no group could hold them, group by group."""
         needed = choices[0].num_tokens
-        usable = usable_groups(self._registry.state)
+        usable = self.usable
         small = [f"{g.name} holds {g.kv_tokens} tokens" for g in usable if g.kv_tokens < needed]
         resting = [f"{g.name} has just been lost" for g in usable if g.key in self._resting]
         if not usable:
@@ -85,7 +96,7 @@ class GroupChoice:
         needed = choices[0].num_tokens
         return [
             group
-            for group in usable_groups(self._registry.state)
+            for group in self.usable
             if group.key not in self._resting and group.kv_tokens >= needed
         ]
 

@@ -79,16 +79,12 @@ def _leaves(members: Iterable[Member]) -> bool:
     return any(each.leaving or each.state is MemberState.DRAINING for each in members)
 
 
-def require_groups(state: ClusterState) -> tuple[Group, ...]:
-    """The usable groups. Raises UnavailableError naming what is missing when there is none."""
-    groups = usable_groups(state)
-    if not groups:
-        raise UnavailableError(
-            f"no attention group can take a request: {why_unusable(state)}. The cluster is still "
-            "starting, or has lost processes; try again once `epserve status` shows the gateway "
-            "ready"
-        )
-    return groups
+def none_usable(state: ClusterState) -> UnavailableError:
+    """What a request is refused with that no group can take."""
+    return UnavailableError(
+        f"no attention group can take a request: {why_unusable(state)}. The cluster is still "
+        "starting, or has lost processes; try again once `epserve status` shows the gateway ready"
+    )
 
 
 def why_unusable(state: ClusterState) -> str:

@@ -5,7 +5,7 @@ Knows no member, and not who decides on a change (scaling.py, placement_leader.p
 
 from dataclasses import dataclass
 
-from moe_core.cluster import ClusterState, TierSizes
+from moe_core.cluster import ClusterState, Member, TierSizes
 from moe_core.config.parallel import ParallelConfig
 from moe_core.placement import ExpertPlacement
 
@@ -33,6 +33,16 @@ class Layout:
             settled=True,
             next_placement=state.next_placement,
             target=state.target,
+        )
+
+    def with_members(self, version: int, members: tuple[Member, ...]) -> ClusterState:
+        return ClusterState(
+            version,
+            self.parallel,
+            members,
+            self.placement,
+            next_placement=self.next_placement,
+            target=self.target,
         )
 
     @property

@@ -18,7 +18,7 @@ from gateway.cluster import Registry
 from gateway.entrance import Entrance, QueueLimits
 from gateway.fair_queue import FairQueue
 from gateway.group_choice import GroupChoice
-from gateway.groups import Group, require_groups, usable_groups, why_unusable
+from gateway.groups import Group, none_usable, why_unusable
 from gateway.place import Place
 from gateway.requests import GenerationRequest, Sequence
 from moe_core.errors import UnavailableError
@@ -58,7 +58,9 @@ class WaitingRoom:
         """Raises UnavailableError when there is none, or nobody is let in any more."""
         if self._closed is not None:
             raise self._closed
-        return require_groups(self._registry.state)
+        if not self._groups.usable:
+            raise none_usable(self._registry.state)
+        return self._groups.usable
 
     def enter(self, request: GenerationRequest) -> Place:
         """Let a request in. Raises UnavailableError where nothing could take it,
@@ -77,8 +79,8 @@ class WaitingRoom:
     def require_room(self, caller: Caller) -> None:
         """Before a request is read: raises TooManyRequestsError where `enter` would, however small
         the request. Nothing is taken."""
-        groups = usable_groups(self._registry.state)
-        self._entrance.require_room(caller, queued=self._has_to_wait(groups))
+        queued = self._has_to_wait(self._groups.usable)
+        self._entrance.require_room(caller, queued=queued)
 
     def _has_to_wait(self, groups: Many[Group]) -> bool:
         return len(self._queue) > 0 or self._passing >= self._groups.free_seats(groups)
@@ -124,7 +126,7 @@ class WaitingRoom:
             self._stop_giving_up()
             return
         self._pump_moving()
-        if not usable_groups(self._registry.state):
+        if not self._groups.usable:
             self._wait_for_groups()
             return
         self._stop_giving_up()
