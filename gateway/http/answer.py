@@ -9,8 +9,8 @@ first output, so that what fails before it has a status of its own; what fails l
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -78,11 +78,11 @@ class Answer:
         self._writes = writes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._streaming is None:
-            work = self._send_whole(scope, receive, send)
-        else:
-            work = self._send_stream(scope, receive, send, self._streaming)
-        await while_connected(receive, work)
+        async with cancelled_when_gone(receive):
+            if self._streaming is None:
+                await self._send_whole(scope, receive, send)
+            else:
+                await self._send_stream(scope, receive, send, self._streaming)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -173,22 +173,29 @@ async def _merged(
                 yield result
 
 
-async def while_connected(receive: Receive, work: Coroutine[None, None, None]) -> None:
-    """Run `work` to its end, or cancel it when the client goes away first."""
-    working = asyncio.create_task(work, name="answer")
-    watching = asyncio.create_task(_until_gone(receive), name="client")
+@asynccontextmanager
+async def cancelled_when_gone(receive: Receive) -> AsyncIterator[None]:
+    """What runs inside is cancelled when the client goes away, and that is its end: as
+    asyncio.timeout does, it tells its own cancelling from others' by counting."""
+    task = asyncio.current_task()
+    assert task is not None
+    before, gone = task.cancelling(), False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watching = asyncio.create_task(watch(), name="client")
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
+        yield
+    except asyncio.CancelledError:
+        if not gone or task.uncancel() > before:
+            raise
     finally:
-        await _end(working)
-        await _end(watching)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
 
 
 async def _end(task: asyncio.Task[None]) -> None:

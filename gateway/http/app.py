@@ -51,10 +51,10 @@ def make_app(
     caller like all others."""
     app = _Application(
         routes=[
-            Route("/v1/models", about.models),
-            Route("/v1/models/{model_id:path}", about.model),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/models", about.models),
+            Route("/v1/models/{model_id:path}", about.model),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/health", about.health),

@@ -20,8 +20,6 @@ STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
 PLAIN_SEND = "plain_send"
 
 
@@ -90,7 +88,7 @@ class EventWriter:
             return
         self._held = True
         try:
-            rest = _begin(self._send(self._taken()))
+            rest = _run_ahead(self._send(self._taken()))
         except Exception as error:
             self._failure = error
             return
@@ -155,7 +153,7 @@ class _Rest:
         yield from self._iterator
 
 
-def _begin(awaitable: Awaitable[None]) -> _Rest | None:
+def _run_ahead(awaitable: Awaitable[None]) -> _Rest | None:
     """Run it as far as it goes without waiting, outside of any task, as asyncio's eager tasks
     (Python 3.12) do; None where it went to its end. Raises what it raises."""
     iterator = awaitable.__await__()

@@ -73,6 +73,26 @@ def test_versions_grow_with_what_others_act_upon_only() -> None:
     assert registry.state.version > version
 
 
+def test_a_state_is_the_same_object_until_something_in_it_changes() -> None:
+    registry = make_registry(PARALLEL)
+    key = registry.join(join())
+    first = registry.state
+    assert registry.state is first
+    for change in (
+        lambda: registry.report(key, StatusReport(MemberState.READY)),
+        lambda: registry.lease(key, 10_000),
+        lambda: registry.set_sizes(PARALLEL, TierSizes(2, 4)),
+        lambda: setattr(registry, "queued_requests", 3),
+        lambda: registry.leave(key),
+    ):
+        before = registry.state
+        change()
+        assert registry.state is not before
+        assert registry.state != before
+        assert registry.state is registry.state
+    assert first.tier(Role.ATTN)  # what was given out stays as it was
+
+
 def test_expert_load_stays_while_other_reports_come() -> None:
     registry = make_registry(PARALLEL)
     key = registry.join(join())

@@ -79,6 +79,16 @@ def test_pieces_of_the_bundled_tokenizers_tokens_join_to_the_whole_text(
     assert "".join(pieces(tokenizer, token_ids)) == tokenizer.decode(token_ids)
 
 
+def test_a_token_stands_alone_only_where_tokens_are_bytes_and_it_is_whole_characters() -> None:
+    tokenizer, alphabet = byte_tokenizer(), sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert tokenizer.whole_text(alphabet.index("a")) == "a"
+    assert tokenizer.whole_text(456) == ""  # a special one
+    half = "\u00c3"  # stands for the byte 0xC3, with which a character begins
+    assert tokenizer.whole_text(alphabet.index(half)) is None
+    assert word_tokenizer().whole_text(5) is None  # has a space or none
+    assert fallback_tokenizer().whole_text(4) is None
+
+
 def fallback_ids(text: str) -> list[int]:
     ids: list[int] = []
     for char in text:
