@@ -93,10 +93,14 @@ class Answer:
 
     async def _collect(self) -> Response:
         chunks: list[list[Chunk]] = [[] for _ in range(len(self._requests) * self._num_choices)]
-        async with aclosing(self._batches(self._counted)) as batches:
-            async for batch in batches:
-                for choice, chunk in batch:
-                    chunks[choice].append(chunk)
+
+        def keep(chunk: Chunk) -> None:
+            chunks[self._counted(chunk)].append(chunk)
+
+        batches: AsyncGenerator[list[None], None] = self._batches(keep)
+        async with aclosing(batches):
+            async for _ in batches:
+                pass
         return JSONResponse(self._format.whole(chunks, self._usage))
 
     async def _send_stream(
@@ -123,15 +127,15 @@ class Answer:
 
     def _put_events(self, writer: EventWriter, streaming: Streaming, chunk: Chunk) -> bool | None:
         """None unless `writer` has to be told to write them."""
-        choice, _ = self._counted(chunk)
+        choice = self._counted(chunk)
         shown = self._usage if streaming.usage_always else None
         return writer.put(self._format.event(choice, chunk, shown)) or None
 
-    def _counted(self, chunk: Chunk) -> tuple[int, Chunk]:
-        """With the number of its choice."""
+    def _counted(self, chunk: Chunk) -> int:
+        """The number of its choice."""
         prompt = self._prompts[chunk.request_id]
         self._usage.add(prompt, chunk)
-        return prompt * self._num_choices + chunk.index, chunk
+        return prompt * self._num_choices + chunk.index
 
     def _batches(
         self, shape: Callable[[Chunk], Shaped | None]
