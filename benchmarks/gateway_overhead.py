@@ -171,11 +171,12 @@ async def bare_servers(engine: str) -> AsyncIterator[dict[str, tuple[int, Send]]
 
 
 def text_tokens(model: Path) -> list[int]:
-    """Those with a text of their own, as nearly all tokens of a text are: each has its event."""
+    """Those with a text of their own, as nearly all tokens of a text are, so that each has its
+    event; all of them where the tokenizer cannot say."""
     tokenizer = TextTokenizer.from_directory(model)
     assert tokenizer is not None, f"{model} has no tokenizer"
     ids = range(Checkpoint.open(model).config.vocab_size)
-    return [each for each in ids if tokenizer.whole_text(each)]
+    return [each for each in ids if tokenizer.whole_text(each)] or list(ids)
 
 
 @asynccontextmanager

@@ -76,6 +76,8 @@ def make_app(
 
 
 class _Application(Starlette):
+    """Keeps the server's own `send`, which Starlette wraps."""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_plain_send(scope, send)
         await super().__call__(scope, receive, send)
