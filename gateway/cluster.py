@@ -70,9 +70,8 @@ class Registry:
         self._others: tuple[Member, ...] = ()
         self._standing = ""
         self.queued_requests = self.loop_tasks = 0  # of this gateway
-        self._counted, self._told = gateway, (gateway, "", 0, 0)
         self._state: ClusterState | None = None
-        self._state_of: tuple[Layout, int, tuple[Member, ...]] | None = None
+        self._state_of: tuple[object, ...] = ()
         self.versions = StateVersions(lambda: self.state)
 
     @property
@@ -94,22 +93,17 @@ class Registry:
     def state(self) -> ClusterState:
         """Its first member is this gateway. The same object for as long as nothing in it changes:
         every request asks several times."""
-        shown = map(self._registrations.shown, self._members.values())
-        members = (self._with_counts(), *self._others, *shown)
-        made_of = self._layout, self.versions.current, members
+        members = tuple(map(self._registrations.shown, self._members.values()))
+        own = self._gateway, self._standing, self.queued_requests, self.loop_tasks
+        made_of = self._layout, self.versions.current, own, self._others, members
         if self._state is None or self._state_of != made_of:
-            self._state, self._state_of = Layout.with_members(*made_of), made_of
-        return self._state
-
-    def _with_counts(self) -> Member:
-        """This gateway as `state` shows it."""
-        told = self._gateway, self._standing, self.queued_requests, self.loop_tasks
-        if self._told != told:
-            self._told = told
-            self._counted = replace(
+            gateway = replace(
                 self.gateway, queued_requests=self.queued_requests, loop_tasks=self.loop_tasks
             )
-        return self._counted
+            shown = (gateway, *self._others, *members)
+            self._state = self._layout.with_members(self.versions.current, shown)
+            self._state_of = made_of
+        return self._state
 
     @property
     def accepted(self) -> ParallelConfig:

@@ -92,8 +92,7 @@ class RequestStream:
             self._taker.take(index, delta)
         except Exception as error:
             self._fail(error)
-        if self._leaving is not None:
-            self._leave_if_all_parked()
+        self._leave_if_all_parked()
 
     def fail(self, index: int, error: EpserveError) -> None:
         """Why there will be no more of one choice."""

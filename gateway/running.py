@@ -116,8 +116,7 @@ class RunningRequest(Generic[Shaped]):
             shaped = self._shape(chunk)
             if shaped is not None:
                 self._ready.append(shaped)
-                self._wake()
-        if not self._running:
+        if self._ready or not self._running:
             self._wake()
 
     def fail(self, error: Exception) -> None:

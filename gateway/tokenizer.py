@@ -22,7 +22,6 @@ class TextTokenizer:
         # At most one for each token that there is.
         self._token_texts: dict[int, str] = {}
         self._alone: dict[int, str] = {}
-        self._whole_texts: dict[int, str | None] = {}
         self._joins_bytes = isinstance(tokenizer.decoder, decoders.ByteLevel)
 
     @classmethod
@@ -54,12 +53,10 @@ class TextTokenizer:
         """The token's text after any text that ends in a whole character; None where that depends
         on the tokens around it. Only a decoder that does nothing but join bytes lets it be known
         from the token alone."""
-        try:
-            return self._whole_texts[token_id]
-        except KeyError:
-            text = self.decode_one(token_id)
-            known = self._joins_bytes and INCOMPLETE not in text
-            return self._whole_texts.setdefault(token_id, text if known else None)
+        if not self._joins_bytes:
+            return None
+        text = self.decode_one(token_id)
+        return None if INCOMPLETE in text else text
 
     def token_text(self, token_id: int) -> str:
         """One token's text as it is within a text, special tokens' included. It is the second of

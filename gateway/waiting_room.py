@@ -58,9 +58,10 @@ class WaitingRoom:
         """Raises UnavailableError when there is none, or nobody is let in any more."""
         if self._closed is not None:
             raise self._closed
-        if not self._groups.usable:
+        groups = self._groups.usable
+        if not groups:
             raise none_usable(self._registry.state)
-        return self._groups.usable
+        return groups
 
     def enter(self, request: GenerationRequest) -> Place:
         """Let a request in. Raises UnavailableError where nothing could take it,

@@ -20,7 +20,7 @@ from gateway.http.logprobs import TokenNames, chat_logprobs
 from gateway.http.messages import read_messages
 from gateway.http.prompts import Prompt, encode
 from gateway.http.sampling_fields import GenerationBody, refuse_unserved
-from gateway.http.sse import EventFrame
+from gateway.http.sse import HOLE, EventFrame, event_choice
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import RequestError
@@ -130,9 +130,9 @@ class ChatFormat:
         self._frame = EventFrame(chunk_fields, shows_usage=body.shows_usage)
         self._opened: set[int] = set()
         self._tells_more = bool(body.logprobs or body.return_token_ids)
-        after = b'},"logprobs":null,"finish_reason":null}'
+        hole = b'"delta":{"content":%b}' % HOLE
         self._around_text = [
-            self._frame.around(b'{"index":%d,"delta":{"content":' % choice, after)
+            self._frame.around_hole(event_choice(choice, hole))
             for choice in range(body.num_choices)
         ]
 
@@ -142,10 +142,8 @@ class ChatFormat:
         ids = b""
         if self._body.return_token_ids:
             ids = b',"prompt_token_ids":%b' % dumps(self._prompt.token_ids)
-        return self._frame.event(
-            b'{"index":%d,"delta":{"role":"assistant","content":""},'
-            b'"logprobs":null,"finish_reason":null%b}' % (choice, ids)
-        )
+        delta = b'"delta":{"role":"assistant","content":""}'
+        return self._frame.event(event_choice(choice, delta, more=ids))
 
     def event(self, choice: int, chunk: Chunk, usage: UsageCount | None) -> bytes:
         opening = b"" if choice in self._opened else self._opening(choice)
@@ -160,12 +158,9 @@ class ChatFormat:
         if self._body.return_token_ids:
             more = b',"token_ids":%b' % dumps(chunk.token_ids)
         reason = dumps(chunk.finish_reason) if chunk.finish_reason else b"null"
-        delta = b'{"content":%b}' % dumps(chunk.text) if chunk.text else b"{}"
-        return opening + self._frame.event(
-            b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b}'
-            % (choice, delta, logprobs, reason, more),
-            usage,
-        )
+        content = b'"content":%b' % dumps(chunk.text) if chunk.text else b""
+        shown = event_choice(choice, b'"delta":{%b}' % content, logprobs, reason, more)
+        return opening + self._frame.event(shown, usage)
 
     def usage_event(self, usage: UsageCount) -> bytes:
         return self._frame.event(b"", usage)

@@ -19,7 +19,7 @@ from gateway.http.context import caller_of, context_of
 from gateway.http.logprobs import CompletionLogprobs, TokenNames
 from gateway.http.prompts import Prompt, prompts_of
 from gateway.http.sampling_fields import GenerationBody, refuse_unserved
-from gateway.http.sse import EventFrame
+from gateway.http.sse import HOLE, EventFrame, event_choice
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import RequestError
@@ -116,9 +116,8 @@ class CompletionFormat:
         num_choices = len(prompts) * body.num_choices
         self._logprobs = [CompletionLogprobs(names) for _ in range(num_choices)]
         self._tells_more = body.logprobs is not None or bool(body.return_token_ids)
-        after = b',"logprobs":null,"finish_reason":null}'
         self._around_text = [
-            self._frame.around(b'{"index":%d,"text":' % choice, after)
+            self._frame.around_hole(event_choice(choice, b'"text":' + HOLE))
             for choice in range(num_choices)
         ]
 
@@ -143,11 +142,8 @@ class CompletionFormat:
                 dumps(chunk.token_ids),
             )
         reason = dumps(chunk.finish_reason) if chunk.finish_reason else b"null"
-        return self._frame.event(
-            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}'
-            % (choice, dumps(text), logprobs, reason, more),
-            usage,
-        )
+        shown = event_choice(choice, b'"text":' + dumps(text), logprobs, reason, more)
+        return self._frame.event(shown, usage)
 
     def usage_event(self, usage: UsageCount) -> bytes:
         return self._frame.event(b"", usage)

@@ -39,6 +39,16 @@ async def begun(client: FakeClient, writes: StepWrites) -> EventWriter:
     return writer
 
 
+async def held(client: FakeClient) -> EventWriter:
+    """One that waits for its client to read b"1", with b"2" to be written after it."""
+    writer = await begun(client, StepWrites())
+    client.reads.clear()
+    writer.put(b"1")
+    await step()
+    writer.put(b"2")
+    return writer
+
+
 async def step() -> None:
     """Until what was put is written, if the client reads."""
     for _ in range(4):
@@ -67,35 +77,31 @@ async def test_a_response_begins_with_its_first_event_even_an_empty_one() -> Non
 async def test_a_client_that_does_not_read_holds_up_nobody_and_misses_nothing() -> None:
     writes, slow, quick = StepWrites(), FakeClient(), FakeClient()
     async with (
-        aclosing(await begun(slow, writes)) as held,
+        aclosing(await begun(slow, writes)) as stalled,
         aclosing(await begun(quick, writes)) as w,
     ):
         slow.reads.clear()
-        assert (held.put(b"1"), w.put(b"a")) == (False, False)
+        assert (stalled.put(b"1"), w.put(b"a")) == (False, False)
         await step()
         assert (slow.bodies, quick.bodies) == ([], [b"a"])
-        assert (held.put(b"2"), held.put(b"3"), w.put(b"b")) == (True, True, False)
-        task = asyncio.create_task(held.write())
+        assert (stalled.put(b"2"), stalled.put(b"3"), w.put(b"b")) == (True, True, False)
+        task = asyncio.create_task(stalled.write())
         await step()
         assert (slow.bodies, quick.bodies) == ([], [b"a", b"b"])
-        assert held.put(b"4")
+        assert stalled.put(b"4")
         slow.reads.set()
         await task
         assert slow.bodies == [b"1", b"234"]
-        assert not held.put(b"5")
+        assert not stalled.put(b"5")
         await step()
-        await held.end(b"end")
+        await stalled.end(b"end")
         assert slow.bodies == [b"1", b"234", b"5", b"end"]
         assert slow.has_ended
 
 
 async def test_the_last_event_comes_after_all_that_were_put() -> None:
     client = FakeClient()
-    writer = await begun(client, StepWrites())
-    client.reads.clear()
-    writer.put(b"1")
-    await step()
-    writer.put(b"2")
+    writer = await held(client)
     ending = asyncio.create_task(writer.end(b"end"))
     await step()
     assert not client.bodies
@@ -107,11 +113,7 @@ async def test_the_last_event_comes_after_all_that_were_put() -> None:
 
 async def test_what_is_not_written_when_a_stream_is_given_up_is_let_go_of() -> None:
     client = FakeClient()
-    writer = await begun(client, StepWrites())
-    client.reads.clear()
-    writer.put(b"1")
-    await step()
-    writer.put(b"2")
+    writer = await held(client)
     await writer.aclose()
     client.reads.set()
     await step()
