@@ -4,8 +4,9 @@
 
 A real `epserve gateway` process in front of benchmarks/paced_attention.py, which answers at once
 and then at a fixed pace. The same requests go straight to it and through the gateway, by gRPC and
-by HTTP, 32 at a time, in turns; and to benchmarks/bare_streams.py, which only passes tokens on.
-Prints a table, and one JSON line, for each way.
+by HTTP, in turns; and to benchmarks/bare_streams.py, which only passes tokens on. 32 streams run
+all the while that is measured, one ending and one beginning at a time. Prints a table, and one
+JSON line, for each way.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -40,21 +42,22 @@ from paced_attention import PacedAttention  # noqa: E402
 from support.fake_attention import FakeWorker  # noqa: E402
 
 TINY = HERE.parent / "epserve" / "tiny_model"
-CONCURRENCY, PROMPT_TOKENS, NUM_TOKENS, STEP_S = 32, 128, 128, 0.02
+CONCURRENCY, PROMPT_TOKENS, STEP_S = 32, 128, 0.02
 TICKS = os.sysconf("SC_CLK_TCK")
-Arrived = Callable[[int], None]
-Send = Callable[[list[int], Arrived], Awaitable[None]]
+Begun = Callable[[], None]
+Send = Callable[[list[int], Begun], Awaitable[None]]
+"""One request, from its sending to its last token; Begun is called for each token or event."""
 
 
-def straight(group: Group, pool: AttentionPool) -> Send:
+def straight(group: Group, pool: AttentionPool, num_tokens: int) -> Send:
     """To the attention tier, as the gateway itself speaks to it."""
     numbers = count()
 
-    async def send(prompt: list[int], arrived: Arrived) -> None:
+    async def send(prompt: list[int], begun: Begun) -> None:
         sequence = Sequence(
             f"straight {next(numbers)}",
             tuple(prompt),
-            NUM_TOKENS,
+            num_tokens,
             0.0,
             1.0,
             0,
@@ -65,7 +68,7 @@ def straight(group: Group, pool: AttentionPool) -> Send:
             (),
             0,
         )
-        arrivals = Arrivals(arrived)
+        arrivals = Arrivals(begun)
         pool.submit(group, [sequence], arrivals)
         await arrivals.ended
 
@@ -75,12 +78,12 @@ def straight(group: Group, pool: AttentionPool) -> Send:
 class Arrivals:
     """A Taker of one choice."""
 
-    def __init__(self, arrived: Arrived) -> None:
-        self._arrived = arrived
+    def __init__(self, begun: Begun) -> None:
+        self._begun = begun
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def take(self, index: int, delta: Delta) -> None:
-        self._arrived(len(delta.token_ids))
+        self._begun()
         if delta.finish_reason:
             self.ended.set_result(None)
 
@@ -88,60 +91,68 @@ class Arrivals:
         self.ended.set_exception(error)
 
 
-def through_grpc(client: EpserveClient) -> Send:
-    sampling = Sampling(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+def through_grpc(client: EpserveClient, num_tokens: int) -> Send:
+    sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
 
-    async def send(prompt: list[int], arrived: Arrived) -> None:
-        async for output in client.generate(prompt, sampling):
-            arrived(len(output.token_ids))
+    async def send(prompt: list[int], begun: Begun) -> None:
+        async for _ in client.generate(prompt, sampling):
+            begun()
 
     return send
 
 
-def through_http(port: int) -> Send:
-    """A client that reads no more of a stream than its first and its last event."""
+def through_http(port: int, num_tokens: int) -> Send:
+    """A client that keeps its connections, as OpenAI's does, and reads of an event no more than
+    that there is one."""
+    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    fields = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
 
-    async def send(prompt: list[int], arrived: Arrived) -> None:
-        fields = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    async def send(prompt: list[int], begun: Begun) -> None:
         body = json.dumps({"prompt": prompt, **fields})
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while free and free[-1][0].at_eof():  # since the last time that it was this way's turn
+            free.pop()[1].close()
+        reader, writer = free.pop() if free else await asyncio.open_connection("127.0.0.1", port)
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         writer.write((head + body).encode())
         async for line in reader:
             if line.startswith(b"data: ["):
-                arrived(NUM_TOKENS)  # some of them had no text, and so no event
                 break
             if line.startswith(b"data: "):
-                arrived(0)
-        writer.close()
+                begun()
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        free.append((reader, writer))
 
     return send
 
 
-async def load(send: Send, window_s: float) -> tuple[list[float], int]:
-    """Seconds to the first token of each request, and the number of tokens."""
+@asynccontextmanager
+async def steady_load(send: Send, num_tokens: int) -> AsyncIterator[list[float]]:
+    """CONCURRENCY streams at all times, spread over their answers. Gives the seconds to the first
+    token of each request that has ended."""
     firsts: list[float] = []
-    num_tokens = 0
-    until = time.perf_counter() + window_s
+    more = True
+
+    async def one(prompt: list[int]) -> None:
+        sent, first = time.perf_counter(), 0.0
+
+        def begun() -> None:
+            nonlocal first
+            first = first or time.perf_counter()
+
+        await send(prompt, begun)
+        firsts.append(first - sent)
 
     async def again_and_again(row: int) -> None:
-        nonlocal num_tokens
-        await asyncio.sleep(row * NUM_TOKENS * STEP_S / CONCURRENCY)  # not all at the same time
-        while (sent := time.perf_counter()) < until:
-            first = 0.0
-
-            def arrived(num: int) -> None:
-                nonlocal first, num_tokens
-                first = first or time.perf_counter()
-                num_tokens += num
-
-            await send([2 + (row + column) % 500 for column in range(PROMPT_TOKENS)], arrived)
-            firsts.append(first - sent)
+        await asyncio.sleep(row * num_tokens * STEP_S / CONCURRENCY)
+        while more:
+            await one([2 + (row + column) % 500 for column in range(PROMPT_TOKENS)])
 
     async with asyncio.TaskGroup() as group:
         for row in range(CONCURRENCY):
             group.create_task(again_and_again(row))
-    return firsts, num_tokens
+        await asyncio.sleep(num_tokens * STEP_S + 0.5)
+        yield firsts
+        more = False
 
 
 def cpu_s(pid: int) -> float:
@@ -151,19 +162,19 @@ def cpu_s(pid: int) -> float:
 
 
 @asynccontextmanager
-async def bare_servers(engine: str) -> AsyncIterator[dict[str, tuple[int, Send]]]:
+async def bare_servers(engine: str, num_tokens: int) -> AsyncIterator[dict[str, tuple[int, Send]]]:
     """In front of the same attention tier."""
     command = [sys.executable, str(HERE / "bare_streams.py"), "--engine", engine]
     process = subprocess.Popen(  # noqa: ASYNC220
-        [*command, "--num", str(NUM_TOKENS)], stdout=subprocess.PIPE, text=True
+        [*command, "--num", str(num_tokens)], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None
         ports = json.loads(process.stdout.readline())
         async with EpserveClient(f"127.0.0.1:{ports['grpc']}") as client:
             yield {
-                "bare grpc": (process.pid, through_grpc(client)),
-                "bare http": (process.pid, through_http(ports["http"])),
+                "bare grpc": (process.pid, through_grpc(client, num_tokens)),
+                "bare http": (process.pid, through_http(ports["http"], num_tokens)),
             }
     finally:
         process.terminate()
@@ -179,9 +190,18 @@ def text_tokens(model: Path) -> list[int]:
     return [each for each in ids if tokenizer.whole_text(each)] or list(ids)
 
 
+@dataclass(frozen=True)
+class PacedCluster:
+    pid: int
+    client: EpserveClient
+    http_port: int
+    group: Group
+    engine: PacedAttention
+
+
 @asynccontextmanager
-async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, int, Group]]:
-    """The gateway's pid, a client of it, its HTTP port, and the group behind it."""
+async def paced_cluster(model: Path) -> AsyncIterator[PacedCluster]:
+    """A gateway's process with a paced engine, which runs here, behind it."""
     with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
@@ -204,36 +224,51 @@ async def paced_cluster(model: Path) -> AsyncIterator[tuple[int, EpserveClient, 
         state = await wait_ready(client, ParallelConfig().with_model(checkpoint.config), 60)
         (leader,) = state.tier(Role.ATTN)
         assert leader.attention_load is not None
-        yield process.pid, client, http_port, Group(0, leader, leader.attention_load)
+        group = Group(0, leader, leader.attention_load)
+        yield PacedCluster(process.pid, client, http_port, group, engine)
 
 
-async def measure(model: Path, rounds: int, window_s: float) -> None:
+async def idle_share(pid: int) -> float:
+    """Of a core, that a process uses while nothing is asked of it."""
+    before = cpu_s(pid)
+    await asyncio.sleep(3.0)
+    return (cpu_s(pid) - before) / 3.0
+
+
+async def measure(model: Path, rounds: int, window_s: float, num_tokens: int) -> None:
     """All ways take turns, so that a slow minute of the machine is everybody's."""
     async with AsyncExitStack() as stack:
-        pid, client, http_port, group = await stack.enter_async_context(paced_cluster(model))
-        bare = await stack.enter_async_context(bare_servers(group.leader.address))
+        cluster = await stack.enter_async_context(paced_cluster(model))
+        address = cluster.group.leader.address
+        bare = await stack.enter_async_context(bare_servers(address, num_tokens))
         pool = AttentionPool()
-        straight_send = straight(group, pool)
-        ways = {"grpc": (pid, through_grpc(client)), "http": (pid, through_http(http_port)), **bare}
+        stack.push_async_callback(pool.close)
+        straight_send = straight(cluster.group, pool, num_tokens)
+        ways = {
+            "grpc": (cluster.pid, through_grpc(cluster.client, num_tokens)),
+            "http": (cluster.pid, through_http(cluster.http_port, num_tokens)),
+            **bare,
+        }
         idle: dict[str, float] = {}
-        for name, (process, send) in ways.items():
-            await load(send, 1.0)
-            before = cpu_s(process)
-            await asyncio.sleep(3.0)
-            idle[name] = (cpu_s(process) - before) / 3.0
+        for name, (pid, send) in ways.items():
+            await send([2] * PROMPT_TOKENS, lambda: None)
+            idle[name] = await idle_share(pid)
         added: dict[str, list[float]] = {name: [] for name in ways}
         per_token: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
-            direct, _ = await load(straight_send, window_s)
-            for name, (process, send) in ways.items():
-                before, since = cpu_s(process), time.perf_counter()
-                firsts, num_tokens = await load(send, window_s)
-                used = cpu_s(process) - before - idle[name] * (time.perf_counter() - since)
+            async with steady_load(straight_send, num_tokens) as direct:
+                await asyncio.sleep(window_s)
+            for name, (pid, send) in ways.items():
+                async with steady_load(send, num_tokens) as firsts:
+                    tokens, cpu, since = cluster.engine.num_tokens, cpu_s(pid), time.perf_counter()
+                    await asyncio.sleep(window_s)
+                    took = time.perf_counter() - since
+                    used = cpu_s(pid) - cpu - idle[name] * took
+                    tokens = cluster.engine.num_tokens - tokens
                 added[name].append(1000 * (statistics.median(firsts) - statistics.median(direct)))
-                per_token[name].append(1e6 * used / num_tokens)
+                per_token[name].append(1e6 * used / tokens)
         for name in ways:
             report(name, idle[name], added[name], per_token[name])
-        await pool.close()
 
 
 def report(name: str, idle: float, added_ms: list[float], per_token_us: list[float]) -> None:
@@ -256,8 +291,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--window", type=float, default=8.0, help="seconds of each measurement")
+    parser.add_argument("--num-tokens", type=int, default=128, help="of each answer")
     options = parser.parse_args()
-    asyncio.run(measure(options.model.absolute(), options.rounds, options.window))
+    model, num_tokens = options.model.absolute(), options.num_tokens
+    asyncio.run(measure(model, options.rounds, options.window, num_tokens))
 
 
 if __name__ == "__main__":

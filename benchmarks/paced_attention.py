@@ -15,6 +15,7 @@ from moe_core.pb.epserve.v1 import attention_pb2_grpc
 
 class PacedAttention(attention_pb2_grpc.AttentionServiceServicer):
     def __init__(self, step_s: float, token_ids: Sequence[int]) -> None:
+        self.num_tokens = 0  # sent, of all sequences
         self._step_s = step_s
         self._token_ids = token_ids
 
@@ -42,6 +43,7 @@ class PacedAttention(attention_pb2_grpc.AttentionServiceServicer):
                     await context.write(self._step(left, list(left)))
 
     def _step(self, left: dict[str, int], sequence_ids: list[str]) -> pb.StepOutput:
+        self.num_tokens += len(sequence_ids)
         step = pb.StepOutput()
         for sequence_id in sequence_ids:
             count = left[sequence_id] = left[sequence_id] - 1

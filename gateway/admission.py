@@ -101,6 +101,12 @@ def check_sizes(
     _require_at_most("resume_from", resume_from, MAX_CHOICES, "counts")
 
 
+def check_choices(n: int | None) -> None:
+    """For whoever makes something for each choice before the request is admitted. Raises
+    RequestError."""
+    _require_number("n", n, 1, MAX_CHOICES)
+
+
 def _model_limit(model: ServedModel) -> str:
     return f"max_position_embeddings={model.max_model_len}"
 
@@ -122,7 +128,7 @@ def _check_numbers(sampling: Sampling) -> None:
     _require_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
     _require_number("logprobs", sampling.logprobs, 0, MAX_TOP_LOGPROBS)
     _require_number("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
-    _require_number("n", sampling.n, 1, MAX_CHOICES)
+    check_choices(sampling.n)
     if sampling.top_p == 0.0:
         raise RequestError("top_p=0: must be above 0 and at most 1; for greedy set temperature=0")
     if sampling.repetition_penalty == 0.0:

@@ -83,7 +83,8 @@ def none_usable(state: ClusterState) -> UnavailableError:
     """What a request is refused with that no group can take."""
     return UnavailableError(
         f"no attention group can take a request: {why_unusable(state)}. The cluster is still "
-        "starting, or has lost processes; try again once `epserve status` shows the gateway ready"
+        "starting, is being stopped, or has lost processes; try again once `epserve status` shows "
+        "the gateway ready"
     )
 
 

@@ -5,6 +5,7 @@ chat template; a model without one has no chat.
 """
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 
+from gateway.admission import MAX_TOP_LOGPROBS, check_choices
 from gateway.http.answer import Answer, dumps
 from gateway.http.body import Body, parse, read_json
 from gateway.http.context import HttpContext, caller_of, context_of
@@ -36,8 +38,8 @@ class ConversationBody(Body):
 
 class ChatBody(GenerationBody, ConversationBody):
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     echo: bool | None = False
 
     @property
@@ -70,6 +72,8 @@ async def chat_completions(request: Request) -> Answer:
         caller=caller_of(request),
         traceparent=traceparent_of(request.headers),
     )
+    if max_tokens is not None:
+        generation = await _checked(context, generation)
     names = TokenNames(context.model.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     return Answer(
         context.generator,
@@ -99,7 +103,17 @@ def conversation_prompt(context: HttpContext, body: ConversationBody) -> Prompt:
     return encode("messages", text, context.model, add_special_tokens=special)
 
 
+async def _checked(context: HttpContext, generation: GenerationRequest) -> GenerationRequest:
+    """Admitted here, so that what is wrong is said of the name that the client has used."""
+    try:
+        (admitted,) = await context.generator.check([generation])
+    except RequestError as error:
+        raise RequestError(re.sub("^max_tokens=", "max_completion_tokens=", str(error))) from None
+    return admitted
+
+
 def _check(body: ChatBody) -> None:
+    check_choices(body.n)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(f"top_logprobs={body.top_logprobs}: needs logprobs=true")
     if body.echo:

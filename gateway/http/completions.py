@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 
+from gateway.admission import check_choices
 from gateway.http.answer import Answer, dumps
 from gateway.http.body import parse, read_json
 from gateway.http.context import caller_of, context_of
@@ -26,6 +27,7 @@ from moe_core.errors import RequestError
 from moe_core.trace_context import traceparent_of
 
 DEFAULT_MAX_TOKENS = 16
+MAX_TOTAL_CHOICES = 4_096
 
 
 class CompletionBody(GenerationBody):
@@ -48,6 +50,7 @@ async def completions(request: Request) -> Answer:
     prompts = await prompts_of(
         body.prompt, context.model, add_special_tokens=special, echo=bool(body.echo)
     )
+    _check_total(len(prompts), body.num_choices)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     requests = _requests(answer_id, body, prompts, request)
     if len(requests) > 1:
@@ -65,10 +68,19 @@ async def completions(request: Request) -> Answer:
 
 
 def _check(body: CompletionBody) -> None:
+    check_choices(body.n)
     if body.best_of not in (None, body.num_choices):
         raise RequestError(f"best_of={body.best_of}: must be left out or equal to n")
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens=0: must be at least 1, unless echo is true")
+
+
+def _check_total(num_prompts: int, n: int) -> None:
+    if num_prompts * n > MAX_TOTAL_CHOICES:
+        raise RequestError(
+            f"n={n}: with {num_prompts} prompts makes {num_prompts * n} choices; at most "
+            f"{MAX_TOTAL_CHOICES} are answered at once"
+        )
 
 
 def _requests(

@@ -184,6 +184,27 @@ async def test_a_chat_answers_by_the_models_template(
     assert fake.added[0].sampling.max_tokens == 5
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_completion_tokens", 10**6),
+        ("max_completion_tokens", 0),
+        ("max_tokens", 10**6),
+        ("n", 2**31 - 1),
+        ("top_logprobs", 21),
+    ],
+)
+async def test_a_number_that_a_chat_cannot_have_is_named_as_the_client_did(
+    client: httpx2.AsyncClient, fake: FakeAttention, field: str, value: int
+) -> None:
+    body = {"messages": [{"role": "user", "content": WORDS[4]}], "logprobs": True, field: value}
+    response = await client.post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, field)
+    assert error["message"].startswith(f"{field}={value}: ")
+    assert not fake.added
+
+
 async def test_a_chats_stream_begins_each_choice_with_its_role(
     client: httpx2.AsyncClient, fake: FakeAttention
 ) -> None:

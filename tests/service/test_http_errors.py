@@ -62,6 +62,8 @@ def error_of(response: httpx2.Response) -> dict[str, object]:
         ("/v1/completions", {"prompt": [5], "logit_bias": {"5": 1e9}}, "logit_bias[5]"),
         ("/v1/completions", {"prompt": [[5], [6, 64]]}, "prompt"),
         ("/v1/completions", {"prompt": [5], "n": 65}, "n"),
+        ("/v1/completions", {"prompt": [5], "n": 2**31 - 1}, "n"),
+        ("/v1/completions", {"prompt": [[5]] * 1_024, "n": 5}, "n"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ("/v1/chat/completions", {"messages": [], "tools": [{}]}, "tools"),
         ("/v1/chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs"),
