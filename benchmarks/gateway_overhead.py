@@ -44,31 +44,19 @@ from support.fake_attention import FakeWorker  # noqa: E402
 TINY = HERE.parent / "epserve" / "tiny_model"
 CONCURRENCY, PROMPT_TOKENS, STEP_S = 32, 128, 0.02
 TICKS = os.sysconf("SC_CLK_TCK")
-Begun = Callable[[], None]
-Send = Callable[[list[int], Begun], Awaitable[None]]
-"""One request, from its sending to its last token; Begun is called for each token or event."""
+Arrived = Callable[[], None]
+Send = Callable[[list[int], Arrived], Awaitable[None]]
+"""One request, from its sending to its last token; Arrived is called for each token or event."""
 
 
 def straight(group: Group, pool: AttentionPool, num_tokens: int) -> Send:
     """To the attention tier, as the gateway itself speaks to it."""
     numbers = count()
 
-    async def send(prompt: list[int], begun: Begun) -> None:
-        sequence = Sequence(
-            f"straight {next(numbers)}",
-            tuple(prompt),
-            num_tokens,
-            0.0,
-            1.0,
-            0,
-            0.0,
-            1,
-            (),
-            0,
-            (),
-            0,
-        )
-        arrivals = Arrivals(begun)
+    async def send(prompt: list[int], arrived: Arrived) -> None:
+        name = f"straight {next(numbers)}"
+        sequence = Sequence(name, tuple(prompt), num_tokens, 0.0, 1.0, 0, 0.0, 1, (), 0, (), 0)
+        arrivals = Arrivals(arrived)
         pool.submit(group, [sequence], arrivals)
         await arrivals.ended
 
@@ -78,12 +66,12 @@ def straight(group: Group, pool: AttentionPool, num_tokens: int) -> Send:
 class Arrivals:
     """A Taker of one choice."""
 
-    def __init__(self, begun: Begun) -> None:
-        self._begun = begun
+    def __init__(self, arrived: Arrived) -> None:
+        self._arrived = arrived
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def take(self, index: int, delta: Delta) -> None:
-        self._begun()
+        self._arrived()
         if delta.finish_reason:
             self.ended.set_result(None)
 
@@ -94,9 +82,9 @@ class Arrivals:
 def through_grpc(client: EpserveClient, num_tokens: int) -> Send:
     sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
 
-    async def send(prompt: list[int], begun: Begun) -> None:
+    async def send(prompt: list[int], arrived: Arrived) -> None:
         async for _ in client.generate(prompt, sampling):
-            begun()
+            arrived()
 
     return send
 
@@ -107,7 +95,7 @@ def through_http(port: int, num_tokens: int) -> Send:
     free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
     fields = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
 
-    async def send(prompt: list[int], begun: Begun) -> None:
+    async def send(prompt: list[int], arrived: Arrived) -> None:
         body = json.dumps({"prompt": prompt, **fields})
         while free and free[-1][0].at_eof():  # since the last time that it was this way's turn
             free.pop()[1].close()
@@ -118,7 +106,7 @@ def through_http(port: int, num_tokens: int) -> Send:
             if line.startswith(b"data: ["):
                 break
             if line.startswith(b"data: "):
-                begun()
+                arrived()
         await reader.readuntil(b"\r\n0\r\n\r\n")
         free.append((reader, writer))
 
@@ -135,11 +123,11 @@ async def steady_load(send: Send, num_tokens: int) -> AsyncIterator[list[float]]
     async def one(prompt: list[int]) -> None:
         sent, first = time.perf_counter(), 0.0
 
-        def begun() -> None:
+        def arrived() -> None:
             nonlocal first
             first = first or time.perf_counter()
 
-        await send(prompt, begun)
+        await send(prompt, arrived)
         firsts.append(first - sent)
 
     async def again_and_again(row: int) -> None:

@@ -5,8 +5,6 @@ reading, and so seeing that, with the first request that waits, and answers garb
 comes.
 """
 
-import asyncio
-
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 READ_AHEAD = 1  # requests that may wait before no more is read
@@ -18,13 +16,11 @@ class Connection(HttpToolsProtocol):
     Invariant: `_unanswered` holds all requests whose answers are not complete, in their order;
     the first is being answered."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._unanswered: list[RequestResponseCycle] = []
+    _unanswered: tuple[RequestResponseCycle, ...] = ()
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._unanswered = [*filter(_is_open, self._unanswered), self.cycle]
+        self._unanswered = (*filter(_is_open, self._unanswered), self.cycle)
         if 0 < len(self.pipeline) <= READ_AHEAD:
             self.flow.resume_reading()
 
