@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.generation import Generator
+from gateway.http.connection import write_now_of
 from gateway.http.errors import UNFORESEEN, error_event, error_response
-from gateway.http.event_writer import EventWriter, StepWrites, plain_send
+from gateway.http.event_writer import EventWriter, StepWrites
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
 from moe_core.errors import EpserveError
@@ -106,7 +107,7 @@ class Answer:
     async def _send_stream(
         self, scope: Scope, receive: Receive, send: Send, streaming: Streaming
     ) -> None:
-        async with aclosing(EventWriter(send, plain_send(scope, send), self._writes)) as writer:
+        async with aclosing(EventWriter(send, write_now_of(scope), self._writes)) as writer:
             put = partial(self._put_events, writer, streaming)
             try:
                 async with aclosing(self._batches(put)) as held:

@@ -24,7 +24,6 @@ from gateway.http.chat import chat_completions
 from gateway.http.chat_template import ChatTemplate
 from gateway.http.completions import completions
 from gateway.http.context import HttpContext
-from gateway.http.event_writer import keep_plain_send
 from gateway.http.tokens import detokenize, tokenize
 from gateway.page.routes import PAGE_FILES
 from moe_core.errors import EpserveError
@@ -49,7 +48,7 @@ def make_app(
 ) -> Starlette:
     """The application over a gateway's parts; it owns none of them. Its extra routes ask for a
     caller like all others."""
-    app = _Application(
+    app = Starlette(
         routes=[
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -73,14 +72,6 @@ def make_app(
         generator, registry, chat_template, max_body_bytes, int(time.time()), version("epserve")
     )
     return app
-
-
-class _Application(Starlette):
-    """Keeps the server's own `send`, which Starlette wraps."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        keep_plain_send(scope, send)
-        await super().__call__(scope, receive, send)
 
 
 class _AskForCaller:
