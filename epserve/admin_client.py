@@ -14,7 +14,6 @@ from moe_core.cluster import LayerLoad, Role, TierSizes
 from moe_core.pb.epserve.v1 import admin_pb2 as pb
 from moe_core.pb.epserve.v1 import admin_pb2_grpc
 from moe_core.service.cluster_codec import role_to_pb
-from moe_core.service.grpc_channel import error_from_rpc
 
 # A tier grows by processes that load large weights from slow disks, a layer of experts does not.
 SCALE_TIMEOUT_S = 3600.0
@@ -64,7 +63,7 @@ class AdminClient(GatewayConnection):
                 sizes = TierSizes(answer.sizes.attn_devices, answer.sizes.expert_devices)
                 yield Progress(answer.phase, answer.done, sizes)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"scale at {self.target}") from error
+            raise self._failed(error, "scale") from error
         finally:
             call.cancel()
 
@@ -75,7 +74,7 @@ class AdminClient(GatewayConnection):
                 request, timeout=REBALANCE_TIMEOUT_S, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"rebalance at {self.target}") from error
+            raise self._failed(error, "rebalance") from error
         return Rebalanced(
             answer.layers_changed,
             answer.experts_moved,
@@ -94,4 +93,4 @@ class AdminClient(GatewayConnection):
         try:
             await self._stub.Drain(request, timeout=DRAIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"drain at {self.target}") from error
+            raise self._failed(error, "drain") from error

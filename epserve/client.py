@@ -17,7 +17,6 @@ from moe_core.cluster import ClusterState
 from moe_core.errors import PeerTimeoutError
 from moe_core.pb.epserve.v1 import gateway_pb2, gateway_pb2_grpc
 from moe_core.service.cluster_codec import cluster_from_pb
-from moe_core.service.grpc_channel import error_from_rpc
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ class EpserveClient(GatewayConnection):
                 f"gateway {self.target} sent nothing for {idle_timeout_s} s"
             ) from None
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"generate at {self.target}") from error
+            raise self._failed(error, "generate") from error
         finally:
             call.cancel()
 
@@ -77,7 +76,7 @@ class EpserveClient(GatewayConnection):
                 gateway_pb2.ListModelsRequest(), timeout=timeout_s, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"list models at {self.target}") from error
+            raise self._failed(error, "list models") from error
         return tuple(
             Model(m.id, m.model_type, m.max_model_len, m.vocab_size, m.has_tokenizer)
             for m in answer.models
@@ -91,7 +90,7 @@ class EpserveClient(GatewayConnection):
                 request, timeout=timeout_s, metadata=self._metadata
             )
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"get cluster at {self.target}") from error
+            raise self._failed(error, "get cluster") from error
         return cluster_from_pb(answer)
 
     async def watch_cluster(self) -> AsyncGenerator[ClusterState, None]:
@@ -101,6 +100,6 @@ class EpserveClient(GatewayConnection):
             async for answer in call:
                 yield cluster_from_pb(answer)
         except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, f"watch cluster at {self.target}") from error
+            raise self._failed(error, "watch cluster") from error
         finally:
             call.cancel()

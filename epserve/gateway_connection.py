@@ -8,12 +8,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from moe_core.errors import ConfigError
+import grpc.aio
+
+from moe_core.errors import ConfigError, EpserveError, UnavailableError
 from moe_core.service.access import AUTHORIZATION
 from moe_core.service.certificates import Certificates, ServerCheck
-from moe_core.service.grpc_channel import open_channel
+from moe_core.service.grpc_channel import error_from_rpc, open_channel
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
+
+CLOSED = "Socket closed"  # gRPC's words for a connection that the other end has closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class GatewayConnection:
             target = Target(target)
         self.target = target.address
         self._metadata = _metadata(target.api_key)
+        self._tls = target.tls
         self._channel = open_channel(target.address, _server_check(target.tls))
 
     async def __aenter__(self) -> Self:
@@ -61,6 +66,13 @@ class GatewayConnection:
 
     async def close(self) -> None:
         await self._channel.close(None)
+
+    def _failed(self, error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
+        """What a caller is told of a call that failed."""
+        told = error_from_rpc(error, f"{doing} at {self.target}")
+        if self._tls is None and (error.details() or "").endswith(CLOSED):
+            return UnavailableError(f"{told}; if it speaks TLS, give --tls-ca")
+        return told
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -97,8 +97,9 @@ async def _discard(request: Request) -> None:
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
-    """As in stream_options.include_usage or stop[2]."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).strip(".")
+    """As in stream_options.include_usage, stop[2] or logit_bias[15]."""
+    parts = [str(part)[:MAX_SHOWN] for part in loc]
+    return "".join(f"[{each}]" if each.isdecimal() else f".{each}" for each in parts).strip(".")
 
 
 def _shown(value: object) -> str:

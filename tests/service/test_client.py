@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -11,6 +12,9 @@ from epserve.generate_messages import Output, Sampling, TokenLogprobs, Usage
 from gateway.http.host import HttpHost
 from moe_core.cluster import ExpertLoad, MemberState, Role
 from moe_core.errors import PeerTimeoutError, RequestError, UnavailableError
+from moe_core.service.certificates import Certificates
+from moe_core.service.peer_roles import PeerRole
+from support.certificates import CertificateAuthority
 from support.fake_attention import FakeAttention
 from support.full_sampling import FULL_SAMPLING
 from support.small_gateway import MODEL, SmallGateway
@@ -163,3 +167,11 @@ async def test_an_http_port_is_named_as_one() -> None:
                 await client.cluster()
     finally:
         await host.stop(1.0)
+
+
+async def test_a_gateway_that_closes_what_comes_in_the_clear_may_speak_tls(tmp_path: Path) -> None:
+    role = PeerRole.GATEWAY
+    tls = Certificates(CertificateAuthority().files(tmp_path, role), role)
+    async with SmallGateway(tls=tls) as gateway, EpserveClient(gateway.address) as client:
+        with pytest.raises(UnavailableError, match=r"list models at .*give --tls-ca$"):
+            await client.list_models()

@@ -60,6 +60,7 @@ def error_of(response: httpx2.Response) -> dict[str, object]:
         ("/v1/completions", {"prompt": [5], "max_tokens": 10**6}, "max_tokens"),
         ("/v1/completions", {"prompt": [5], "suffix": "end"}, "suffix"),
         ("/v1/completions", {"prompt": [5], "logit_bias": {"5": 1e9}}, "logit_bias[5]"),
+        ("/v1/completions", {"prompt": [5], "logit_bias": {"5": "a"}}, "logit_bias[5]"),
         ("/v1/completions", {"prompt": [[5], [6, 64]]}, "prompt"),
         ("/v1/completions", {"prompt": [5], "n": 65}, "n"),
         ("/v1/completions", {"prompt": [5], "n": 2**31 - 1}, "n"),
