@@ -17,7 +17,8 @@ from moe_core.service.grpc_channel import error_from_rpc, open_channel
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
 
-CLOSED = "Socket closed"  # gRPC's words for a connection that the other end has closed
+# gRPC's words for a connection that the other end closed before it was one.
+NOT_CONNECTED, CLOSED = "failed to connect", "Socket closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ class GatewayConnection:
     def _failed(self, error: grpc.aio.AioRpcError, doing: str) -> EpserveError:
         """What a caller is told of a call that failed."""
         told = error_from_rpc(error, f"{doing} at {self.target}")
-        if self._tls is None and (error.details() or "").endswith(CLOSED):
+        details = error.details() or ""
+        closed = details.startswith(NOT_CONNECTED) and details.endswith(CLOSED)
+        if self._tls is None and closed:
             return UnavailableError(f"{told}; if it speaks TLS, give --tls-ca")
         return told
 
