@@ -5,7 +5,13 @@ Knows fields, and no call.
 
 from typing import Any
 
-from attn_service.sequence import Sampling, SequenceRequest, StepOutput, TokenLogprobs
+from attn_service.sequence import (
+    Sampling,
+    SequenceOutput,
+    SequenceRequest,
+    StepOutput,
+    TokenLogprobs,
+)
 from moe_core.parked_kv import KvSource, ParkedKv
 from moe_core.pb.epserve.v1 import attention_pb2 as pb
 from moe_core.pb.epserve.v1 import logprobs_pb2
@@ -49,31 +55,31 @@ def _source_from_pb(message: Any) -> KvSource:  # noqa: ANN401
 
 
 def output_to_pb(output: StepOutput) -> Any:  # noqa: ANN401
-    return pb.StepOutput(
-        step=output.step,
-        outputs=[
-            pb.SequenceOutput(
-                sequence_id=each.sequence_id,
-                token_ids=each.token_ids,
-                finish_reason=each.finish_reason or "",
-                error_code=each.error_code,
-                error=each.error,
-                logprobs=[_logprobs_to_pb(token) for token in each.logprobs],
-                num_cached_tokens=each.num_cached_tokens,
-                queued_us=each.queued_us,
-                go_elsewhere=each.go_elsewhere,
-                prompt_logprobs=[_logprobs_to_pb(token) for token in each.prompt_logprobs],
-                parked=_parked_to_pb(each.parked),
-            )
-            for each in output.outputs
-        ],
-    )
+    """Costs every token: what most of them lack is not touched."""
+    step = pb.StepOutput(step=output.step)
+    for each in output.outputs:
+        message = step.outputs.add(sequence_id=each.sequence_id, token_ids=each.token_ids)
+        if each.finish_reason is not None:
+            _say_end(each, message)
+        if each.num_cached_tokens:
+            message.num_cached_tokens = each.num_cached_tokens
+        if each.queued_us is not None:
+            message.queued_us = each.queued_us
+        if each.logprobs:
+            message.logprobs.extend(map(_logprobs_to_pb, each.logprobs))
+        if each.prompt_logprobs:
+            message.prompt_logprobs.extend(map(_logprobs_to_pb, each.prompt_logprobs))
+    return step
 
 
-def _parked_to_pb(parked: ParkedKv | None) -> Any:  # noqa: ANN401
-    if parked is None:
-        return None
-    return pb.ParkedKv(num_tokens=parked.num_tokens, block_ids=parked.block_ids)
+def _say_end(output: SequenceOutput, message: Any) -> None:  # noqa: ANN401
+    message.finish_reason = output.finish_reason
+    message.error_code = output.error_code
+    message.error = output.error
+    message.go_elsewhere = output.go_elsewhere
+    if output.parked is not None:
+        message.parked.num_tokens = output.parked.num_tokens
+        message.parked.block_ids.extend(output.parked.block_ids)
 
 
 def _logprobs_to_pb(token: TokenLogprobs) -> Any:  # noqa: ANN401

@@ -7,17 +7,15 @@ least that a gateway on these libraries can do.
 
 import argparse
 import asyncio
-import json
-import sys
 from collections.abc import AsyncIterator
 from itertools import count
 from typing import Any
 
 import grpc.aio
-import uvicorn
 import uvloop
 from starlette.types import Receive, Scope, Send
 
+from child import say, until_closed
 from gateway.http.host import HttpHost
 from moe_core.pb.epserve.v1 import attention_pb2, gateway_pb2_grpc
 from moe_core.pb.epserve.v1 import gateway_pb2 as pb
@@ -93,9 +91,9 @@ async def serve(address: str, num: int) -> None:
     grpc_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     http_port = await HttpHost().start(bare_http(engine), "127.0.0.1", 0)
-    print(json.dumps({"grpc": grpc_port, "http": http_port, "uvicorn": uvicorn.__version__}))
-    sys.stdout.flush()
-    await reading
+    say(grpc=grpc_port, http=http_port)
+    await until_closed()
+    reading.cancel()
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 Knows the two ends of such a pair of pipes. Knows nothing of what is measured.
 """
 
+import asyncio
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ class Child:
             text=True,
             env=os.environ | {"PYTHONPATH": search},
         )
+        self.pid = self._child.pid
         self.ready = self._answer()
 
     def ask(self, **work: object) -> dict[str, Any]:
@@ -57,6 +59,11 @@ class Child:
 def say(**answer: object) -> None:
     """In the child: one answer."""
     print(json.dumps(answer), flush=True)
+
+
+async def until_closed() -> None:
+    """In a child that is asked for nothing: until the parent closes."""
+    await asyncio.to_thread(sys.stdin.read)
 
 
 def asked() -> Iterator[dict[str, Any]]:
