@@ -32,7 +32,7 @@ def load_weights(checkpoint: Checkpoint, site: Site) -> AttentionTierWeights:
     log.info(
         "attention weights loaded",
         rank=site.rank,
-        matrix_form=form,
+        matrix_form=str(form),
         bytes_read=checkpoint.bytes_read,
     )
     return weights

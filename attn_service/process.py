@@ -158,12 +158,19 @@ class AttentionProcess:
     async def drain(self) -> None:
         if self._upkeep is not None:
             self._upkeep.drain()
-        if self._duty is not None:
-            await self._duty.drain()
+        try:
+            if self._duty is not None:
+                await self._duty.drain()
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        """Also where the drain was cut short: whoever still waits for tokens is told why, as the
+        engine's end says it."""
+        await self._end_serving()
         if self._handover is not None:
             await self._handover.close()
         await self._host.stop(STOP_GRACE_S)
-        await self._end_serving()
         if self._links is not None:
             await self._links.close()
         if self._endpoint is not None:

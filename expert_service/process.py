@@ -237,7 +237,7 @@ class ExpertProcess:
         log.info(
             "experts loaded",
             rank=membership.rank,
-            matrix_form=shard.form,
+            matrix_form=str(shard.form),
             placement_epoch=placement.epoch,
             experts_per_layer=placement.num_local_experts(ep_rank),
             bytes_read=checkpoint.bytes_read,

@@ -6,7 +6,6 @@ field, its value and the rule, before the request has cost anything. Knows no en
 
 import math
 import secrets
-import uuid
 from dataclasses import dataclass
 
 from gateway.requests import GenerationRequest, Sampling, Sequence
@@ -40,7 +39,8 @@ class ServedModel:
 
 
 def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Sequence:
-    """The sequence that `request` asks for, where the largest KV pool holds `kv_tokens`.
+    """The sequence that `request`, which has an id, asks for, where the largest KV pool holds
+    `kv_tokens`.
 
     Raises RequestError, or NotFoundError for another model's name.
     """
@@ -59,7 +59,7 @@ def admit(request: GenerationRequest, model: ServedModel, kv_tokens: int) -> Seq
     for token_id in (min(prompt_ids), max(prompt_ids)):
         _require_token("token_ids", token_id, model)
     return Sequence(
-        request_id=request.request_id or uuid.uuid4().hex,
+        request_id=request.request_id,
         prompt_ids=prompt_ids,
         max_tokens=max_tokens,
         temperature=_or(sampling.temperature, 1.0),

@@ -13,6 +13,7 @@ from support.processes import TINY_MODEL, epserve, serving, started, still_alive
 from support.wrong_models import EXPERT, make_wrong_models
 
 SMALL = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
+LONG = ("--prompt-ids", "5,6,7", "--max-tokens", "900", "--ignore-eos")
 
 
 def test_ctrl_c_stops_every_process_and_frees_the_port():
@@ -27,10 +28,24 @@ def test_ctrl_c_stops_every_process_and_frees_the_port():
     bound_socket("127.0.0.1", int(target.rpartition(":")[2])).close()
 
 
+def test_a_drain_that_is_cut_short_says_so_and_ends_in_order():
+    with serving(*SMALL, "--drain-timeout", "0.2") as (serve, target):
+        with started("generate", "--target", target, *LONG) as request:
+            _wait_until_running(target)
+            family = serve.family()
+            serve.send(signal.SIGTERM)
+            assert serve.wait() == 0, serve
+            assert request.wait() == 1, request
+        assert still_alive(family) == []
+        said = "\n".join([*serve.out, *serve.err])
+    assert "the drain was cut short" in said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+
+
 def test_a_second_ctrl_c_does_not_wait_for_running_requests():
     with serving(*SMALL) as (serve, target):
-        request = ("--prompt-ids", "5,6,7", "--max-tokens", "900", "--ignore-eos")
-        with started("generate", "--target", target, *request):
+        with started("generate", "--target", target, *LONG):
             _wait_until_running(target)
             family = serve.family()
             serve.send(signal.SIGINT)

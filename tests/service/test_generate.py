@@ -173,6 +173,16 @@ async def test_choices_share_a_group_a_prompt_and_a_seed_and_come_interleaved() 
     assert {answer.request_id for answer in answers} == {"r1"}
 
 
+async def test_request_without_an_id_is_given_one_of_its_own(gateway: SmallGateway) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    nameless = request()
+    nameless.ClearField("request_id")
+    given = [{each.request_id for each in await collect(gateway, nameless)} for _ in range(2)]
+    assert [len(ids) for ids in given] == [1, 1]
+    assert "" not in given[0] | given[1]
+    assert given[0] != given[1]
+
+
 async def test_abort_ends_every_choice(gateway: SmallGateway) -> None:
     fake = FakeAttention(count_up, step_s=0.1)
     await gateway.add_worker(Role.ATTN, fake)
