@@ -28,8 +28,8 @@ from moe_core.service.certificates import Certificates
 from moe_core.service.peer_roles import PeerRole
 from moe_core.service.tls_files import TlsFiles
 
-# Workers leave before the gateway, so that none of them sees its cluster vanish.
-_STOP_STAGES = {Role.ATTN: 0, Role.EXPERT: 1, Role.GATEWAY: 2}
+# From the outside in: new requests are refused at once, and those that run find all they need.
+_STOP_STAGES = {Role.GATEWAY: 0, Role.ATTN: 1, Role.EXPERT: 2}
 # What a tier grows by starts on the cores of those that serve: docs/performance.md, "Faults".
 GROWTH_NICENESS = 10
 

@@ -35,6 +35,7 @@ from moe_core.service.peer_roles import PeerRole
 log = structlog.get_logger(__name__)
 
 PARKED = "parked"
+SHUTTING_DOWN = "this gateway is shutting down"
 CLOSE_S = 1.0  # for a group to take the last aborts
 FIND_TIMEOUT_S = 3.0
 
@@ -70,8 +71,10 @@ class AttentionPool:
 
     async def close(self) -> None:
         """What still runs ends with UnavailableError, and no other group is asked."""
+        for link in self._links.values():
+            link.shut_down()
         for dp_rank in list(self._links):
-            self._drop(dp_rank, "this gateway is shutting down", UnavailableError)
+            self._drop(dp_rank, SHUTTING_DOWN)
         await asyncio.gather(*self._closing)
 
     def _link_to(self, group: Group) -> "_GroupLink":
@@ -81,12 +84,10 @@ class AttentionPool:
             link = self._links[group.dp_rank] = _GroupLink(group, self._security)
         return link
 
-    def _drop(
-        self, dp_rank: int, reason: str, kind: type[UnavailableError] = GroupLostError
-    ) -> None:
+    def _drop(self, dp_rank: int, reason: str) -> None:
         link = self._links.pop(dp_rank, None)
         if link is not None:
-            link.fail_all(reason, kind)
+            link.lose(reason)
             closing = asyncio.create_task(link.close(), name="close group link")
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
@@ -152,15 +153,24 @@ class _GroupLink:
             park = pb.ParkSequence(sequence_id=sequence_id)
             self._outgoing.put_nowait(pb.EngineRequest(park=park))
 
-    def fail_all(self, reason: str, kind: type[UnavailableError] = GroupLostError) -> None:
-        """The first reason counts: what follows a loss only says that it was lost."""
+    def lose(self, reason: str) -> None:
+        """Another group can go on with what still runs."""
+        self._end(reason, GroupLostError(f"{self._name} was lost: {reason}"))
+
+    def shut_down(self) -> None:
+        """Nobody goes on with what still runs."""
+        words = f"{SHUTTING_DOWN}, and the request had not ended in time"
+        self._end(SHUTTING_DOWN, UnavailableError(words))
+
+    def _end(self, reason: str, error: UnavailableError) -> None:
+        """The first error counts: what follows a loss only says that it was lost."""
         if self._lost is not None:
             return
-        self._lost = kind(f"{self._name} was lost: {reason}")
+        self._lost = error
         log.info("a group's stream ended", group=self._name, reason=reason)
         for sequence_id, (stream, index, _) in tuple(self._streams.items()):
             self.forget(sequence_id)
-            stream.fail(index, self._lost)
+            stream.fail(index, error)
 
     def _one_less(self, sequence_id: str) -> None:
         self._leaving[sequence_id] -= 1
@@ -187,11 +197,11 @@ class _GroupLink:
             async for step in self._call:
                 for output in step.outputs:
                     self._deliver(output)
-            self.fail_all("the process ended the stream")
+            self.lose("the process ended the stream")
         except grpc.aio.AioRpcError as error:
-            self.fail_all(f"{error.code().name}: {error.details()}")
+            self.lose(f"{error.code().name}: {error.details()}")
         finally:
-            self.fail_all("this gateway stopped reading")
+            self.lose("this gateway stopped reading")
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         """Outputs of sequences that nobody waits for any more are late, and dropped."""

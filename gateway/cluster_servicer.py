@@ -19,7 +19,7 @@ from gateway.leadership import Leadership
 from gateway.leases import CHECK_S
 from gateway.registrations import MemberKey
 from moe_core.cluster import ClusterState, Join, Role
-from moe_core.errors import ProtocolError, RequestError
+from moe_core.errors import ProtocolError, RequestError, UnavailableError
 from moe_core.pb.epserve.v1 import cluster_pb2 as pb
 from moe_core.pb.epserve.v1 import cluster_pb2_grpc
 from moe_core.protocol import UNSAID, common_version
@@ -43,7 +43,7 @@ FOLLOW_S = 1.0  # as often as workers report their loads
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
-    """Serves until `close`, which ends all registrations."""
+    """Serves until `close`, which ends all registrations and takes no more."""
 
     def __init__(self, registry: Registry, leadership: Leadership) -> None:
         self._registry = registry
@@ -61,6 +61,7 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         join, version = await _first_join(requests)
         _check_certificate(context, join.role)
         self._leadership.require("registering processes")
+        self._require_open()
         key = self._registry.join(join)
         log.info("joined", role=str(key.role), rank=key.rank, peer=context.peer())
         reports = asyncio.create_task(self._take_reports(requests, key), name="reports")
@@ -113,6 +114,11 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     def close(self) -> None:
         """End every registration; the workers learn that this gateway has left."""
         self._closing.set()
+
+    def _require_open(self) -> None:
+        """Raises UnavailableError: a worker that came back at once would come back for ever."""
+        if self._closing.is_set():
+            raise UnavailableError("this gateway is shutting down and registers no processes")
 
     async def _next_state(
         self, version: int, reports: asyncio.Task[None], closing: asyncio.Task[bool]

@@ -200,7 +200,8 @@ class Membership:
             while True:
                 reason = await self._until_it_ends(self._registration)
                 gateways = self._gateways
-                log.warning("the registration has ended", gateway=gateways.current, reason=reason)
+                say = log.info if self._gateway_was_draining else log.warning
+                say("the registration has ended", gateway=gateways.current, reason=reason)
                 self._registration = await gateways.register_again(
                     partial(self._register_again, join), self._rejoin_timeout_s, reason
                 )
@@ -209,6 +210,10 @@ class Membership:
             async with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    @property
+    def _gateway_was_draining(self) -> bool:
+        return any(each.state is MemberState.DRAINING for each in self.state.tier(Role.GATEWAY))
 
     async def _until_it_ends(self, registration: Registration) -> str:
         """Why it has ended. Raises what registering again would not mend."""

@@ -14,6 +14,7 @@ from support.wrong_models import EXPERT, make_wrong_models
 
 SMALL = ("--expert-devices", "2", "--ep-size", "2", "--kv-cache-tokens", "1024")
 LONG = ("--prompt-ids", "5,6,7", "--max-tokens", "900", "--ignore-eos")
+CUT_SHORT = "the drain was cut short"
 
 
 def test_ctrl_c_stops_every_process_and_frees_the_port():
@@ -28,7 +29,7 @@ def test_ctrl_c_stops_every_process_and_frees_the_port():
     bound_socket("127.0.0.1", int(target.rpartition(":")[2])).close()
 
 
-def test_a_drain_that_is_cut_short_says_so_and_ends_in_order():
+def test_requests_that_outlast_the_drain_are_told_after_one_drain_timeout():
     with serving(*SMALL, "--drain-timeout", "0.2") as (serve, target):
         with started("generate", "--target", target, *LONG) as request:
             _wait_until_running(target)
@@ -37,10 +38,23 @@ def test_a_drain_that_is_cut_short_says_so_and_ends_in_order():
             assert serve.wait() == 0, serve
             assert request.wait() == 1, request
         assert still_alive(family) == []
-        said = "\n".join([*serve.out, *serve.err])
-    assert "the drain was cut short" in said
-    assert "Traceback" not in said
-    assert "Exception ignored" not in said
+    assert "this gateway is shutting down, and the request had not" in request.err[-1]
+    said = [*serve.out, *serve.err]
+    assert len([line for line in said if CUT_SHORT in line]) == 1
+    assert not _thrown(said)
+
+
+def test_an_attention_process_whose_drain_is_cut_short_ends_in_order():
+    with serving(*SMALL, "--drain-timeout", "0.2") as (serve, target):
+        with started("generate", "--target", target, *LONG):
+            _wait_until_running(target)
+            (attention,) = [m for m in _status(target)["members"] if m["role"] == "attn"]
+            os.kill(int(attention["pid"]), signal.SIGTERM)
+            serve.wait_for("epserve attn: the drain did not end in order within 0.2 s")
+        serve.wait_for("joined")  # its successor
+        serve.send(signal.SIGTERM)
+        assert serve.wait() == 0, serve
+    assert not _thrown([*serve.out, *serve.err])
 
 
 def test_a_second_ctrl_c_does_not_wait_for_running_requests():
@@ -105,6 +119,10 @@ def test_sigterm_while_loading_stops_every_process():
         serve.send(signal.SIGTERM)
         assert serve.wait() == 0, serve
         assert still_alive(family) == []
+
+
+def _thrown(lines: list[str]) -> list[str]:
+    return [line for line in lines if "Traceback" in line or "Exception ignored" in line]
 
 
 def _status(target: str) -> dict[str, list[dict[str, object]]]:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+import structlog.testing
 
 from epserve.client import EpserveClient
 from gateway.following import Following
@@ -101,6 +102,26 @@ async def test_no_gateway_in_time_is_the_end_and_says_so() -> None:
     with pytest.raises(UnavailableError, match="lost its gateway"):
         await worker.membership.wait_until(lambda state: False, 5, "nothing")
     await worker.stop()
+
+
+async def test_a_gateway_that_drains_takes_nobody_back_and_its_end_alarms_nobody() -> None:
+    async with SmallGateway(PARALLEL) as gateway, workers_of(gateway) as workers:
+        gateway.registry.set_gateway(MemberState.DRAINING)
+        for worker in workers:
+            await worker.membership.wait_until(is_draining, 5, "the gateway's drain")
+        with structlog.testing.capture_logs() as said:
+            gateway.cluster.close()
+            await until(gateway, "empty", lambda s: len(s.members) == 1)
+            await asyncio.sleep(0.5)  # all come back meanwhile
+            assert len(gateway.registry.state.members) == 1
+    assert not [each for each in said if each["event"] == "joined"]
+    ended = [each for each in said if each["event"] == "the registration has ended"]
+    assert [each["log_level"] for each in ended] == ["info"] * 4
+
+
+def is_draining(state: ClusterState) -> bool:
+    (member,) = state.tier(Role.GATEWAY)
+    return member.state is MemberState.DRAINING
 
 
 def writers() -> int:

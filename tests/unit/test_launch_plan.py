@@ -102,6 +102,12 @@ def test_a_child_can_be_made_again_and_of_ranks_that_were_not_planned(
     assert grown.stop_stage == planned["expert 1"].stop_stage
 
 
+def test_processes_are_stopped_from_the_outside_in():
+    plan = make_plan(settings(parallel=ParallelConfig(expert_devices=2, ep_size=2)))
+    stages = [plan.child(role, 0).stop_stage for role in (Role.GATEWAY, Role.ATTN, Role.EXPERT)]
+    assert stages == sorted(set(stages))
+
+
 def test_a_rank_that_was_not_planned_takes_the_next_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda_devices, "_has_cuda_driver", lambda: True)
     monkeypatch.setattr(cuda_devices, "_devices_torch_sees", lambda: 3)
