@@ -78,6 +78,10 @@ class Entrance:
             self._require_place(caller)
         self._quotas.check_active(caller)
 
+    def require_tokens(self, caller: Caller, tokens: int) -> None:
+        """Raises as `enter` does for a quota."""
+        self._quotas.check(caller, tokens, self._clock())
+
     def _require_place(self, caller: Caller) -> None:
         if not self._places.fits(caller, 1):
             raise self._full(self._places, caller, "requests", "max_queued_requests")

@@ -47,10 +47,11 @@ class Generator:
         attn_wait_s: float = DEFAULT_ATTN_WAIT_S,
     ) -> None:
         self.model = model
+        self._limits = limits or QueueLimits()
         self._observer = observer or NoObserver()
         self._pool = pool
         self._registry = registry
-        self._room = WaitingRoom(registry, limits, attn_wait_s=attn_wait_s)
+        self._room = WaitingRoom(registry, self._limits, attn_wait_s=attn_wait_s)
         self._admitting = FairSlots(max(1, (os.cpu_count() or 1) // 2))
         # By caller and request_id.
         self._live: dict[tuple[str, str], Place | RunningRequest[Any]] = {}
@@ -63,6 +64,12 @@ class Generator:
     def require_room(self, caller: Caller) -> None:
         """Before a request is read; see WaitingRoom."""
         self._room.require_room(caller)
+
+    def at_once(self, caller: Caller) -> int:
+        """So many of a caller's requests fit side by side where nothing else is under way, and
+        leave others most of the queue: more that belong together would refuse each other."""
+        share = max(1, self._limits.max_requests // 4)
+        return min(share, caller.max_concurrent_requests or share)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """As generate_batches, chunk by chunk."""
@@ -131,10 +138,12 @@ class Generator:
         return await find(self._pool, self._registry.state, request, choices)
 
     async def check(self, requests: Iterable[GenerationRequest]) -> list[GenerationRequest]:
-        """The same requests, each named and admitted. Raises what `generate` would refuse any of
-        them with, before one of them costs anything."""
+        """The same requests of one caller, each named and admitted. Raises what `generate` would
+        refuse any or all of them with, before one of them costs anything."""
         named = map(_named, requests)
-        return [replace(request, admitted=await self._admit(request)) for request in named]
+        admitted = [replace(request, admitted=await self._admit(request)) for request in named]
+        self._room.require_tokens(admitted)
+        return admitted
 
     def abort(self, caller: Caller, request_id: str) -> bool:
         """End a request of `caller` early; its client gets finish_reason "abort". False if `caller`

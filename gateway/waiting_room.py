@@ -83,6 +83,11 @@ class WaitingRoom:
         queued = self._has_to_wait(self._groups.usable)
         self._entrance.require_room(caller, queued=queued)
 
+    def require_tokens(self, requests: Many[GenerationRequest]) -> None:
+        """Of requests that belong together: raises as Quotas.check where their caller's quota has
+        not as many tokens as all of them may take."""
+        self._entrance.require_tokens(requests[0].caller, sum(map(_least_tokens, requests)))
+
     def _has_to_wait(self, groups: Many[Group]) -> bool:
         return len(self._queue) > 0 or self._passing >= self._groups.free_seats(groups)
 

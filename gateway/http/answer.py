@@ -151,12 +151,14 @@ async def _merged(
     requests: Sequence[GenerationRequest],
     shape: Callable[[Chunk], Shaped | None],
 ) -> AsyncGenerator[list[Shaped], None]:
-    """All requests side by side. The first that fails ends the others."""
+    """All requests of one caller, as many side by side as it may have. The first that fails ends
+    the others."""
+    turns = asyncio.Semaphore(generator.at_once(requests[0].caller))
     results: asyncio.Queue[list[Shaped] | Exception | None] = asyncio.Queue()
 
     async def pump(request: GenerationRequest) -> None:
         try:
-            async with aclosing(generator.generate_batches(request, shape)) as batches:
+            async with turns, aclosing(generator.generate_batches(request, shape)) as batches:
                 async for batch in batches:
                     results.put_nowait(batch)
         except Exception as error:

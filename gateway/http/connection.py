@@ -9,9 +9,11 @@ comes; and its `send` is a coroutine, also where it has nothing to wait for.
 from functools import partial
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from gateway.http.bounded_connection import BoundedConnection
 from gateway.http.event_writer import WriteNow
+from moe_core.errors import EpserveError
 
 WRITE_NOW = "write_now"  # in a scope's state
 READ_AHEAD = 1  # requests that may wait before no more is read
@@ -23,7 +25,7 @@ def write_now_of(scope: Scope) -> WriteNow:
     return found
 
 
-class Connection(HttpToolsProtocol):
+class Connection(BoundedConnection):
     """By httptools: h11, which is Python, costs as much for each event as all the rest.
 
     Invariant: `_unanswered` holds all requests whose answers are not complete, in their order;
@@ -40,16 +42,20 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for cycle in filter(_is_open, self._unanswered):
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self._end_unanswered()
 
-    def send_400_response(self, msg: str) -> None:
+    def refuse(self, error: EpserveError) -> None:
         """Within an answer it would be read as a part of that."""
         if any(cycle.response_started for cycle in filter(_is_open, self._unanswered)):
             self.transport.close()
         else:
-            super().send_400_response(msg)
+            super().refuse(error)
+            self._end_unanswered()
+
+    def _end_unanswered(self) -> None:
+        for cycle in filter(_is_open, self._unanswered):
+            cycle.disconnected = True
+            cycle.message_event.set()
 
 
 def _is_open(cycle: RequestResponseCycle) -> bool:

@@ -35,12 +35,45 @@ INTERNAL = (500, "server_error", "internal_error")
 UNFORESEEN = "this request failed within the server, whose log says why"
 
 
-class TooLargeError(EpserveError):
-    """A body that is not read: names its size and the limit."""
+class UnreadError(EpserveError):
+    """What the client sends is not read to its end, and so the connection is over."""
+
+    status: int
+    kind = "invalid_request_error"
+    name: str | None = None
 
 
-class BodyTimeoutError(EpserveError):
+class TooLargeError(UnreadError):
+    """A body: names its size and the limit."""
+
+    status, name = 413, "body_too_large"
+
+
+class BodyTimeoutError(UnreadError):
     """A body that did not arrive in time."""
+
+    status, kind, name = 408, "timeout_error", "body_timeout"
+
+
+class HeadTooLargeError(UnreadError):
+    status, name = 431, "head_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the request's line and headers have over {limit} bytes; send less")
+
+
+class HeadTimeoutError(UnreadError):
+    status, kind, name = 408, "timeout_error", "head_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the request's headers did not arrive within {limit_s:g} s")
+
+
+class NotHttpError(UnreadError):
+    status = 400
+
+    def __init__(self) -> None:
+        super().__init__("this is no HTTP/1.1 request")
 
 
 def error_response(error: EpserveError) -> Response:
@@ -51,8 +84,8 @@ def error_response(error: EpserveError) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, TooLargeError | BodyTimeoutError):
-        headers["connection"] = "close"  # the rest of the body stays unread
+    if isinstance(error, UnreadError):
+        headers["connection"] = "close"
     return JSONResponse(error_body(error), status, headers)
 
 
@@ -91,10 +124,8 @@ async def on_unforeseen_error(request: Request, error: Exception) -> Response:
 
 
 def _kind(error: EpserveError) -> tuple[int, str, str | None]:
-    if isinstance(error, TooLargeError):
-        return 413, "invalid_request_error", "body_too_large"
-    if isinstance(error, BodyTimeoutError):
-        return 408, "timeout_error", "body_timeout"
+    if isinstance(error, UnreadError):
+        return error.status, error.kind, error.name
     return STATUSES.get(error.code, INTERNAL)
 
 

@@ -7,13 +7,13 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from gateway.callers import Caller
+from gateway.callers import ANONYMOUS, Caller
 from gateway.entrance import QueueLimits
 from moe_core.cluster import Role
 from support.fake_attention import FakeAttention
 from support.http_gateway import http_side
 from support.small_gateway import SmallGateway
-from support.words import word_tokenizer
+from support.words import WORDS, word_tokenizer
 
 DEADLINE_S = 10
 SEATS = 3  # of max_num_seqs 2
@@ -107,3 +107,38 @@ async def test_a_keys_tokens_a_minute_are_limited(gateway: SmallGateway) -> None
             assert 20 < seconds <= 24
         never = await client.post(ROUTES[0], json={**BODY, "max_tokens": 9})
         assert (never.status_code, never.json()["error"]["param"]) == (400, "max_tokens")
+
+
+@pytest.mark.parametrize(
+    "caller", [ANONYMOUS, Caller("one"), Caller("two", max_concurrent_requests=1)]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompts_of_one_body_do_not_refuse_each_other(
+    gateway: SmallGateway, caller: Caller, stream: bool
+) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up), max_num_seqs=1)
+    prompts = [[5 + number, 6 + number] for number in range(20)]
+    async with http_side(gateway, authenticate=lambda _: caller) as client:
+        body = {**BODY, "prompt": prompts, "stream": stream}
+        response = await client.post(ROUTES[0], json=body)
+    assert response.status_code == 200
+    if stream:
+        assert response.text.count('"finish_reason":"length"') == 20
+        assert response.text.endswith("data: [DONE]\n\n")
+    else:
+        texts = [choice["text"] for choice in response.json()["choices"]]
+        assert texts == [" ".join(WORDS[last + 1 : last + 6]) for _, last in prompts]
+
+
+async def test_prompts_that_never_fit_into_a_keys_tokens_together_are_400(
+    gateway: SmallGateway,
+) -> None:
+    await gateway.add_worker(Role.ATTN, FakeAttention(count_up))
+    caller = Caller("one", max_tokens_per_minute=20)
+    async with http_side(gateway, authenticate=lambda _: caller) as client:
+        never = await client.post(ROUTES[0], json={**BODY, "prompt": [[5], [6], [7], [8]]})
+        assert never.status_code == 400
+        assert "make 24 tokens" in never.json()["error"]["message"]
+        assert (
+            await client.post(ROUTES[0], json={**BODY, "prompt": [[5], [6], [7]]})
+        ).status_code == 200
