@@ -38,7 +38,7 @@ app = typer.Typer(
 
 
 @app.callback()
-def _all_commands(debug: common.DebugOption = False) -> None:
+def _all_commands(debug: common.DebugOption = False, version: common.VersionOption = False) -> None:
     """Serves Mixture-of-Experts models with attention and experts on two independent tiers."""
 
 
@@ -160,7 +160,8 @@ def run(arguments: Sequence[str]) -> int:
             list(arguments), prog_name="epserve", standalone_mode=False, obj=state
         )
     except typer.TyperException as error:
-        if not error.format_message():  # no arguments: the help has been printed
+        if type(error).__name__ == "NoArgsIsHelpError":  # which typer does not export
+            print(error.format_message(), file=sys.stderr, flush=True)
             return EXIT_REFUSED
         message = error.format_message().replace("Value error, ", "")  # a library's word for it
         return _complain(message, error.exit_code, error, state)

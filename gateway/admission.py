@@ -4,7 +4,6 @@ Knows the model's limits and the largest KV pool. Every refusal is a RequestErro
 field, its value and the rule, before the request has cost anything. Knows no engine.
 """
 
-import math
 import secrets
 from dataclasses import dataclass
 
@@ -14,6 +13,8 @@ from moe_core.config.model import ModelConfig
 from moe_core.errors import NotFoundError, RequestError
 
 MAX_SEED = 2**64 - 1
+# The engine's numbers are float32: what rounds to 0 or to infinity there is refused as such here.
+LEAST_FLOAT32, MOST_FLOAT32 = 2.0**-149, (2 - 2**-23) * 2.0**127
 MAX_STOP_STRINGS = 16
 MAX_REQUEST_ID = 256
 MAX_STOP_LENGTH = 1_000
@@ -120,19 +121,21 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _check_numbers(sampling: Sampling) -> None:
-    _require_number("temperature", sampling.temperature, 0.0, math.inf)
+    _require_number("temperature", sampling.temperature, 0.0, MOST_FLOAT32)
     _require_number("min_p", sampling.min_p, 0.0, 1.0)
     _require_number("top_p", sampling.top_p, 0.0, 1.0)
-    _require_number("repetition_penalty", sampling.repetition_penalty, 0.0, math.inf)
+    _require_number("repetition_penalty", sampling.repetition_penalty, 0.0, MOST_FLOAT32)
     _require_number("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
     _require_number("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
     _require_number("logprobs", sampling.logprobs, 0, MAX_TOP_LOGPROBS)
     _require_number("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
     check_choices(sampling.n)
-    if sampling.top_p == 0.0:
-        raise RequestError("top_p=0: must be above 0 and at most 1; for greedy set temperature=0")
-    if sampling.repetition_penalty == 0.0:
-        raise RequestError("repetition_penalty=0: must be above 0; 1 switches it off")
+    _require_not_zero(
+        "top_p", sampling.top_p, "must be above 0 and at most 1; for greedy set temperature=0"
+    )
+    _require_not_zero(
+        "repetition_penalty", sampling.repetition_penalty, "must be above 0; 1 switches it off"
+    )
     if sampling.top_k is not None and sampling.top_k < 0:
         raise RequestError(f"top_k={sampling.top_k}: must be at least 0, which switches it off")
     if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
@@ -167,10 +170,15 @@ def _require_at_most(field: str, count: int, most: int, what: str) -> None:
 def _require_number(field: str, value: float | None, least: float, most: float) -> None:
     if value is None:
         return
-    if not least <= value <= most or math.isinf(value):
-        limit = "" if math.isinf(most) else f" and at most {most:g}"
+    if not least <= value <= most:
         shown = f"{value:g}" if isinstance(value, float) else value
-        raise RequestError(f"{field}={shown}: must be a number of at least {least:g}{limit}")
+        rule = f"must be a number of at least {least:g} and at most {most:g}"
+        raise RequestError(f"{field}={shown}: {rule}")
+
+
+def _require_not_zero(field: str, value: float | None, rule: str) -> None:
+    if value is not None and value < LEAST_FLOAT32:
+        raise RequestError(f"{field}={value:g}: {rule}")
 
 
 def _require_token(field: str, token_id: int, model: ServedModel) -> None:

@@ -4,7 +4,8 @@ Knows the `tokenizers` library; nothing else in the gateway does. Special tokens
 prompt as the tokenizer says, and left out of output text.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders
@@ -12,7 +13,20 @@ from tokenizers import Tokenizer, decoders
 from moe_core.errors import ConfigError
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # what byte-fallback decoders read
 MAX_HELD = 64
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """How byte-level tokenizers write bytes as letters, as GPT-2's encoder.py defines it: visible
+    ones of Latin-1 as they are, the others in turn from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = {chr(byte): byte for byte in visible}
+    return letters | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF_LETTER: Mapping[str, int] = _byte_of_letter()
 
 
 class TextTokenizer:
@@ -70,6 +84,18 @@ class TextTokenizer:
             text = str(twice[len(once) :] if twice.startswith(once) else once)
             self._token_texts[token_id] = text
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the UTF-8 of a text: of one that is a part of a character, that
+        part, where `token_text` has a replacement character."""
+        text = self.token_text(token_id)
+        if INCOMPLETE not in text:
+            return text.encode()
+        name = self._tokenizer.id_to_token(token_id) or ""
+        if self._joins_bytes and _BYTE_OF_LETTER.keys() >= set(name):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in name)
+        found = BYTE_TOKEN.fullmatch(name)
+        return text.encode() if found is None else bytes([int(found[1], 16)])
 
 
 class Detokenizer:

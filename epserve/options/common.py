@@ -1,6 +1,7 @@
 """The options that are about a command as a whole: its settings, its output, its logs."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -31,10 +32,22 @@ def _read_config(context: typer.Context, config: Path | None) -> Path | None:
     return config
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"epserve {version('epserve')}")
+        raise typer.Exit
+
+
 DebugOption = Annotated[
     bool,
     typer.Option(
         "--debug", callback=_note_debug, help="Log more; show tracebacks.", rich_help_panel=LOGGING
+    ),
+]
+VersionOption = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
     ),
 ]
 ConfigOption = Annotated[

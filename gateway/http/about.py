@@ -1,5 +1,6 @@
 """What the server says of itself: its model, its version, whether it lives and is ready."""
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -13,8 +14,10 @@ async def models(request: Request) -> Response:
 
 
 async def model(request: Request) -> Response:
-    context = context_of(request)
-    context.check_model(request.path_params["model_id"])
+    context, name = context_of(request), request.path_params["model_id"]
+    if not name:
+        raise HTTPException(404)
+    context.check_model(name)
     return JSONResponse(_model_card(context))
 
 

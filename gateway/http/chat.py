@@ -21,7 +21,7 @@ from gateway.http.context import HttpContext, caller_of, context_of
 from gateway.http.logprobs import TokenNames, chat_logprobs
 from gateway.http.messages import read_messages
 from gateway.http.prompts import Prompt, encode
-from gateway.http.sampling_fields import GenerationBody, refuse_unserved
+from gateway.http.sampling_fields import GenerationBody, check_stream, refuse_unserved
 from gateway.http.sse import HOLE, EventFrame, event_choice
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
@@ -39,6 +39,7 @@ class ConversationBody(Body):
 class ChatBody(GenerationBody, ConversationBody):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     echo: bool | None = False
 
@@ -114,6 +115,7 @@ async def _checked(context: HttpContext, generation: GenerationRequest) -> Gener
 
 def _check(body: ChatBody) -> None:
     check_choices(body.n)
+    check_stream(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(f"top_logprobs={body.top_logprobs}: needs logprobs=true")
     if body.echo:

@@ -19,7 +19,7 @@ from gateway.http.body import parse, read_json
 from gateway.http.context import caller_of, context_of
 from gateway.http.logprobs import CompletionLogprobs, TokenNames
 from gateway.http.prompts import Prompt, prompts_of
-from gateway.http.sampling_fields import GenerationBody, refuse_unserved
+from gateway.http.sampling_fields import GenerationBody, check_stream, refuse_unserved
 from gateway.http.sse import HOLE, EventFrame, event_choice
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
@@ -69,6 +69,7 @@ async def completions(request: Request) -> Answer:
 
 def _check(body: CompletionBody) -> None:
     check_choices(body.n)
+    check_stream(body)
     if body.best_of not in (None, body.num_choices):
         raise RequestError(f"best_of={body.best_of}: must be left out or equal to n")
     if body.max_tokens == 0 and not body.echo:
@@ -180,9 +181,9 @@ class CompletionFormat:
 
     def _shaped(self, choice: int, parts: Sequence[Chunk], *, opens: bool) -> dict[str, object]:
         """The logprobs of the choice's next parts; with `echo` the prompt's `opens` it."""
-        first = self._prompt(choice).token_ids[0] if opens and self._body.echo else None
+        prompt = self._prompt(choice).token_ids if opens and self._body.echo else ()
         entries = [entry for part in parts for entry in (*part.prompt_logprobs, *part.logprobs)]
-        return self._logprobs[choice].shape(entries, first=first)
+        return self._logprobs[choice].shape(entries, prompt=prompt)
 
     def _before(self, choice: int) -> str:
         return self._prompt(choice).text if self._body.echo else ""

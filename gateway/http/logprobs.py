@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from gateway.requests import TokenLogprobs
-from gateway.tokenizer import TextTokenizer
+from gateway.tokenizer import Detokenizer, TextTokenizer
 
 LEAST = -9999.0
 
@@ -18,12 +18,22 @@ class TokenNames:
     """`as_ids`: every token is named by its id, as it is where there is no tokenizer."""
 
     def __init__(self, tokenizer: TextTokenizer | None, *, as_ids: bool = False) -> None:
-        self._tokenizer = None if as_ids else tokenizer
+        self.tokenizer = tokenizer
+        self._as_ids = as_ids or tokenizer is None
 
     def text(self, token_id: int) -> str:
-        if self._tokenizer is None:
+        if self._as_ids or self.tokenizer is None:
             return id_name(token_id)
-        return self._tokenizer.token_text(token_id)
+        return self.tokenizer.token_text(token_id)
+
+    def detokenizer(self) -> Detokenizer | None:
+        return None if self.tokenizer is None else Detokenizer(self.tokenizer)
+
+    def utf8(self, token_id: int) -> bytes:
+        """Of the token's text, or of its name where there is none."""
+        if self.tokenizer is None:
+            return id_name(token_id).encode()
+        return self.tokenizer.token_bytes(token_id)
 
 
 def id_name(token_id: int) -> str:
@@ -31,31 +41,44 @@ def id_name(token_id: int) -> str:
 
 
 class CompletionLogprobs:
-    """Of one choice of a completion; keeps where in the text the next token begins."""
+    """Of one choice of a completion; keeps where in the text the next token begins. One that goes
+    on with a character begins where that does."""
 
     def __init__(self, names: TokenNames) -> None:
         self._names = names
+        self._detokenizer = names.detokenizer()
         self._offset = 0
 
     def shape(
-        self, entries: Sequence[TokenLogprobs], first: int | None = None
+        self, entries: Sequence[TokenLogprobs], prompt: Sequence[int] = ()
     ) -> dict[str, object]:
-        """{tokens, token_logprobs, top_logprobs, text_offset}. `first`: a token before the entries
-        which follows nothing, so that its logprob is null."""
+        """{tokens, token_logprobs, top_logprobs, text_offset}. `prompt`: the entries begin with its
+        second token, and it with one that follows nothing, so that its logprob is null."""
         texts = [self._names.text(entry.token_id) for entry in entries]
         values: list[float | None] = [finite(entry.logprob) for entry in entries]
         tops: list[dict[str, float] | None] = list(map(self._top, texts, entries))
-        if first is not None:
-            texts.insert(0, self._names.text(first))
+        token_ids = [entry.token_id for entry in entries]
+        if prompt:
+            token_ids.insert(0, prompt[0])
+            texts.insert(0, self._names.text(prompt[0]))
             values.insert(0, None)
             tops.insert(0, None)
-        *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+        offsets = self._offsets(token_ids[: len(prompt)])
+        if prompt:  # the output's text is made from its tokens alone
+            self._detokenizer = self._names.detokenizer()
         return {
-            "text_offset": offsets,
+            "text_offset": offsets + self._offsets(token_ids[len(prompt) :]),
             "token_logprobs": values,
             "tokens": texts,
             "top_logprobs": tops,
         }
+
+    def _offsets(self, token_ids: Sequence[int]) -> list[int]:
+        if self._detokenizer is None:
+            return [0] * len(token_ids)
+        lengths = (len(self._detokenizer.push(token_id)) for token_id in token_ids)
+        *offsets, self._offset = accumulate(lengths, initial=self._offset)
+        return offsets
 
     def _top(self, text: str, entry: TokenLogprobs) -> dict[str, float]:
         """The token itself and the likeliest."""
@@ -86,8 +109,8 @@ def chat_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> dict[s
 
 
 def _chat_token(names: TokenNames, token_id: int, logprob: float) -> dict[str, object]:
-    text = names.text(token_id)
-    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    utf8 = names.utf8(token_id)
+    return {"token": names.text(token_id), "logprob": finite(logprob), "bytes": list(utf8)}
 
 
 def finite(logprob: float) -> float:

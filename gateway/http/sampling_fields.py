@@ -8,7 +8,7 @@ admission's business.
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gateway.http.answer import Streaming
 from gateway.http.body import Body
@@ -17,6 +17,10 @@ from moe_core.errors import RequestError
 
 SEED_BITS = 64
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+# Not a union, whose errors would name its members.
+Texts = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 # Values that ask for nothing, by field; None always does.
 NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
@@ -25,6 +29,7 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
+    "ebnf": (),
     "function_call": ("none",),
     "functions": ([],),
     "guided_choice": (),
@@ -32,6 +37,7 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "include_stop_str_in_output": (False,),
+    "json_schema": (),
     "length_penalty": (1, 1.0),
     "logprob_token_ids": ([],),
     "modalities": (["text"],),
@@ -39,9 +45,12 @@ NOT_SERVED: Mapping[str, tuple[object, ...]] = {
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "reasoning_effort": (),
+    "regex": (),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "stop_regex": (),
+    "structural_tag": (),
     "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
@@ -66,6 +75,12 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = False
 
 
+def check_stream(body: "GenerationBody") -> None:
+    """Raises RequestError."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options: needs stream=true")
+
+
 class GenerationBody(Body):
     """None is a field that was left out, as for OpenAI."""
 
@@ -73,7 +88,7 @@ class GenerationBody(Body):
     n: Int32 | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Texts | None = None
     temperature: float | None = None
     top_p: float | None = None
     frequency_penalty: float | None = None
@@ -118,7 +133,7 @@ class GenerationBody(Body):
             top_k=0 if self.top_k == -1 else self.top_k,  # vLLM's other "off"
             min_p=self.min_p,
             seed=None if self.seed is None else self.seed % 2**SEED_BITS,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             repetition_penalty=self.repetition_penalty,

@@ -150,8 +150,10 @@ async def test_echo_with_logprobs_tells_the_prompts_first(
     assert first["token_logprobs"] == [None, -1.5, -1.75] + [-0.5] * max_tokens
     top = {f" {WORDS[6]}": -1.5, f" {WORDS[1]}": -0.25}
     assert first["top_logprobs"][:2] == [None, top]
+    begun = [words(*[9] * index) for index in range(max_tokens)]
     assert first["text_offset"] == [
-        sum(map(len, first["tokens"][:index])) for index in range(3 + max_tokens)
+        *(len(words(*range(5, 5 + index))) for index in range(3)),
+        *(len(words(5, 6, 7) + text) for text in begun),
     ]
     assert second["token_logprobs"] == [None] + [-0.5] * max_tokens
     texts = [words(5, 6, 7), words(8)]

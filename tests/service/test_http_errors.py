@@ -61,6 +61,11 @@ def error_of(response: httpx2.Response) -> dict[str, object]:
         ("/v1/completions", {"prompt": [5], "suffix": "end"}, "suffix"),
         ("/v1/completions", {"prompt": [5], "logit_bias": {"5": 1e9}}, "logit_bias[5]"),
         ("/v1/completions", {"prompt": [5], "logit_bias": {"5": "a"}}, "logit_bias[5]"),
+        ("/v1/completions", {"prompt": [5], "stop": [1]}, "stop[0]"),
+        ("/v1/completions", {"prompt": [5], "stop": 1}, "stop"),
+        ("/v1/completions", {"prompt": [5], "regex": "x+"}, "regex"),
+        ("/v1/completions", {"prompt": [5], "temperature": 1e308}, "temperature"),
+        ("/v1/completions", {"prompt": [5], "top_p": 1e-300}, "top_p"),
         ("/v1/completions", {"prompt": [[5], [6, 64]]}, "prompt"),
         ("/v1/completions", {"prompt": [5], "n": 65}, "n"),
         ("/v1/completions", {"prompt": [5], "n": 2**31 - 1}, "n"),
@@ -68,6 +73,7 @@ def error_of(response: httpx2.Response) -> dict[str, object]:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "messages"),
         ("/v1/chat/completions", {"messages": [], "tools": [{}]}, "tools"),
         ("/v1/chat/completions", {"messages": [], "top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": [], "max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/tokenize", {}, "prompt"),
         ("/detokenize", {}, "tokens"),
@@ -119,6 +125,15 @@ async def test_no_messages_is_said_before_that_the_model_has_no_template(
     assert "has no chat template" in str(error_of(response)["message"])
 
 
+async def test_options_of_a_stream_need_one(client: httpx2.AsyncClient) -> None:
+    body = {"prompt": [5], "stream_options": {"include_usage": True}}
+    error = error_of(await client.post("/v1/completions", json=body))
+    assert (error["param"], error["message"]) == (
+        "stream_options",
+        "stream_options: needs stream=true",
+    )
+
+
 async def test_a_value_is_shown_as_json_has_it(client: httpx2.AsyncClient) -> None:
     for value, shown in ((None, "null"), (True, "true"), ("x", "'x'")):
         response = await client.post("/detokenize", json={"tokens": value})
@@ -148,7 +163,8 @@ async def test_other_models_paths_and_methods_have_the_same_shape(
         "model_not_found",
         "model",
     )
-    assert (await client.get("/v1/models/other/one")).status_code == 404
+    for name in ("", "other/one"):
+        assert (await client.get(f"/v1/models/{name}")).status_code == 404
     response = await client.get("/v1/nothing")
     assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
     response = await client.get("/v1/completions")

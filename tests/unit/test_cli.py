@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,21 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]):
     assert cli.run(["--help"]) == 0
     listed = capsys.readouterr().out.partition("Commands:")[2]
     assert [line.split()[0] for line in listed.strip().splitlines()] == COMMANDS
+
+
+@pytest.mark.parametrize("arguments", [[], ["keys"], ["bench"]])
+def test_a_group_without_a_command_prints_its_help(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(" ".join(["Usage: epserve", *arguments]))
+    assert "Commands:" in lines
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"epserve {version('epserve')}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
