@@ -170,8 +170,14 @@ class ExpertProcess:
             self._report()
         elif self._membership is not None:
             self._membership.report(MemberState.DRAINING)
-        if self._batcher is not None:
-            await self._batcher.idle(IDLE_TIMEOUT_S)
+        try:
+            if self._batcher is not None:
+                await self._batcher.idle(IDLE_TIMEOUT_S)
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
+        """Also where the drain was cut short."""
         if self._source is not None:
             await self._source.close()
         await self._gate.close()

@@ -73,8 +73,8 @@ class AttentionPool:
         """What still runs ends with UnavailableError, and no other group is asked."""
         for link in self._links.values():
             link.shut_down()
-        for dp_rank in list(self._links):
-            self._drop(dp_rank, SHUTTING_DOWN)
+            self._close(link)
+        self._links.clear()
         await asyncio.gather(*self._closing)
 
     def _link_to(self, group: Group) -> "_GroupLink":
@@ -88,9 +88,12 @@ class AttentionPool:
         link = self._links.pop(dp_rank, None)
         if link is not None:
             link.lose(reason)
-            closing = asyncio.create_task(link.close(), name="close group link")
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
+            self._close(link)
+
+    def _close(self, link: "_GroupLink") -> None:
+        closing = asyncio.create_task(link.close(), name="close group link")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
 
 class _GroupLink:

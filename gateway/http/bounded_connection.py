@@ -24,7 +24,7 @@ class BoundedConnection(HttpToolsProtocol):
     _untold = 0
     _in_head = False
     _refused = False
-    _giving_up: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def refuse(self, error: EpserveError) -> None:
         """The connection's last answer. A client that still sends as its connection is closed
@@ -36,15 +36,15 @@ class BoundedConnection(HttpToolsProtocol):
         self._refused = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._head_has_come()
-        self._giving_up = self.loop.call_later(LINGER_S, self.transport.close)
+        self._stop_timer()
+        self._timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
-        self._await_head()
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_has_come()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -59,11 +59,11 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head = True
-        self._await_head()
+        self._start_timer()
 
     def on_headers_complete(self) -> None:
         self._untold, self._in_head = 0, False
-        self._head_has_come()
+        self._stop_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -81,21 +81,21 @@ class BoundedConnection(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Nothing: the request is answered as if it had not asked for a WebSocket."""
 
-    def _await_head(self) -> None:
-        if self._giving_up is None:
-            self._giving_up = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
+    def _start_timer(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
 
-    def _head_has_come(self) -> None:
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _give_up(self) -> None:
         """A client that has sent nothing has asked nothing, and one that is being answered has
         until that has ended."""
-        self._giving_up = None
+        self._timer = None
         if self.cycle is not None and not self.cycle.response_complete:
-            self._await_head()
+            self._start_timer()
         elif self._in_head:
             self.refuse(HeadTimeoutError(HEAD_TIMEOUT_S))
         else:

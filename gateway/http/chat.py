@@ -14,14 +14,14 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 
-from gateway.admission import MAX_TOP_LOGPROBS, check_choices
+from gateway.admission import MAX_TOP_LOGPROBS
 from gateway.http.answer import Answer, dumps
 from gateway.http.body import Body, parse, read_json
 from gateway.http.context import HttpContext, caller_of, context_of
 from gateway.http.logprobs import TokenNames, chat_logprobs
 from gateway.http.messages import read_messages
 from gateway.http.prompts import Prompt, encode
-from gateway.http.sampling_fields import GenerationBody, check_stream, refuse_unserved
+from gateway.http.sampling_fields import GenerationBody, check_shared, refuse_unserved
 from gateway.http.sse import HOLE, EventFrame, event_choice
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
@@ -114,8 +114,7 @@ async def _checked(context: HttpContext, generation: GenerationRequest) -> Gener
 
 
 def _check(body: ChatBody) -> None:
-    check_choices(body.n)
-    check_stream(body)
+    check_shared(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(f"top_logprobs={body.top_logprobs}: needs logprobs=true")
     if body.echo:

@@ -13,13 +13,12 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 
-from gateway.admission import check_choices
 from gateway.http.answer import Answer, dumps
 from gateway.http.body import parse, read_json
 from gateway.http.context import caller_of, context_of
 from gateway.http.logprobs import CompletionLogprobs, TokenNames
 from gateway.http.prompts import Prompt, prompts_of
-from gateway.http.sampling_fields import GenerationBody, check_stream, refuse_unserved
+from gateway.http.sampling_fields import GenerationBody, check_shared, refuse_unserved
 from gateway.http.sse import HOLE, EventFrame, event_choice
 from gateway.http.usage import UsageCount
 from gateway.requests import Chunk, GenerationRequest
@@ -68,8 +67,7 @@ async def completions(request: Request) -> Answer:
 
 
 def _check(body: CompletionBody) -> None:
-    check_choices(body.n)
-    check_stream(body)
+    check_shared(body)
     if body.best_of not in (None, body.num_choices):
         raise RequestError(f"best_of={body.best_of}: must be left out or equal to n")
     if body.max_tokens == 0 and not body.echo:

@@ -18,22 +18,22 @@ class TokenNames:
     """`as_ids`: every token is named by its id, as it is where there is no tokenizer."""
 
     def __init__(self, tokenizer: TextTokenizer | None, *, as_ids: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self._as_ids = as_ids or tokenizer is None
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
 
     def text(self, token_id: int) -> str:
-        if self._as_ids or self.tokenizer is None:
+        if self._as_ids or self._tokenizer is None:
             return id_name(token_id)
-        return self.tokenizer.token_text(token_id)
+        return self._tokenizer.token_text(token_id)
 
     def detokenizer(self) -> Detokenizer | None:
-        return None if self.tokenizer is None else Detokenizer(self.tokenizer)
+        return None if self._tokenizer is None else Detokenizer(self._tokenizer)
 
     def utf8(self, token_id: int) -> bytes:
         """Of the token's text, or of its name where there is none."""
-        if self.tokenizer is None:
+        if self._tokenizer is None:
             return id_name(token_id).encode()
-        return self.tokenizer.token_bytes(token_id)
+        return self._tokenizer.token_bytes(token_id)
 
 
 def id_name(token_id: int) -> str:
@@ -58,14 +58,14 @@ class CompletionLogprobs:
         values: list[float | None] = [finite(entry.logprob) for entry in entries]
         tops: list[dict[str, float] | None] = list(map(self._top, texts, entries))
         token_ids = [entry.token_id for entry in entries]
+        offsets: list[int] = []
         if prompt:
             token_ids.insert(0, prompt[0])
             texts.insert(0, self._names.text(prompt[0]))
             values.insert(0, None)
             tops.insert(0, None)
-        offsets = self._offsets(token_ids[: len(prompt)])
-        if prompt:  # the output's text is made from its tokens alone
-            self._detokenizer = self._names.detokenizer()
+            offsets = self._offsets(token_ids[: len(prompt)])
+            self._detokenizer = self._names.detokenizer()  # the output's text is its tokens' alone
         return {
             "text_offset": offsets + self._offsets(token_ids[len(prompt) :]),
             "token_logprobs": values,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
+from gateway.admission import check_choices
 from gateway.http.answer import Streaming
 from gateway.http.body import Body
 from gateway.requests import Sampling
@@ -75,8 +76,9 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = False
 
 
-def check_stream(body: "GenerationBody") -> None:
-    """Raises RequestError."""
+def check_shared(body: "GenerationBody") -> None:
+    """Before anything is made of the body. Raises RequestError."""
+    check_choices(body.n)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options: needs stream=true")
 

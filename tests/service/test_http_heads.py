@@ -3,8 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TypeAlias
 
 import httpx2
 import pytest
@@ -13,11 +11,10 @@ from gateway.http import bounded_connection
 from gateway.http.bounded_connection import MAX_HEAD_BYTES
 from moe_core.cluster import Role
 from support.fake_attention import FakeAttention
-from support.http_gateway import http_side
+from support.http_gateway import http_side, opened
 from support.small_gateway import SmallGateway
 from support.words import word_tokenizer
 
-Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 GET = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 BODY = b'{"prompt":[5],"stream":true}'
@@ -44,16 +41,6 @@ async def client(fake: FakeAttention) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
-@asynccontextmanager
-async def opened(client: httpx2.AsyncClient) -> AsyncIterator[Streams]:
-    async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port or 0)
-        try:
-            yield reader, writer
-        finally:
-            writer.close()
-
-
 async def refusal(reader: asyncio.StreamReader) -> tuple[bytes, dict[str, str]]:
     """The status line of the last answer, and its error."""
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -66,7 +53,7 @@ async def test_what_would_never_end_is_431_and_nothing_more_is_kept(
     client: httpx2.AsyncClient, what: str
 ) -> None:
     begin, again = ENDLESS[what]
-    async with opened(client) as (reader, writer):
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
         writer.write(begin + again * (2 * MAX_HEAD_BYTES // len(again)))
         status, error = await refusal(reader)
     assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
@@ -74,10 +61,10 @@ async def test_what_would_never_end_is_431_and_nothing_more_is_kept(
     assert f"over {MAX_HEAD_BYTES} bytes" in error["message"]
 
 
-async def test_trailers_are_limited_and_end_the_answer_that_has_begun(
+async def test_trailers_are_limited_as_well(
     client: httpx2.AsyncClient, fake: FakeAttention
 ) -> None:
-    async with opened(client) as (reader, writer):
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
         writer.write(CHUNKS + b"0\r\nx: " + b"a" * 1_000)
         await asyncio.sleep(0.1)
         writer.write(b"a" * 2 * MAX_HEAD_BYTES)
@@ -89,38 +76,49 @@ async def test_trailers_are_limited_and_end_the_answer_that_has_begun(
 async def test_a_head_below_the_limit_and_a_body_above_it_are_read(
     client: httpx2.AsyncClient,
 ) -> None:
-    async with opened(client) as (reader, writer):
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
         writer.write(GET + b"x: " + b"a" * (MAX_HEAD_BYTES - 1_000) + b"\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     large = {"prompt": [5], "user": "a" * 3 * MAX_HEAD_BYTES}
     assert (await client.post("/v1/completions", json=large)).status_code == 200
 
 
-@pytest.mark.parametrize("sent", [b"", GET, GET + b"\r\n"], ids=["nothing", "half", "whole"])
-async def test_a_request_has_so_long_to_begin(
-    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch, sent: bytes
+async def test_half_of_a_head_is_408_in_time(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded_connection, "HEAD_TIMEOUT_S", 0.3)
-    async with opened(client) as (reader, writer):
-        writer.write(sent)
-        if sent == GET:
-            status, error = await refusal(reader)
-            assert status == b"HTTP/1.1 408 Request Timeout"
-            assert error["code"] == "head_timeout"
-        elif sent:
-            await reader.readuntil(b"alive")
-            await asyncio.sleep(0.6)
-            writer.write(sent)
-            await reader.readuntil(b"alive")  # it is kept for the next
-        else:
-            assert await reader.read() == b""
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
+        writer.write(GET)
+        status, error = await refusal(reader)
+    assert status == b"HTTP/1.1 408 Request Timeout"
+    assert error["code"] == "head_timeout"
+
+
+async def test_a_connection_on_which_nothing_comes_is_closed_without_a_word(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_connection, "HEAD_TIMEOUT_S", 0.3)
+    async with asyncio.timeout(10), opened(client) as (reader, _):
+        assert await reader.read() == b""
+
+
+async def test_a_connection_is_kept_for_a_next_request(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded_connection, "HEAD_TIMEOUT_S", 0.3)
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
+        writer.write(GET + b"\r\n")
+        await reader.readuntil(b"alive")
+        await asyncio.sleep(0.6)
+        writer.write(GET + b"\r\n")
+        await reader.readuntil(b"alive")
 
 
 async def test_half_of_a_next_request_leaves_the_answer_before_it_alone(
     client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded_connection, "HEAD_TIMEOUT_S", 0.2)
-    async with opened(client) as (reader, writer):
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
         writer.write(POST + b"content-length: %d\r\n\r\n%b%b" % (len(BODY), BODY, GET))
         answer = await reader.readuntil(b"[DONE]")
         await reader.readuntil(b"\r\n0\r\n\r\n")
@@ -132,7 +130,7 @@ async def test_half_of_a_next_request_leaves_the_answer_before_it_alone(
 async def test_a_request_for_a_websocket_is_answered_in_http_and_not_warned_of(
     client: httpx2.AsyncClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with opened(client) as (reader, writer):
+    async with asyncio.timeout(10), opened(client) as (reader, writer):
         writer.write(GET + b"connection: upgrade\r\nupgrade: websocket\r\n\r\n")
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     assert caplog.records == []

@@ -4,19 +4,16 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import TypeAlias
 
 import httpx2
 import pytest
 
 from moe_core.cluster import Role
 from support.fake_attention import FakeAttention
-from support.http_gateway import http_side
+from support.http_gateway import http_side, opened
 from support.small_gateway import SmallGateway
 from support.words import word_tokenizer
 
-Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LONG = [2 + index % 60 for index in range(400)]
 
 
@@ -37,16 +34,6 @@ def completion(token: int, *, stream: bool) -> bytes:
     body = json.dumps({"prompt": [token], "stream": stream})
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
     return (head + body).encode()
-
-
-@asynccontextmanager
-async def opened(client: httpx2.AsyncClient) -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port or 0)
-    try:
-        yield reader, writer
-    finally:
-        writer.close()
-        await writer.wait_closed()
 
 
 async def until_added(fake: FakeAttention) -> None:

@@ -1,7 +1,9 @@
 """A SmallGateway's HTTP side on a free port, and clients of it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import TypeAlias
 
 import httpx2
 from starlette.routing import BaseRoute
@@ -16,6 +18,21 @@ TEMPLATE = (
     "{% for message in messages %}{{ ' ' if not loop.first }}{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %} {{ opening or 'wabx' }}{% endif %}"
 )
+
+
+Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+@asynccontextmanager
+async def opened(client: httpx2.AsyncClient) -> AsyncIterator[Streams]:
+    """A connection of its own to the server of `client`, for what no client sends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port or 0)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(ConnectionError):  # the server may have been first
+            await writer.wait_closed()
 
 
 @asynccontextmanager
